@@ -1,0 +1,235 @@
+"""What a job asks for: frozen dataclasses, one per stage, used alike by HTTP, command line and Python. No torch here.
+
+Users write `"auto"` where they want the service to decide; `resolve` replaces every `"auto"` that can be decided before
+the run and says why. `check` names every field that is wrong at once. Where rows, models and files come from is not
+this file's business.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from p2d.errors import ConfigError, ErrorDetail, UnknownName
+from p2d.registry import check_name
+
+Auto = Literal["auto"]
+Kind = Literal["identify_heads", "select_data", "adapt"]
+Precision = Literal["auto", "fp32", "bf16"]
+Projection = Literal["q", "k", "v", "o"]
+Control = Literal["random_heads", "random_data"]
+
+HEAD_SCORERS = {
+    "attribution": "p2d.scorers.attribution:attribution",
+    "pad": "p2d.scorers.pad:pad",
+    "shift": "p2d.scorers.shift:shift",
+    "random": "p2d.scorers.random:random",  # control arm, never a default
+}
+"""Head scorers: name -> function; one file each in p2d/scorers/."""
+
+DATA_SCORERS = {
+    "alignment": "p2d.responses.alignment:alignment",
+    "icl": "p2d.responses.icl:icl",
+    "random": "p2d.responses.random:random",  # control arm, never a default
+}
+"""Data scorers: name -> function that fills a response matrix; one file each in p2d/responses/."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recipe:
+    """The defaults that a recipe name stands for."""
+
+    head_scorer: str
+    data_scorer: str
+    slices: tuple[Projection, ...]
+    reason: str
+
+
+RECIPES = {
+    "default": Recipe(
+        head_scorer="attribution",
+        data_scorer="alignment",
+        slices=("v", "o"),
+        reason="best of our own measurements (docs/LOG.md)",
+    ),
+    "paper": Recipe(
+        head_scorer="pad",
+        data_scorer="icl",
+        slices=("q", "k", "v"),
+        reason="as published (arXiv 2605.21558, 2505.18799, 2505.12212)",
+    ),
+}
+
+MIN_ROWS = 200
+"""Fewest rows that an automatic data ratio leaves. A guess until the learning curve is measured (docs/LOG.md)."""
+
+DEFAULT_RATIO = 0.10
+"""Share of heads and of rows kept by default: the paper's 10 %."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HeadsConfig:
+    """Stage 1: which heads count as task-sensitive."""
+
+    scorer: str = "auto"
+    """Name in HEAD_SCORERS; `auto` = the recipe's."""
+    ratio: float = DEFAULT_RATIO
+    """Share of query heads kept, (0, 1]. A view on the head map: the map itself ranks all heads."""
+    proxy_rows: int = 100
+    """Rows of the proxy (two half-proxies of half as many). ALPS uses 100; 25 find 17 of the same 27 heads (docs/LOG.md)."""
+    head_map: str | None = None
+    """Id of an earlier head map of the same base model: stage 1 is then skipped."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig:
+    """Stage 2: which rows the chosen heads respond to."""
+
+    scorer: str = "auto"
+    """Name in DATA_SCORERS; `auto` = the recipe's."""
+    ratio: float | Auto = "auto"
+    """Share of rows kept, (0, 1]. `auto` = 10 %, but never fewer than MIN_ROWS rows."""
+    n_demos: int = 5
+    """`icl`: rows shown as examples in one group (Data Whisperer)."""
+    n_queries: int = 3
+    """`icl`: held-out rows answered after the demos of one group (Data Whisperer)."""
+    selection: str | None = None
+    """Id of an earlier selection over the same dataset: stage 2 is then skipped."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingConfig:
+    """Stage 3: how the chosen head slices are trained."""
+
+    slices: tuple[Projection, ...] | Auto = "auto"
+    """Which projections are sliced, of q, k, v (rows) and o (columns); `auto` = the recipe's."""
+    epochs: int = 3
+    """Passes over the selected rows."""
+    learning_rate: float | Auto = "auto"
+    """Peak of the cosine. `auto` = a short search on held-out rows inside the training step, counted in the cost."""
+    batch_size: int = 4
+    """Rows per optimizer step."""
+    max_length: int | Auto = "auto"
+    """Most tokens of one rendered row; a longer row is refused. `auto` = the model's context."""
+    precision: Precision = "auto"
+    """Compute type of the frozen weights; slices and AdamW state are always fp32. `auto` = bf16 where it is fast."""
+    seed: int = 0
+    """Fixes row order, proxies, folds and random controls."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Limits:
+    """What a job may use at most."""
+
+    max_seconds: int | None = None
+    """Seconds from the first claim; a job that needs more fails with `job.limit_reached`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JobConfig:
+    """A whole job as the user asked for it; datasets and the base model are named next to it."""
+
+    kind: Kind = "adapt"
+    recipe: str = "default"
+    heads: HeadsConfig = field(default_factory=HeadsConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    controls: tuple[Control, ...] = ()
+    """Arms trained beside the job's own, at the same size, to test its claim."""
+    limits: Limits = field(default_factory=Limits)
+
+
+def top_count(ratio: float, total: int) -> int:
+    """How many of `total` heads or rows a ratio keeps: `ceil(ratio * total)`, safe from float dust (200 / 300 * 300)."""
+    return min(total, math.ceil(ratio * total - 1e-9))
+
+
+def check(config: JobConfig) -> None:
+    """Raise ConfigError (`config.invalid`) with one entry in errors[] for every field that is wrong."""
+    errors = list(_faults(config))
+    if errors:
+        raise ConfigError(f"{len(errors)} field(s) of the job are wrong.", errors=errors)
+
+
+def _faults(config: JobConfig) -> Iterator[ErrorDetail]:
+    heads, data, training = config.heads, config.data, config.training
+    names: list[tuple[Collection[str], str, str, str]] = [(RECIPES, config.recipe, "recipe", "/recipe")]
+    names += [(HEAD_SCORERS, heads.scorer, "head scorer", "/heads/scorer")] if heads.scorer != "auto" else []
+    names += [(DATA_SCORERS, data.scorer, "data scorer", "/data/scorer")] if data.scorer != "auto" else []
+    for table, name, what, pointer in names:
+        try:
+            check_name(table, name, what=what, pointer=pointer)
+        except UnknownName as error:
+            yield from error.errors
+    for pointer, ratio in (("/heads/ratio", heads.ratio), ("/data/ratio", data.ratio)):
+        if ratio != "auto" and not 0 < ratio <= 1:
+            yield ErrorDetail(code="config.ratio", message=f"Expected a ratio above 0 and at most 1, got {ratio}.", pointer=pointer)
+    at_least = [
+        ("/heads/proxy_rows", heads.proxy_rows, 4),  # two half-proxies of two rows each
+        ("/data/n_demos", data.n_demos, 1),
+        ("/data/n_queries", data.n_queries, 1),
+        ("/training/epochs", training.epochs, 1),
+        ("/training/batch_size", training.batch_size, 1),
+        ("/training/max_length", training.max_length, 8),
+        ("/training/seed", training.seed, 0),
+        ("/limits/max_seconds", config.limits.max_seconds, 1),
+    ]
+    for pointer, value, least in at_least:
+        if isinstance(value, int) and value < least:
+            yield ErrorDetail(code="config.too_small", message=f"Expected at least {least}, got {value}.", pointer=pointer)
+    rate = training.learning_rate
+    if rate != "auto" and not (math.isfinite(rate) and rate > 0):
+        yield ErrorDetail(
+            code="config.learning_rate", message=f"Expected a positive number, got {rate}.", pointer="/training/learning_rate"
+        )
+    if training.slices != "auto" and (not training.slices or len(set(training.slices)) < len(training.slices)):
+        yield ErrorDetail(
+            code="config.slices", message="Expected one or more of q, k, v, o, each once.", pointer="/training/slices"
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Resolution:
+    """A config without an `"auto"` that could be decided, and why each was decided so (`pointer -> reason`)."""
+
+    config: JobConfig
+    reasons: dict[str, str]
+    warnings: tuple[str, ...] = ()
+
+
+def resolve(config: JobConfig, *, rows: int, context_length: int) -> Resolution:
+    """Replace every `"auto"` that rows and model decide.
+
+    `training.learning_rate` and `training.precision` stay `"auto"`: the device decides them inside the run.
+
+    Args:    rows: training rows of the dataset. context_length: of the base model, in tokens.
+    Raises:  ConfigError if a field is wrong (see `check`).
+    """
+    check(config)
+    recipe, heads, data, training = RECIPES[config.recipe], config.heads, config.data, config.training
+    because = f"recipe {config.recipe!r}: {recipe.reason}"
+    reasons: dict[str, str] = {}
+    warnings: list[str] = []
+    if heads.scorer == "auto":
+        heads, reasons["/heads/scorer"] = replace(heads, scorer=recipe.head_scorer), because
+    if data.scorer == "auto":
+        data, reasons["/data/scorer"] = replace(data, scorer=recipe.data_scorer), because
+    if training.slices == "auto":
+        training, reasons["/training/slices"] = replace(training, slices=recipe.slices), because
+    if training.max_length == "auto":
+        training = replace(training, max_length=context_length)
+        reasons["/training/max_length"] = "the context length of the base model"
+    if data.ratio == "auto":
+        kept = min(rows, max(top_count(DEFAULT_RATIO, rows), MIN_ROWS))
+        data = replace(data, ratio=kept / rows)
+        reasons["/data/ratio"] = f"{DEFAULT_RATIO:.0%} of {rows} rows, but at least {MIN_ROWS} rows where there are so many"
+    elif config.kind != "identify_heads" and top_count(data.ratio, rows) < min(MIN_ROWS, rows):
+        warnings.append(
+            f"data.ratio keeps {top_count(data.ratio, rows)} of {rows} rows; below about {MIN_ROWS} rows the number of "
+            "rows counts more than their purity, so expect a worse model than on all rows."
+        )
+    return Resolution(
+        config=replace(config, heads=heads, data=data, training=training), reasons=reasons, warnings=tuple(warnings)
+    )

@@ -1,0 +1,156 @@
+"""The tree of errors that the engine raises; every one carries a stable code, whose fault it is and what to do next.
+
+P2DError
+├── ConfigError            a field of the job is wrong
+│   └── UnknownName        a name that no registry holds
+├── DatasetError           the rows are wrong
+├── ModelError             the base model is missing, broken or of an unsupported family
+├── EngineError            the run itself failed (diverged, out of memory, ...)
+└── Cancelled              somebody asked the run to stop; never the user's mistake
+
+Errors cross processes and HTTP as the JSON of `P2DError.to_json`, never pickled. This file does not know HTTP:
+`app.problems` turns it into RFC 9457.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, Literal
+
+Fault = Literal["user", "service", "capacity", "dependency"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ErrorDetail:
+    """One fault among several: where it is, its code and what was expected. Never holds row text."""
+
+    code: str
+    message: str
+    pointer: str | None = None
+    """JSON pointer into the request body or the row, for example `/heads/ratio` or `/answer`."""
+    line: int | None = None
+    """1-based line of the dataset file (row number for formats without lines)."""
+
+
+class P2DError(Exception):
+    """Base of all errors that a user may see."""
+
+    code: ClassVar[str] = "internal.error"
+    fault: ClassVar[Fault] = "service"
+    hint: ClassVar[str] = "Report this with the request id."
+
+    def __init__(self, text: str, *, errors: Iterable[ErrorDetail] = (), errors_total: int | None = None, **facts: Any) -> None:
+        super().__init__(text)
+        self.text = text
+        self.errors = tuple(errors)
+        self.errors_total = len(self.errors) if errors_total is None else errors_total
+        self.facts: Mapping[str, Any] = facts
+
+    @property
+    def retryable(self) -> bool:
+        """Whether the same call can work later without a change by the user."""
+        return self.fault != "user"
+
+    def to_json(self) -> dict[str, Any]:
+        """The one wire form of an error: pipe, `job.error` and problem+json are made from it."""
+        return {
+            "code": self.code,
+            "fault": self.fault,
+            "retryable": self.retryable,
+            "detail": self.text,
+            "hint": self.hint,
+            "errors": [asdict(error) for error in self.errors],
+            "errors_total": self.errors_total,
+            "facts": dict(self.facts),
+        }
+
+
+class ConfigError(P2DError):
+    """A field of the job is out of range or contradicts another."""
+
+    code, fault, hint = "config.invalid", "user", "Mend the fields listed in errors[] and send the job again."
+
+
+class UnknownName(ConfigError):
+    """A scorer, recipe, metric or projection that no registry holds."""
+
+    code, hint = "config.unknown_name", "Use one of the names listed in the message."
+
+
+class DatasetError(P2DError):
+    """Rows that cannot be used; errors[] lists every bad line."""
+
+    code, fault, hint = "dataset.invalid", "user", "Mend the lines listed in errors[] and send the file again."
+
+
+class DatasetEmpty(DatasetError):
+    """A file without a single row."""
+
+    code, hint = "dataset.empty", "Send a file with at least one row."
+
+
+class DatasetTooSmall(DatasetError):
+    """Fewer rows than the job needs."""
+
+    code, hint = "dataset.too_small", "Add rows, or lower heads.proxy_rows."
+
+
+class DatasetTooLarge(DatasetError):
+    """A file, row count or row above the service's limit."""
+
+    code, hint = "dataset.too_large", "Split the file, or ask the operator to raise the limit."
+
+
+class RowTooLong(DatasetError):
+    """Rows that do not fit the model's context (or training.max_length)."""
+
+    code, hint = "dataset.row_too_long", "Shorten or drop the lines listed in errors[], or use a model with a longer context."
+
+
+class ModelError(P2DError):
+    """The base model cannot be used."""
+
+    code, fault, hint = "model.invalid", "user", "Check the model directory: config.json, tokenizer.json and safetensors weights."
+
+
+class ModelNotFound(ModelError):
+    """No model of that name is installed."""
+
+    code, hint = "model.not_found", "See GET /models for what is installed, or add one with `p2d models add`."
+
+
+class ModelUnsupported(ModelError):
+    """A model family without an architecture spec."""
+
+    code, hint = "model.unsupported", "Use a model of one of the supported families listed in the message."
+
+
+class AdapterMismatch(ModelError):
+    """The adapter was made for other base weights."""
+
+    code, hint = "adapter.base_mismatch", "Apply the adapter to the base model whose digest stands in its manifest."
+
+
+class EngineError(P2DError):
+    """The run failed inside the engine."""
+
+    code, fault, hint = "engine.failed", "service", "Retry the job; if it fails again, report it with the job id."
+
+
+class Diverged(EngineError):
+    """A loss or gradient was not finite."""
+
+    code, fault, hint = "engine.diverged", "user", "Lower training.learning_rate, or look at the rows named in the message."
+
+
+class OutOfMemory(EngineError):
+    """The device ran out of memory."""
+
+    code, fault, hint = "engine.out_of_memory", "capacity", "Lower training.batch_size or training.max_length."
+
+
+class Cancelled(P2DError):
+    """The run stopped because it was asked to."""
+
+    code, fault, hint = "job.cancelled", "user", "Nothing to do: the job was cancelled on request."
