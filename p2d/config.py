@@ -165,7 +165,9 @@ def _faults(config: JobConfig) -> Iterator[ErrorDetail]:
             yield from error.errors
     for pointer, ratio in (("/heads/ratio", heads.ratio), ("/data/ratio", data.ratio)):
         if ratio != "auto" and not 0 < ratio <= 1:
-            yield ErrorDetail(code="config.ratio", message=f"Expected a ratio above 0 and at most 1, got {ratio}.", pointer=pointer)
+            yield ErrorDetail(
+                code="config.ratio", message=f"Expected a ratio above 0 and at most 1, got {ratio}.", pointer=pointer
+            )
     at_least = [
         ("/heads/proxy_rows", heads.proxy_rows, 4),  # two half-proxies of two rows each
         ("/data/n_demos", data.n_demos, 1),
@@ -178,11 +180,15 @@ def _faults(config: JobConfig) -> Iterator[ErrorDetail]:
     ]
     for pointer, value, least in at_least:
         if isinstance(value, int) and value < least:
-            yield ErrorDetail(code="config.too_small", message=f"Expected at least {least}, got {value}.", pointer=pointer)
+            yield ErrorDetail(
+                code="config.too_small", message=f"Expected at least {least}, got {value}.", pointer=pointer
+            )
     rate = training.learning_rate
     if rate != "auto" and not (math.isfinite(rate) and rate > 0):
         yield ErrorDetail(
-            code="config.learning_rate", message=f"Expected a positive number, got {rate}.", pointer="/training/learning_rate"
+            code="config.learning_rate",
+            message=f"Expected a positive number, got {rate}.",
+            pointer="/training/learning_rate",
         )
     if training.slices != "auto" and (not training.slices or len(set(training.slices)) < len(training.slices)):
         yield ErrorDetail(
@@ -224,7 +230,9 @@ def resolve(config: JobConfig, *, rows: int, context_length: int) -> Resolution:
     if data.ratio == "auto":
         kept = min(rows, max(top_count(DEFAULT_RATIO, rows), MIN_ROWS))
         data = replace(data, ratio=kept / rows)
-        reasons["/data/ratio"] = f"{DEFAULT_RATIO:.0%} of {rows} rows, but at least {MIN_ROWS} rows where there are so many"
+        reasons["/data/ratio"] = (
+            f"{DEFAULT_RATIO:.0%} of {rows} rows, but at least {MIN_ROWS} rows where there are so many"
+        )
     elif config.kind != "identify_heads" and top_count(data.ratio, rows) < min(MIN_ROWS, rows):
         warnings.append(
             f"data.ratio keeps {top_count(data.ratio, rows)} of {rows} rows; below about {MIN_ROWS} rows the number of "

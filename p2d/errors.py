@@ -40,7 +40,9 @@ class P2DError(Exception):
     fault: ClassVar[Fault] = "service"
     hint: ClassVar[str] = "Report this with the request id."
 
-    def __init__(self, text: str, *, errors: Iterable[ErrorDetail] = (), errors_total: int | None = None, **facts: Any) -> None:
+    def __init__(
+        self, text: str, *, errors: Iterable[ErrorDetail] = (), errors_total: int | None = None, **facts: Any
+    ) -> None:
         super().__init__(text)
         self.text = text
         self.errors = tuple(errors)
@@ -105,13 +107,20 @@ class DatasetTooLarge(DatasetError):
 class RowTooLong(DatasetError):
     """Rows that do not fit the model's context (or training.max_length)."""
 
-    code, hint = "dataset.row_too_long", "Shorten or drop the lines listed in errors[], or use a model with a longer context."
+    code, hint = (
+        "dataset.row_too_long",
+        "Shorten or drop the lines listed in errors[], or use a model with a longer context.",
+    )
 
 
 class ModelError(P2DError):
     """The base model cannot be used."""
 
-    code, fault, hint = "model.invalid", "user", "Check the model directory: config.json, tokenizer.json and safetensors weights."
+    code, fault, hint = (
+        "model.invalid",
+        "user",
+        "Check the model directory: config.json, tokenizer.json and safetensors weights.",
+    )
 
 
 class ModelNotFound(ModelError):
@@ -135,13 +144,18 @@ class AdapterMismatch(ModelError):
 class EngineError(P2DError):
     """The run failed inside the engine."""
 
-    code, fault, hint = "engine.failed", "service", "Retry the job; if it fails again, report it with the job id."
+    code, hint = "engine.failed", "Retry the job; if it fails again, report it with the job id."
+    fault: ClassVar[Fault] = "service"
 
 
 class Diverged(EngineError):
     """A loss or gradient was not finite."""
 
-    code, fault, hint = "engine.diverged", "user", "Lower training.learning_rate, or look at the rows named in the message."
+    code, fault, hint = (
+        "engine.diverged",
+        "user",
+        "Lower training.learning_rate, or look at the rows named in the message.",
+    )
 
 
 class OutOfMemory(EngineError):
