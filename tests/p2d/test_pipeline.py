@@ -1,0 +1,75 @@
+"""Laws of the plan: what runs, in which order, and that planning leaves torch alone."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from p2d.config import DataConfig, HeadsConfig, JobConfig, Kind
+from p2d.pipeline import STEPS, is_input, plan_steps, shard_range
+
+KINDS: tuple[Kind, ...] = ("identify_heads", "select_data", "adapt")
+
+
+def steps_of(config: JobConfig, rows: int = 10, shard_rows: int = 100) -> list[str]:
+    return [step.step for step in plan_steps(config, rows, shard_rows)]
+
+
+def test_each_kind_runs_only_the_steps_it_needs() -> None:
+    assert steps_of(JobConfig(kind="identify_heads")) == ["validate", "heads", "package"]
+    assert steps_of(JobConfig(kind="select_data")) == ["validate", "heads", "respond", "select", "package"]
+    assert steps_of(JobConfig(kind="adapt")) == [
+        "validate",
+        "heads",
+        "respond",
+        "select",
+        "train",
+        "evaluate",
+        "package",
+    ]
+
+
+def test_an_earlier_head_map_or_selection_replaces_the_steps_that_make_it() -> None:
+    with_map = JobConfig(heads=HeadsConfig(head_map="hm_1"))
+    with_both = JobConfig(heads=HeadsConfig(head_map="hm_1"), data=DataConfig(selection="sel_1"))
+
+    assert steps_of(with_map) == ["validate", "respond", "select", "train", "evaluate", "package"]
+    assert steps_of(with_both) == ["validate", "train", "evaluate", "package"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("head_map", [None, "hm_1"])
+@pytest.mark.parametrize("selection", [None, "sel_1"])
+def test_a_step_waits_only_for_steps_planned_before_it(kind: Kind, head_map: str | None, selection: str | None) -> None:
+    config = JobConfig(kind=kind, heads=HeadsConfig(head_map=head_map), data=DataConfig(selection=selection))
+
+    seen: set[str] = set()
+    for step in plan_steps(config, rows=1000, shard_rows=300):
+        assert set(step.after) <= seen
+        assert step.step == "validate" or step.after
+        seen.add(step.step)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_input_is_the_output_of_an_earlier_step_or_the_users(kind: Kind) -> None:
+    written = ["dataset.jsonl"]
+    for step in dict.fromkeys(steps_of(JobConfig(kind=kind))):
+        for name in STEPS[step].reads:
+            assert name in written or any(is_input(step, earlier) for earlier in written), (step, name)
+        written += STEPS[step].writes
+
+
+@pytest.mark.parametrize("rows", [1, 7, 300, 1001])
+@pytest.mark.parametrize("shards", [1, 2, 7])
+def test_shards_cover_every_row_once(rows: int, shards: int) -> None:
+    covered = [row for shard in range(shards) for row in shard_range(rows, shard, shards)]
+
+    assert covered == list(range(rows))
+
+
+def test_planning_a_job_leaves_torch_alone() -> None:
+    code = "import sys, p2d, p2d.pipeline; bad = {'torch', 'numpy', 'transformers'} & set(sys.modules); assert not bad, bad"
+
+    subprocess.run([sys.executable, "-c", code], check=True)
