@@ -1,0 +1,1 @@
+"""The service: HTTP, rules, database and storage. Knows no tensor: importing it never imports torch."""

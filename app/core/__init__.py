@@ -1,0 +1,1 @@
+"""The rules of the service: what is allowed next. No HTTP and no SQL text."""

@@ -1,0 +1,84 @@
+"""Rows about datasets: what was uploaded, where its normalised rows lie in the store. Never the text itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+
+from sqlalchemy import func, insert, select, update
+
+from app.db.engine import Connection, Json
+from app.db.ids import new_id
+from app.db.tables import datasets
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Dataset:
+    """One dataset, complete and valid: a file that was refused leaves no row."""
+
+    id: str
+    name: str
+    format: str
+    rows: int
+    size_bytes: int
+    content_hash: str
+    sha256: str
+    stored_bytes: int
+    report: Json
+    created_at: datetime
+    deleted_at: datetime | None
+
+
+def insert_dataset(
+    conn: Connection,
+    *,
+    name: str,
+    format: str,
+    rows: int,
+    size_bytes: int,
+    content_hash: str,
+    sha256: str,
+    stored_bytes: int,
+    report: Json,
+) -> Dataset:
+    """Record a dataset whose normalised rows are in the store as `sha256` (`stored_bytes` long)."""
+    row = conn.execute(
+        insert(datasets)
+        .values(
+            id=new_id("ds"),
+            name=name,
+            format=format,
+            rows=rows,
+            size_bytes=size_bytes,
+            content_hash=content_hash,
+            sha256=sha256,
+            stored_bytes=stored_bytes,
+            report=report,
+        )
+        .returning(datasets)
+    ).one()
+    return Dataset(**row._mapping)
+
+
+def get_dataset(conn: Connection, dataset_id: str) -> Dataset | None:
+    """The dataset, or None if there is none or it was deleted."""
+    row = conn.execute(select(datasets).where(datasets.c.id == dataset_id, datasets.c.deleted_at.is_(None))).first()
+    return Dataset(**row._mapping) if row else None
+
+
+def list_datasets(conn: Connection, *, limit: int, before: str | None = None) -> list[Dataset]:
+    """Newest first; `before` is the id of the last one of the page before."""
+    query = select(datasets).where(datasets.c.deleted_at.is_(None)).order_by(datasets.c.id.desc()).limit(limit)
+    if before is not None:
+        query = query.where(datasets.c.id < before)
+    return [Dataset(**row._mapping) for row in conn.execute(query)]
+
+
+def delete_dataset(conn: Connection, dataset_id: str) -> bool:
+    """Hide a dataset; False if there was none. Its row stays for the jobs that name it."""
+    done = conn.execute(
+        update(datasets)
+        .where(datasets.c.id == dataset_id, datasets.c.deleted_at.is_(None))
+        .values(deleted_at=func.now())
+    )
+    return done.rowcount == 1

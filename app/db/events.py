@@ -1,0 +1,42 @@
+"""The event log of a job: numbered 1, 2, 3 ... without gaps, because the number is taken from the locked job row."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Literal
+
+from sqlalchemy import insert, select, update
+
+from app.db.engine import Connection, Json
+from app.db.tables import events, jobs
+
+EventType = Literal[
+    "job.status", "job.stage", "job.progress", "metric", "warning", "artifact", "attempt", "estimate", "end"
+]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Event:
+    """One thing that happened to a job. `end` is the last one."""
+
+    job_id: str
+    seq: int
+    type: EventType
+    data: Json
+    created_at: datetime
+
+
+def append_event(conn: Connection, job_id: str, type: EventType, data: Json) -> int:
+    """Append one event and return its number. Locks the job row until the caller's transaction ends."""
+    seq = conn.execute(
+        update(jobs).where(jobs.c.id == job_id).values(event_seq=jobs.c.event_seq + 1).returning(jobs.c.event_seq)
+    ).scalar_one()
+    conn.execute(insert(events).values(job_id=job_id, seq=seq, type=type, data=data))
+    return int(seq)
+
+
+def list_events(conn: Connection, job_id: str, *, after: int = 0, limit: int = 100) -> list[Event]:
+    """Events numbered above `after`, oldest first."""
+    query = select(events).where(events.c.job_id == job_id, events.c.seq > after).order_by(events.c.seq).limit(limit)
+    return [Event(**row._mapping) for row in conn.execute(query)]

@@ -1,0 +1,132 @@
+"""Rows about jobs: insert, read, page, and the one lock that orders all changes of a job.
+
+What a job may do next is decided in app.core.lifecycle; this file only writes it down.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Literal
+
+from sqlalchemy import func, insert, select, update
+
+from app.db.engine import Connection, Json
+from app.db.ids import new_id
+from app.db.tables import jobs
+
+Status = Literal["queued", "running", "cancelling", "cancelled", "succeeded", "failed"]
+Stage = Literal["validating", "identifying_heads", "selecting_data", "training", "evaluating", "packaging"]
+
+FINAL: frozenset[Status] = frozenset({"cancelled", "succeeded", "failed"})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """One job as the ledger knows it."""
+
+    id: str
+    kind: str
+    name: str
+    status: Status
+    stage: Stage | None
+    config: Json
+    resolved: Json | None
+    dataset_id: str
+    validation_dataset_id: str | None
+    base_model: str
+    model_digest: str
+    queue: str
+    progress: float
+    estimate: Json | None
+    eta_at: datetime | None
+    max_seconds: int | None
+    error: Json | None
+    metadata: Json
+    event_seq: int
+    cancel_requested_at: datetime | None
+    created_at: datetime
+    started_at: datetime | None
+    finished_at: datetime | None
+
+    @property
+    def is_final(self) -> bool:
+        """Whether the status never changes again."""
+        return self.status in FINAL
+
+
+def insert_job(
+    conn: Connection,
+    *,
+    kind: str,
+    name: str,
+    config: Json,
+    dataset_id: str,
+    validation_dataset_id: str | None,
+    base_model: str,
+    model_digest: str,
+    queue: str,
+    max_seconds: int | None,
+    metadata: Json,
+) -> Job:
+    """Record a queued job; its steps and first event are written by the caller in the same transaction."""
+    values = {
+        "id": new_id("job"),
+        "kind": kind,
+        "name": name,
+        "config": config,
+        "dataset_id": dataset_id,
+        "validation_dataset_id": validation_dataset_id,
+        "base_model": base_model,
+        "model_digest": model_digest,
+        "queue": queue,
+        "max_seconds": max_seconds,
+        "metadata": metadata,
+    }
+    return Job(**conn.execute(insert(jobs).values(values).returning(jobs)).one()._mapping)
+
+
+def get_job(conn: Connection, job_id: str) -> Job | None:
+    """The job, or None."""
+    row = conn.execute(select(jobs).where(jobs.c.id == job_id)).first()
+    return Job(**row._mapping) if row else None
+
+
+def lock_job(conn: Connection, job_id: str) -> Job | None:
+    """The job, locked until the caller's transaction ends.
+
+    Every change of a job or its steps takes this lock first (claims alone take none): one order, so no deadlock.
+    """
+    # NO KEY UPDATE, so that the foreign key checks of inserts elsewhere do not wait for us.
+    row = conn.execute(select(jobs).where(jobs.c.id == job_id).with_for_update(key_share=True)).first()
+    return Job(**row._mapping) if row else None
+
+
+def list_jobs(
+    conn: Connection,
+    *,
+    limit: int,
+    before: str | None = None,
+    status: str | None = None,
+    kind: str | None = None,
+) -> list[Job]:
+    """Newest first, filtered; `before` is the id of the last one of the page before."""
+    query = select(jobs).order_by(jobs.c.id.desc()).limit(limit)
+    if before is not None:
+        query = query.where(jobs.c.id < before)
+    if status is not None:
+        query = query.where(jobs.c.status == status)
+    if kind is not None:
+        query = query.where(jobs.c.kind == kind)
+    return [Job(**row._mapping) for row in conn.execute(query)]
+
+
+def update_job(conn: Connection, job_id: str, **values: Any) -> Job:
+    """Write columns of a locked job and return it as it then is."""
+    query = update(jobs).where(jobs.c.id == job_id).values(**values).returning(jobs)
+    return Job(**conn.execute(query).one()._mapping)
+
+
+def finish_job(conn: Connection, job_id: str, status: Status, **values: Any) -> Job:
+    """Write a final status and its time."""
+    return update_job(conn, job_id, status=status, finished_at=func.now(), eta_at=None, **values)

@@ -1,0 +1,80 @@
+"""Rows about selections: which job made one, over which dataset. The rows' scores are the artifact `selection.jsonl`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+
+from sqlalchemy import insert, select
+
+from app.db.engine import Connection
+from app.db.ids import new_id
+from app.db.tables import artifacts, selections
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SelectionRecord:
+    """A selection that a later job can name. `sha256` and `size_bytes` are those of its artifact."""
+
+    id: str
+    job_id: str
+    artifact_id: str
+    sha256: str
+    size_bytes: int
+    base_model: str
+    model_digest: str
+    dataset_id: str
+    validation_dataset_id: str | None
+    scorer: str
+    rows: int
+    kept: int
+    created_at: datetime
+
+
+_QUERY = select(selections, artifacts.c.sha256, artifacts.c.size_bytes).join(
+    artifacts, artifacts.c.id == selections.c.artifact_id
+)
+
+
+def insert_selection(
+    conn: Connection,
+    *,
+    job_id: str,
+    artifact_id: str,
+    base_model: str,
+    model_digest: str,
+    dataset_id: str,
+    validation_dataset_id: str | None,
+    scorer: str,
+    rows: int,
+    kept: int,
+) -> str:
+    """Record the selection of a job and return its id."""
+    selection_id = new_id("sel")
+    conn.execute(
+        insert(selections).values(
+            id=selection_id,
+            job_id=job_id,
+            artifact_id=artifact_id,
+            base_model=base_model,
+            model_digest=model_digest,
+            dataset_id=dataset_id,
+            validation_dataset_id=validation_dataset_id,
+            scorer=scorer,
+            rows=rows,
+            kept=kept,
+        )
+    )
+    return selection_id
+
+
+def get_selection(conn: Connection, selection_id: str) -> SelectionRecord | None:
+    """The selection, or None."""
+    row = conn.execute(_QUERY.where(selections.c.id == selection_id)).first()
+    return SelectionRecord(**row._mapping) if row else None
+
+
+def selection_of_job(conn: Connection, job_id: str) -> SelectionRecord | None:
+    """The selection that a job made, or None while it has none."""
+    row = conn.execute(_QUERY.where(selections.c.job_id == job_id)).first()
+    return SelectionRecord(**row._mapping) if row else None

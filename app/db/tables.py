@@ -1,0 +1,199 @@
+"""Every table of the ledger, as SQLAlchemy Core metadata. The migrations build the same; a test compares the two.
+
+PostgreSQL holds rows, hashes and small JSON, never dataset text: bytes live in the store, named by sha256.
+"""
+
+from __future__ import annotations
+
+from sqlalchemy import (
+    ARRAY,
+    BigInteger,
+    Column,
+    DateTime,
+    Double,
+    ForeignKey,
+    Index,
+    Integer,
+    MetaData,
+    Table,
+    Text,
+    UniqueConstraint,
+    func,
+    text,
+)
+from sqlalchemy.dialects.postgresql import JSONB
+
+metadata = MetaData(
+    naming_convention={
+        "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+        "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+        "fk": "fk_%(table_name)s_%(column_0_name)s",
+        "pk": "pk_%(table_name)s",
+    }
+)
+
+
+def _now() -> Column[object]:
+    return Column("created_at", DateTime(timezone=True), nullable=False, server_default=func.now())
+
+
+def _time(name: str) -> Column[object]:
+    return Column(name, DateTime(timezone=True))
+
+
+datasets = Table(
+    "datasets",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("name", Text, nullable=False, server_default=""),
+    Column("format", Text, nullable=False),
+    Column("rows", Integer, nullable=False),
+    Column("size_bytes", BigInteger, nullable=False),  # of the file as uploaded
+    Column("content_hash", Text, nullable=False),  # of prompts and answers alone, whatever the format
+    Column("sha256", Text, nullable=False),  # the normalised rows in the store
+    Column("stored_bytes", BigInteger, nullable=False),
+    Column("report", JSONB, nullable=False),
+    _now(),
+    _time("deleted_at"),
+)
+
+jobs = Table(
+    "jobs",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("kind", Text, nullable=False),
+    Column("name", Text, nullable=False, server_default=""),
+    Column("status", Text, nullable=False, server_default="queued"),
+    Column("stage", Text),
+    Column("config", JSONB, nullable=False),  # as asked
+    Column("resolved", JSONB),  # without "auto", with reasons; set when the validate step is done
+    Column("dataset_id", Text, ForeignKey("datasets.id"), nullable=False),
+    Column("validation_dataset_id", Text, ForeignKey("datasets.id")),
+    Column("base_model", Text, nullable=False),
+    Column("model_digest", Text, nullable=False),
+    Column("queue", Text, nullable=False, server_default="default"),
+    Column("progress", Double, nullable=False, server_default=text("0")),
+    Column("estimate", JSONB),  # seconds per step, from the plan
+    _time("eta_at"),
+    Column("max_seconds", Integer),
+    Column("error", JSONB),
+    Column("metadata", JSONB, nullable=False, server_default=text("'{}'::jsonb")),
+    Column("event_seq", Integer, nullable=False, server_default=text("0")),
+    _time("cancel_requested_at"),
+    _now(),
+    _time("started_at"),
+    _time("finished_at"),
+    postgresql_with={"fillfactor": 70},  # progress rewrites the row each second: leave room for HOT updates
+)
+
+steps = Table(
+    "steps",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("job_id", Text, ForeignKey("jobs.id", ondelete="CASCADE"), nullable=False),
+    Column("step", Text, nullable=False),
+    Column("shard", Integer, nullable=False, server_default=text("0")),
+    Column("shards", Integer, nullable=False, server_default=text("1")),
+    Column("after", ARRAY(Text), nullable=False, server_default=text("'{}'::text[]")),  # names of steps
+    Column("status", Text, nullable=False),
+    Column("token", Integer, nullable=False, server_default=text("0")),  # fencing token of the newest attempt
+    _time("lease_until"),  # not indexed, so that heartbeats stay HOT
+    Column("worker", Text),
+    Column("crashes", Integer, nullable=False, server_default=text("0")),
+    Column("queue", Text, nullable=False),
+    Column("model_digest", Text),  # null: this step needs no model
+    Column("weight", Double, nullable=False, server_default=text("1")),  # estimated seconds
+    Column("progress", Double, nullable=False, server_default=text("0")),
+    Column("checkpoint", JSONB),
+    Column("facts", JSONB),
+    Column("seconds", Double),
+    _now(),
+    _time("started_at"),
+    _time("finished_at"),
+    UniqueConstraint("job_id", "step", "shard"),
+    postgresql_with={"fillfactor": 70},
+)
+Index("ix_steps_ready", steps.c.queue, steps.c.id, postgresql_where=steps.c.status == "ready")
+Index("ix_steps_running", steps.c.id, postgresql_where=steps.c.status == "running")
+
+attempts = Table(
+    "attempts",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("job_id", Text, ForeignKey("jobs.id", ondelete="CASCADE"), nullable=False),
+    Column("step_id", Text, ForeignKey("steps.id", ondelete="CASCADE"), nullable=False),
+    Column("token", Integer, nullable=False),
+    Column("worker", Text, nullable=False),
+    Column("outcome", Text, nullable=False, server_default="running"),
+    Column("error", JSONB),
+    Column("seconds", Double),
+    Column("started_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
+    _time("finished_at"),
+    UniqueConstraint("step_id", "token"),
+    Index(None, "job_id"),
+)
+
+artifacts = Table(
+    "artifacts",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("job_id", Text, ForeignKey("jobs.id", ondelete="CASCADE"), nullable=False),
+    Column("step_id", Text, ForeignKey("steps.id", ondelete="CASCADE"), nullable=False),
+    Column("name", Text, nullable=False),
+    Column("media_type", Text, nullable=False),
+    Column("sha256", Text, nullable=False),
+    Column("size_bytes", BigInteger, nullable=False),
+    _now(),
+    UniqueConstraint("job_id", "name"),
+)
+
+head_maps = Table(
+    "head_maps",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("job_id", Text, ForeignKey("jobs.id", ondelete="CASCADE"), nullable=False, unique=True),
+    Column("artifact_id", Text, ForeignKey("artifacts.id", ondelete="CASCADE"), nullable=False),
+    Column("base_model", Text, nullable=False),
+    Column("model_digest", Text, nullable=False),
+    Column("dataset_id", Text, ForeignKey("datasets.id"), nullable=False),
+    Column("scorer", Text, nullable=False),
+    _now(),
+)
+
+selections = Table(
+    "selections",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("job_id", Text, ForeignKey("jobs.id", ondelete="CASCADE"), nullable=False, unique=True),
+    Column("artifact_id", Text, ForeignKey("artifacts.id", ondelete="CASCADE"), nullable=False),
+    Column("base_model", Text, nullable=False),
+    Column("model_digest", Text, nullable=False),
+    Column("dataset_id", Text, ForeignKey("datasets.id"), nullable=False),
+    Column("validation_dataset_id", Text, ForeignKey("datasets.id")),
+    Column("scorer", Text, nullable=False),
+    Column("rows", Integer, nullable=False),
+    Column("kept", Integer, nullable=False),
+    _now(),
+)
+
+events = Table(
+    "events",
+    metadata,
+    Column("job_id", Text, ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True),
+    Column("seq", Integer, primary_key=True, autoincrement=False),
+    Column("type", Text, nullable=False),
+    Column("data", JSONB, nullable=False),
+    _now(),
+)
+
+idempotency_keys = Table(
+    "idempotency_keys",
+    metadata,
+    Column("route", Text, primary_key=True),
+    Column("key", Text, primary_key=True),
+    Column("request_hash", Text, nullable=False),
+    Column("status_code", Integer),  # null until the first request has its answer
+    Column("headers", JSONB),
+    Column("body", JSONB),
+    _now(),
+)

@@ -1,0 +1,1 @@
+"""One file per revision, in order; each says what it does to the schema."""
