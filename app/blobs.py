@@ -1,0 +1,155 @@
+"""Keep immutable bytes in a local folder or an S3 bucket, named by their sha256. One code path on obstore.
+
+What an object means and who refers to it stands in the database; this file knows neither. No client ever names a key.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+from urllib.parse import parse_qsl, unquote, urlsplit
+
+import obstore
+from obstore.exceptions import AlreadyExistsError, BaseError
+from obstore.store import LocalStore, ObjectStore, S3Store
+
+from app.errors import BlobCorrupt, BlobMissing, StoreUnavailable
+
+CHUNK_BYTES = 1 << 20
+"""Bytes held at once while an object goes by."""
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True, slots=True)
+class Blob:
+    """A stored object."""
+
+    sha256: str
+    size_bytes: int
+
+
+class BlobStore:
+    """Content-addressed storage: put once, read whole or a range, delete."""
+
+    def __init__(self, store: ObjectStore) -> None:
+        self._store = store
+
+    @classmethod
+    def open(cls, url: str) -> BlobStore:
+        """Open `file:///path` or `s3://bucket/prefix?endpoint=http://host:port&region=r`; raises ValueError for other URLs.
+
+        S3 credentials are read from the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY), never from the URL.
+        """
+        parts = urlsplit(url)
+        if parts.scheme == "file":
+            return cls(LocalStore(Path(unquote(parts.path)), automatic_cleanup=False, mkdir=True))
+        if parts.scheme == "s3" and parts.netloc:
+            options = dict(parse_qsl(parts.query, strict_parsing=True)) if parts.query else {}
+            unknown = set(options) - {"endpoint", "region"}
+            if unknown:
+                raise ValueError(f"unknown option(s) in the store URL: {', '.join(sorted(unknown))}")
+            endpoint = options.get("endpoint", "")
+            return cls(
+                S3Store(
+                    parts.netloc,
+                    prefix=parts.path.strip("/") or None,
+                    region=options.get("region", "us-east-1"),
+                    client_options={"allow_http": endpoint.startswith("http://")},
+                    retry_config={"max_retries": 5},
+                    endpoint=endpoint or None,
+                )
+            )
+        raise ValueError("a store URL is file:///path or s3://bucket/prefix?endpoint=...")
+
+    def put_file(self, path: Path) -> Blob:
+        """Store the file under its hash. Storing the same bytes again is success and writes nothing."""
+        with path.open("rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            size = file.tell()
+            file.seek(0)
+            try:
+                obstore.put(self._store, key(sha256), file, mode="create")
+            except AlreadyExistsError:
+                self._check_size(sha256, size)
+            except (BaseError, OSError) as error:
+                raise StoreUnavailable() from error
+        return Blob(sha256, size)
+
+    def fetch(self, sha256: str, path: Path) -> Blob:
+        """Copy the object to `path`, appearing there only whole and with the right hash. Raises BlobMissing, BlobCorrupt."""
+        digest, size = hashlib.sha256(), 0
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=".fetch-")
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                for chunk in self.stream(sha256):
+                    digest.update(chunk)
+                    size += len(chunk)
+                    file.write(chunk)
+                _sync(file)
+            if digest.hexdigest() != sha256:
+                raise BlobCorrupt(sha256=sha256)
+            Path(temporary).replace(path)
+        finally:
+            Path(temporary).unlink(missing_ok=True)
+        return Blob(sha256, size)
+
+    def stream(self, sha256: str, start: int = 0, end: int | None = None) -> Iterator[bytes]:
+        """Yield the bytes from `start` up to, without, `end`. Raises BlobMissing before the first chunk."""
+        try:
+            options = {"range": (start, end)} if end is not None else {"range": {"offset": start}} if start else None
+            found = obstore.get(self._store, key(sha256), options=options)  # type: ignore[arg-type]
+            for chunk in found.stream(min_chunk_size=CHUNK_BYTES):
+                yield bytes(chunk)
+        except FileNotFoundError:
+            raise BlobMissing(sha256=sha256) from None
+        except (BaseError, OSError) as error:
+            raise StoreUnavailable() from error
+
+    def size(self, sha256: str) -> int | None:
+        """Size in bytes, or None if the object is not there."""
+        try:
+            return int(obstore.head(self._store, key(sha256))["size"])
+        except FileNotFoundError:
+            return None
+        except (BaseError, OSError) as error:
+            raise StoreUnavailable() from error
+
+    def exists(self, sha256: str) -> bool:
+        """Whether the object is there."""
+        return self.size(sha256) is not None
+
+    def delete(self, sha256: str) -> None:
+        """Remove the object; one that is not there is success."""
+        try:
+            obstore.delete(self._store, key(sha256))
+        except FileNotFoundError:
+            pass
+        except (BaseError, OSError) as error:
+            raise StoreUnavailable() from error
+
+    def ping(self) -> None:
+        """Raise StoreUnavailable unless the store answers."""
+        self.exists("0" * 64)
+
+    def _check_size(self, sha256: str, size: int) -> None:
+        if self.size(sha256) != size:
+            raise BlobCorrupt(sha256=sha256)
+
+
+def key(sha256: str) -> str:
+    """Where an object lies. The folder level keeps local directories small."""
+    assert _SHA256.fullmatch(sha256), "not a sha256"
+    return f"sha256/{sha256[:2]}/{sha256}"
+
+
+def _sync(file: IO[bytes]) -> None:
+    file.flush()
+    os.fsync(file.fileno())

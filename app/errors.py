@@ -1,0 +1,306 @@
+"""The tree of errors that the service adds to the engine's; every one carries a stable code, whose fault and a hint.
+
+P2DError (p2d.errors)
+└── ServiceError
+    ├── RequestError        the HTTP request itself is wrong
+    ├── NotFound            a thing that is not there
+    ├── Conflict            a thing that is there, in a state that forbids the request
+    ├── Unavailable         a server behind the service does not answer
+    ├── JobFailure          why a job ended; met in `job.error`, never as an answer
+    └── LeaseLost           a worker that no longer owns its step; never seen by a user
+
+Status codes are HTTP's business: the table is in `app.problems`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+from p2d.errors import ErrorDetail, Fault, P2DError
+
+
+class ServiceError(P2DError):
+    """Anything that goes wrong around the engine."""
+
+    hint = "Try again; if it stays, report it with the request id."
+
+
+# --- the request -----------------------------------------------------------------------------------------------------
+
+
+class RequestError(ServiceError):
+    """A request that cannot be read."""
+
+    code, fault, hint = "request.malformed", "user", "Compare the request with /openapi.json."
+
+
+class RequestInvalid(RequestError):
+    """A readable body, path or query with wrong fields; errors[] lists all of them."""
+
+    code, hint = "request.invalid", "Mend the fields listed in errors[] and send the request again."
+
+
+class RequestTooLarge(RequestError):
+    """A body above the limit."""
+
+    code, hint = "request.too_large", "Send a smaller body."
+
+    def __init__(self, *, limit: int) -> None:
+        super().__init__(f"The body is larger than {limit} bytes.", limit=limit)
+
+
+class UnsupportedMediaType(RequestError):
+    """A body of a type that the path does not take."""
+
+    code, hint = "request.unsupported_media_type", "Send one of the content types named in the message."
+
+    def __init__(self, *, expected: Sequence[str]) -> None:
+        super().__init__(f"Expected a body of type {' or '.join(expected)}.", expected=list(expected))
+
+
+class MethodNotAllowed(RequestError):
+    """A path that exists, with a method that it does not have."""
+
+    code, hint = "request.method_not_allowed", "Use a method listed in the Allow header."
+
+
+class RouteNotFound(RequestError):
+    """A path that does not exist."""
+
+    code, hint = "request.no_such_path", "See /openapi.json for all paths."
+
+
+class RangeNotSatisfiable(RequestError):
+    """A Range that starts behind the end of the object."""
+
+    code, hint = "request.range", "Ask for a range inside of the size given in Content-Range."
+
+    def __init__(self, *, size_bytes: int) -> None:
+        super().__init__(f"The range lies outside of the {size_bytes} bytes.", size_bytes=size_bytes)
+
+
+class CursorInvalid(RequestError):
+    """A paging cursor that this service did not make."""
+
+    code, hint = "request.cursor", "Use the next_cursor of the page before, unchanged."
+
+    def __init__(self) -> None:
+        detail = ErrorDetail(code=self.code, message="Not a cursor of this list.", pointer="/query/cursor")
+        super().__init__("The cursor is not one of this list.", errors=[detail])
+
+
+# --- not there -------------------------------------------------------------------------------------------------------
+
+
+class NotFound(ServiceError):
+    """A thing that is not there."""
+
+    code, fault, hint = "resource.not_found", "user", "Check the id."
+    what = "object"
+
+    def __init__(self, *, id: str) -> None:
+        super().__init__(f"There is no {self.what} with the id {id[:80]!r}.", id=id[:80])
+
+
+class JobNotFound(NotFound):
+    """No job of that id."""
+
+    code, what = "job.not_found", "job"
+
+
+class DatasetNotFound(NotFound):
+    """No dataset of that id."""
+
+    code, what = "dataset.not_found", "dataset"
+
+
+class ArtifactNotFound(NotFound):
+    """No artifact of that id, or the job has not made it (yet)."""
+
+    code, what = "artifact.not_found", "artifact"
+
+
+class HeadMapNotFound(NotFound):
+    """No head map of that id."""
+
+    code, what = "head_map.not_found", "head map"
+
+
+class SelectionNotFound(NotFound):
+    """No selection of that id."""
+
+    code, what = "selection.not_found", "selection"
+
+
+# --- in the way ------------------------------------------------------------------------------------------------------
+
+
+class Conflict(ServiceError):
+    """A request that the present state forbids."""
+
+    code, hint = "request.conflict", "Read the resource and decide again."
+    fault: ClassVar[Fault] = "user"
+
+
+class JobAlreadyFinal(Conflict):
+    """The job has ended; it cannot be cancelled any more."""
+
+    code, hint = "job.already_final", "Nothing to do: read the job for how it ended."
+
+    def __init__(self, *, job_id: str, status: str) -> None:
+        super().__init__(f"The job has already {status}.", job_id=job_id, status=status)
+
+
+class DatasetInUse(Conflict):
+    """A dataset that jobs were made from."""
+
+    code, hint = "dataset.in_use", "Keep the dataset: its jobs' reports refer to it."
+
+    def __init__(self, *, dataset_id: str) -> None:
+        super().__init__("The dataset belongs to at least one job.", dataset_id=dataset_id)
+
+
+class HeadMapMismatch(Conflict):
+    """A head map of another base model."""
+
+    code, hint = "head_map.mismatch", "Use a head map that was made with the same base model."
+
+
+class SelectionMismatch(Conflict):
+    """A selection over another dataset or with another base model."""
+
+    code, hint = "selection.mismatch", "Use a selection that was made over the same dataset with the same base model."
+
+
+class IdempotencyMismatch(Conflict):
+    """An Idempotency-Key that came before with another request."""
+
+    code, hint = "idempotency.mismatch", "Use a new key for a new request."
+
+    def __init__(self) -> None:
+        super().__init__("This Idempotency-Key was used before with another request.")
+
+
+class IdempotencyInFlight(Conflict):
+    """The first request with this Idempotency-Key has not ended yet."""
+
+    code, fault, hint = "idempotency.in_flight", "capacity", "Wait a second and send the same request again."
+
+    def __init__(self) -> None:
+        super().__init__("A request with this Idempotency-Key is still running.")
+
+
+# --- servers behind the service --------------------------------------------------------------------------------------
+
+
+class Unavailable(ServiceError):
+    """A server behind the service does not answer."""
+
+    code, hint = "service.unavailable", "Try again in a few seconds."
+    fault: ClassVar[Fault] = "dependency"
+
+
+class DatabaseUnavailable(Unavailable):
+    """PostgreSQL does not answer, or all connections are taken."""
+
+    code = "database.unavailable"
+
+    def __init__(self) -> None:
+        super().__init__("The database does not answer.")
+
+
+class StoreUnavailable(Unavailable):
+    """The object store does not answer."""
+
+    code = "store.unavailable"
+
+    def __init__(self) -> None:
+        super().__init__("The object store does not answer.")
+
+
+class TooManyStreams(Unavailable):
+    """More event streams are open than the process allows."""
+
+    code, fault, hint = "service.too_many_streams", "capacity", "Close streams, or poll the events as JSON."
+
+    def __init__(self) -> None:
+        super().__init__("Too many event streams are open.")
+
+
+class BlobMissing(ServiceError):
+    """An object that the database knows is not in the store."""
+
+    code, fault, hint = (
+        "store.object_missing",
+        "service",
+        "Run the job again; tell the operator that the store lost an object.",
+    )
+
+    def __init__(self, *, sha256: str) -> None:
+        super().__init__("A stored object is missing.", sha256=sha256)
+
+
+class BlobCorrupt(ServiceError):
+    """An object whose bytes do not have their hash."""
+
+    code, fault, hint = (
+        "store.object_corrupt",
+        "service",
+        "Run the job again; tell the operator that the store changed an object.",
+    )
+
+    def __init__(self, *, sha256: str) -> None:
+        super().__init__("A stored object does not have its hash.", sha256=sha256)
+
+
+# --- why a job ended -------------------------------------------------------------------------------------------------
+
+
+class JobFailure(ServiceError):
+    """A job that ended without a result."""
+
+    code, hint = "job.failed", "Send the job again; if it fails again, report it with the job id."
+    fault: ClassVar[Fault] = "service"
+
+
+class WorkerLost(JobFailure):
+    """Every worker that tried a step died."""
+
+    code, hint = (
+        "job.worker_lost",
+        "Lower training.batch_size (the usual cause is memory), or look into the worker's log.",
+    )
+
+    def __init__(self, *, step: str, crashes: int) -> None:
+        super().__init__(f"The step {step!r} lost its worker {crashes} times.", step=step, crashes=crashes)
+
+
+class LimitReached(JobFailure):
+    """The job needed more than limits.max_seconds."""
+
+    code, fault, hint = "job.limit_reached", "user", "Raise limits.max_seconds, or make the job smaller."
+
+    def __init__(self, *, max_seconds: int) -> None:
+        super().__init__(f"The job needed more than {max_seconds} seconds.", max_seconds=max_seconds)
+
+
+class Stalled(JobFailure):
+    """The engine made no progress for too long."""
+
+    code, hint = "job.stalled", "Send the job again; if it stalls again, report it with the job id."
+
+    def __init__(self, *, step: str, seconds: float) -> None:
+        super().__init__(f"The step {step!r} made no progress for {seconds:.0f} seconds.", step=step, seconds=seconds)
+
+
+# --- never seen by a user --------------------------------------------------------------------------------------------
+
+
+class LeaseLost(ServiceError):
+    """A later attempt owns the step; whoever meets this stops and changes nothing."""
+
+    code, hint = "step.lease_lost", "Nothing to do: another worker has the step."
+
+    def __init__(self, *, step_id: str, token: int) -> None:
+        super().__init__("The lease on the step is lost.", step_id=step_id, token=token)

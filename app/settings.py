@@ -1,0 +1,98 @@
+"""Every P2D_ variable: name, type, unit and default. Reads the environment and nothing else.
+
+A server URL that is absent means the embedded part: `app.embedded` starts it and hands on settings with the URL filled in.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, SecretStr, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+MiB = 1 << 20
+
+
+class Settings(BaseSettings):
+    """The service's settings. Each is read from the environment as P2D_ + the upper-case name."""
+
+    model_config = SettingsConfigDict(env_prefix="P2D_", frozen=True, extra="forbid")
+
+    database_url: SecretStr | None = None
+    """PostgreSQL >= 14, as `postgresql://user:password@host:port/name`. Absent: embedded."""
+    broker_url: SecretStr | None = None
+    """Redis or Valkey, as `redis://host:port/0`. Carries wake-ups only. Absent: embedded."""
+    store_url: SecretStr | None = None
+    """Object store: `file:///path`, or `s3://bucket/prefix?endpoint=http://host:port&region=...`. Absent: a folder in home.
+    S3 credentials come from AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY."""
+
+    home: Path = Field(default_factory=lambda: Path.home() / ".p2d")
+    """Directory of everything that P2D keeps on this machine: embedded servers, store, models, logs."""
+    models_dir: Path = Path()
+    """Directory of the installed base models, one directory each. Default: `models` in home."""
+    work_dir: Path = Path()
+    """Directory for uploads and running steps, emptied as they end. Default: `work` in home."""
+
+    host: str = "127.0.0.1"
+    """Address that the API listens on."""
+    port: int = Field(default=8000, ge=0, le=65535)
+    """Port that the API listens on; 0 = a free one."""
+
+    max_upload_bytes: int = Field(default=1024 * MiB, ge=1)
+    """Largest dataset file, in bytes. A larger upload is cut off with 413."""
+    max_rows: int = Field(default=1_000_000, ge=1)
+    """Most rows of one dataset."""
+    max_row_bytes: int = Field(default=1 * MiB, ge=64)
+    """Longest row, in bytes."""
+    max_json_bytes: int = Field(default=1 * MiB, ge=1024)
+    """Largest JSON body, in bytes."""
+
+    shard_rows: int = Field(default=2000, ge=1)
+    """Rows of one shard of the response pass."""
+    engine: str = "p2d.pipeline:run_step"
+    """What runs a step in the worker's child process, as `module:function`."""
+    device: str = "auto"
+    """Where the engine runs: auto, cpu, cuda, cuda:0, mps."""
+    worker_queue: str = "default"
+    """Queue that a worker serves and a job goes to."""
+
+    lease_s: float = Field(default=60.0, gt=0)
+    """Seconds until a silent worker loses its step."""
+    heartbeat_s: float = Field(default=10.0, gt=0)
+    """Seconds between two signs of life of a worker; at most a quarter of the lease is wise."""
+    reconcile_s: float = Field(default=15.0, gt=0)
+    """Seconds between two sweeps for expired leases and forgotten wake-ups."""
+    poll_s: float = Field(default=5.0, gt=0)
+    """Seconds after which an idle worker looks for work without a wake-up."""
+    cancel_grace_s: float = Field(default=10.0, gt=0)
+    """Seconds that a child gets to stop by itself, and again after TERM, before it is killed."""
+    stall_s: float = Field(default=1800.0, gt=0)
+    """Seconds without any progress after which a child counts as hung."""
+    max_crashes: int = Field(default=3, ge=1)
+    """Crashes of one step after which its job fails with `job.worker_lost`."""
+
+    db_pool_size: int = Field(default=10, ge=1)
+    """Database connections of one process."""
+    db_pool_wait_s: float = Field(default=2.0, gt=0)
+    """Seconds that a request waits for a connection before it is answered with 503."""
+    sse_poll_s: float = Field(default=0.25, gt=0)
+    """Seconds between two looks for new events of the streams that are open."""
+    sse_ping_s: float = Field(default=15.0, gt=0)
+    """Seconds between two comment lines on a silent stream, so that proxies keep it open."""
+    max_streams: int = Field(default=2000, ge=1)
+    """Event streams open at once in one process; more are answered with 503."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _below_home(cls, values: Any) -> Any:
+        if isinstance(values, dict):
+            home = Path(values.get("home") or Path.home() / ".p2d").expanduser()
+            values = {"models_dir": home / "models", "work_dir": home / "work", **values, "home": home}
+        return values
+
+    def url(self, name: str) -> str:
+        """The text of `database_url`, `broker_url` or `store_url`, which must be there by now."""
+        secret = getattr(self, name)
+        assert isinstance(secret, SecretStr), f"{name} is not set: start the embedded servers first"
+        return secret.get_secret_value()

@@ -1,0 +1,257 @@
+"""Describe a base model from its config.json and safetensors headers: shape, family, digest. Never reads weights as tensors.
+
+A model is a directory under P2D_MODELS_DIR and is named by that directory's name; no path from a client is ever opened.
+Loading the weights is `models.py`'s business. No torch here.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import math
+import os
+import re
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from p2d.arch import ARCHS
+from p2d.errors import ErrorDetail, ModelError, ModelNotFound, ModelUnsupported
+
+MODEL_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
+"""What a model may be called: no slash, no leading dot, so a name is never a path."""
+
+DIGEST_CACHE = "p2d-model.json"
+"""File in the model's directory that keeps its digest, with the sizes and times it holds for."""
+
+_HEADER_LIMIT = 100 << 20  # the cap of the safetensors library
+_DTYPES = {"F32": "fp32", "BF16": "bf16", "F16": "fp16", "F64": "fp64"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelInfo:
+    """What the service and the engine must know of a base model before they load it."""
+
+    name: str
+    digest: str
+    """Sha256 over the names and contents of config, tokenizer and weight files."""
+    model_type: str
+    n_layers: int
+    n_heads: int
+    """Query heads per layer."""
+    n_kv_groups: int
+    head_dim: int
+    hidden_size: int
+    intermediate_size: int
+    vocab_size: int
+    context_length: int
+    """Tokens."""
+    parameters: int
+    dtype: str
+    """Of most weights: fp32, bf16 or fp16."""
+
+
+def read_model_info(directory: Path) -> ModelInfo:
+    """Read what `directory` holds.
+
+    Raises: ModelNotFound (no such directory), ModelUnsupported (family without a spec, quantised), ModelError (broken).
+    """
+    if not directory.is_dir():
+        raise ModelNotFound(
+            f"There is no model {directory.name!r}.", errors=[_fault("model.not_found", "No such model.")]
+        )
+    config = _config(directory)
+    model_type = config.get("model_type")
+    if model_type not in ARCHS:
+        raise ModelUnsupported(
+            f"The model {directory.name!r} is of the family {model_type!r}; supported: {', '.join(sorted(ARCHS))}.",
+            errors=[_fault("model.unsupported", f"The family {model_type!r} is not supported.")],
+            supported=sorted(ARCHS),
+        )
+    if config.get("quantization_config"):
+        raise ModelUnsupported(f"The model {directory.name!r} is quantised; head slices need plain weights.")
+    if not (directory / "tokenizer.json").is_file():
+        raise _broken(directory, "tokenizer.json is missing")
+    parameters, dtype = _weights(directory)
+    heads = _size(directory, config, "num_attention_heads")
+    hidden = _size(directory, config, "hidden_size")
+    groups = _size(directory, config, "num_key_value_heads", default=heads)
+    if heads % groups:
+        raise _broken(directory, f"{heads} heads do not divide into {groups} key-value groups")
+    return ModelInfo(
+        name=directory.name,
+        digest=model_digest(directory),
+        model_type=model_type,
+        n_layers=_size(directory, config, "num_hidden_layers"),
+        n_heads=heads,
+        n_kv_groups=groups,
+        head_dim=_size(directory, config, "head_dim", default=hidden // heads),
+        hidden_size=hidden,
+        intermediate_size=_size(directory, config, "intermediate_size"),
+        vocab_size=_size(directory, config, "vocab_size"),
+        context_length=_size(directory, config, "max_position_embeddings"),
+        parameters=parameters,
+        dtype=dtype,
+    )
+
+
+def find_model(models_dir: Path, name: str) -> Path:
+    """Return the directory of an installed model. Raises ModelNotFound, with the nearest installed names."""
+    if MODEL_NAME.fullmatch(name) and (models_dir / name).is_dir():
+        return models_dir / name
+    installed = [path.name for path in _directories(models_dir)]
+    shown = name if MODEL_NAME.fullmatch(name) else "of that name"
+    text = f"There is no model {shown!r}." if shown == name else "There is no model of that name."
+    if near := difflib.get_close_matches(name, installed, n=1):
+        text += f" Did you mean {near[0]!r}?"
+    raise ModelNotFound(text, errors=[_fault("model.not_found", text)])
+
+
+def list_models(models_dir: Path) -> list[tuple[str, ModelInfo | ModelError]]:
+    """Describe every installed model by name; the unusable ones with the error that says why."""
+    found: list[tuple[str, ModelInfo | ModelError]] = []
+    for directory in _directories(models_dir):
+        try:
+            found.append((directory.name, read_model_info(directory)))
+        except ModelError as error:
+            found.append((directory.name, error))
+    return found
+
+
+def model_digest(directory: Path) -> str:
+    """Sha256 over sorted (file name, sha256 of content); computed once and kept beside the files while these stay as they are."""
+    files = _digested_files(directory)
+    stamps = {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in files}
+    cache = directory / DIGEST_CACHE
+    try:
+        kept = json.loads(cache.read_bytes())
+        if kept["files"] == stamps:
+            return str(kept["digest"])
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # absent or broken: compute it
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    _keep(cache, {"digest": digest.hexdigest(), "files": stamps})
+    return digest.hexdigest()
+
+
+def info_json(info: ModelInfo) -> dict[str, Any]:
+    """The JSON form of a ModelInfo."""
+    return asdict(info)
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+def _config(directory: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((directory / "config.json").read_bytes())
+    except FileNotFoundError:
+        raise _broken(directory, "config.json is missing") from None
+    except (OSError, ValueError) as error:
+        raise _broken(directory, "config.json is not JSON") from error
+    if not isinstance(config, dict):
+        raise _broken(directory, "config.json is not an object")
+    return cast("dict[str, Any]", config)
+
+
+def _size(directory: Path, config: Mapping[str, Any], key: str, *, default: int | None = None) -> int:
+    value = config.get(key)
+    if value is None:
+        value = default
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise _broken(directory, f"config.json has no usable {key!r}")
+    return value
+
+
+def _weights(directory: Path) -> tuple[int, str]:
+    """Count parameters and name their commonest type, from the headers alone; a cut-off file is refused."""
+    by_dtype: Counter[str] = Counter()
+    paths = _weight_files(directory)
+    for path in paths:
+        for entry in _header(directory, path):
+            by_dtype[entry["dtype"]] += math.prod(entry["shape"])
+    dtype = by_dtype.most_common(1)[0][0] if by_dtype else ""
+    if dtype not in _DTYPES:
+        raise ModelUnsupported(
+            f"The weights of {directory.name!r} are of type {dtype or 'none'}; expected F32, BF16 or F16."
+        )
+    return by_dtype.total(), _DTYPES[dtype]
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    index = directory / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+            raise _broken(directory, f"{index.name} is not readable") from error
+        # A name in the index is text from a stranger: it must be a plain file of this directory.
+        if not all(isinstance(name, str) and MODEL_NAME.fullmatch(name) for name in names):
+            raise _broken(directory, f"{index.name} names a file outside of the model")
+    else:
+        names = sorted(path.name for path in directory.glob("*.safetensors"))
+    if not names:
+        raise _broken(directory, "there are no safetensors weights (other weight formats are not read)")
+    if missing := [name for name in names if not (directory / name).is_file()]:
+        raise _broken(directory, f"{missing[0]} is missing")
+    return [directory / name for name in names]
+
+
+def _header(directory: Path, path: Path) -> list[dict[str, Any]]:
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        size = path.stat().st_size
+        if not 2 <= length <= min(_HEADER_LIMIT, size - 8):
+            raise _broken(directory, f"{path.name} is not a safetensors file")
+        raw = file.read(length)
+    try:
+        header = json.loads(raw)
+        entries = [entry for name, entry in header.items() if name != "__metadata__"]
+        end = max((entry["data_offsets"][1] for entry in entries), default=0)
+        whole = 8 + length + end == size
+        if not all(isinstance(n, int) and n >= 0 for entry in entries for n in entry["shape"]):
+            raise ValueError("shape")
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+        raise _broken(directory, f"the header of {path.name} is not readable") from error
+    if not whole:
+        raise _broken(directory, f"{path.name} is cut off or has bytes after its end")
+    return entries
+
+
+def _digested_files(directory: Path) -> list[Path]:
+    names = ["config.json", "tokenizer.json", "tokenizer_config.json"]
+    paths = [directory / name for name in names if (directory / name).is_file()]
+    return sorted([*paths, *directory.glob("*.safetensors")], key=lambda path: path.name)
+
+
+def _directories(models_dir: Path) -> Iterator[Path]:
+    if models_dir.is_dir():
+        yield from sorted(path for path in models_dir.iterdir() if path.is_dir() and MODEL_NAME.fullmatch(path.name))
+
+
+def _keep(path: Path, content: Mapping[str, Any]) -> None:
+    """Write beside the model where that is allowed; a read-only model only costs the digest again."""
+    try:
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=".p2d-model-")
+    except OSError:
+        return
+    with os.fdopen(descriptor, "w") as file:
+        json.dump(content, file)
+    Path(temporary).replace(path)
+
+
+def _broken(directory: Path, what: str) -> ModelError:
+    return ModelError(
+        f"The model {directory.name!r} cannot be used: {what}.", errors=[_fault("model.invalid", f"{what}.")]
+    )
+
+
+def _fault(code: str, message: str) -> ErrorDetail:
+    return ErrorDetail(code=code, message=message, pointer="/base_model")

@@ -1,0 +1,140 @@
+"""Check a whole dataset file and report on it: every bad line, duplicates, sizes. Reads no model and no tokenizer.
+
+How a row is read is `rows.py`'s business; whether rows fit a model's context is the validate step's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from p2d.errors import DatasetEmpty, DatasetError, DatasetTooLarge, ErrorDetail
+from p2d.rows import MAX_ROW_BYTES, Format, Row, extra_fields, hash_row, read_rows, write_rows
+
+MAX_LISTED = 10_000
+"""Bad lines listed at most; `errors_total` and the counts by code go on."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DatasetLimits:
+    """Caps on what is read from one file."""
+
+    max_bytes: int = 1 << 30
+    max_rows: int = 1_000_000
+    max_row_bytes: int = MAX_ROW_BYTES
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DatasetReport:
+    """What a good file holds. Never row text."""
+
+    format: Format
+    rows: int
+    size_bytes: int
+    """Of the file as sent."""
+    content_hash: str
+    """Sha256 over prompts and answers; equal content in another format has the same."""
+    longest_row_chars: int
+    duplicates: int
+    """Rows whose prompt and answer were seen before."""
+    duplicate_lines: tuple[int, ...]
+    """Lines of the first 100 of them."""
+    warnings: tuple[str, ...]
+
+
+def validate_file(
+    path: Path, format: Format, limits: DatasetLimits | None = None, *, normalised: Path | None = None
+) -> DatasetReport:
+    """Read every row once; write the normalised form to `normalised` where given.
+
+    Raises: DatasetEmpty, DatasetTooLarge, or DatasetError (`dataset.invalid`) with every bad line in errors[].
+    """
+    limits = limits or DatasetLimits()
+    size_bytes = path.stat().st_size
+    if size_bytes > limits.max_bytes:
+        raise DatasetTooLarge(
+            f"The file has {size_bytes} bytes; the limit is {limits.max_bytes}.",
+            size_bytes=size_bytes,
+            limit=limits.max_bytes,
+        )
+    reading = _Reading(limits)
+    rows = reading.good(read_rows(path, format, max_row_bytes=limits.max_row_bytes))
+    if normalised is None:
+        for _ in rows:
+            pass
+    else:
+        write_rows(normalised, rows)
+    reading.raise_if_bad()
+    warnings = []
+    if reading.duplicates:
+        warnings.append(f"{reading.duplicates} row(s) repeat an earlier row.")
+    if extra := extra_fields(path, format):
+        warnings.append(f"Fields that are not used: {', '.join(extra[:20])}.")
+    return DatasetReport(
+        format=format,
+        rows=reading.rows,
+        size_bytes=size_bytes,
+        content_hash=reading.digest.hexdigest(),
+        longest_row_chars=reading.longest_row_chars,
+        duplicates=reading.duplicates,
+        duplicate_lines=tuple(reading.duplicate_lines),
+        warnings=tuple(warnings),
+    )
+
+
+class _Reading:
+    """What is counted while the rows go by."""
+
+    def __init__(self, limits: DatasetLimits) -> None:
+        self.limits = limits
+        self.digest = hashlib.sha256()
+        self.rows = self.longest_row_chars = self.duplicates = 0
+        self.duplicate_lines: list[int] = []
+        self._seen: set[bytes] = set()  # 16-byte digests: about 80 bytes a row, so 80 MB at the limit of rows
+        self._errors: list[ErrorDetail] = []
+        self._by_code: Counter[str] = Counter()
+
+    def good(self, rows: Iterator[Row | ErrorDetail]) -> Iterator[Row]:
+        """Pass the good rows on, keep the bad ones."""
+        for row in rows:
+            if isinstance(row, ErrorDetail):
+                self._by_code[row.code] += 1
+                if len(self._errors) < MAX_LISTED:
+                    self._errors.append(row)
+                continue
+            self.rows += 1
+            if self.rows > self.limits.max_rows:
+                raise DatasetTooLarge(
+                    f"The file has more than {self.limits.max_rows} rows.", limit=self.limits.max_rows
+                )
+            self._count(row)
+            yield row
+
+    def raise_if_bad(self) -> None:
+        """Raise DatasetError with all faults, or DatasetEmpty."""
+        total = self._by_code.total()
+        if total:
+            listed = "" if total <= MAX_LISTED else f" The first {MAX_LISTED} are listed."
+            raise DatasetError(
+                f"{total} line(s) of the dataset cannot be used.{listed}",
+                errors=self._errors,
+                errors_total=total,
+                errors_by_code=dict(self._by_code),
+                good_rows=self.rows,
+            )
+        if not self.rows:
+            raise DatasetEmpty("The dataset has no rows.")
+
+    def _count(self, row: Row) -> None:
+        hash_row(self.digest, row)
+        self.longest_row_chars = max(self.longest_row_chars, len(row.prompt) + len(row.answer))
+        key = hashlib.blake2b(digest_size=16)
+        hash_row(key, row)
+        if (digest := key.digest()) in self._seen:
+            self.duplicates += 1
+            if len(self.duplicate_lines) < 100:
+                self.duplicate_lines.append(row.line)
+        self._seen.add(digest)
