@@ -28,7 +28,8 @@ from pathlib import Path
 import psycopg
 import redis
 
-from app.processes import ProcessFailed, Supervisor, stop_leftovers, take_lock
+from app.errors import ProcessFailed
+from app.processes import Supervisor, stop_leftovers, take_lock
 
 ROOT_HOME = Path("/var/lib/p2d")
 """Where root's PostgreSQL lives when `nobody` cannot reach the home. Not /var/tmp: tmp cleaners empty it."""

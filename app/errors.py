@@ -7,6 +7,7 @@ P2DError (p2d.errors)
     ├── Conflict            a thing that is there, in a state that forbids the request
     ├── Unavailable         a server behind the service does not answer
     ├── JobFailure          why a job ended; met in `job.error`, never as an answer
+    ├── ProcessFailed       a process that `p2d up` starts; met on the command line only
     └── LeaseLost           a worker that no longer owns its step; never seen by a user
 
 Status codes are HTTP's business: the table is in `app.problems`.
@@ -292,6 +293,16 @@ class Stalled(JobFailure):
 
     def __init__(self, *, step: str, seconds: float) -> None:
         super().__init__(f"The step {step!r} made no progress for {seconds:.0f} seconds.", step=step, seconds=seconds)
+
+
+# --- on the command line -----------------------------------------------------------------------------------------------
+
+
+class ProcessFailed(ServiceError):
+    """A process of the service could not be started, or ended by itself."""
+
+    code, hint = "process.failed", "Read the end of its log above; `p2d doctor` checks the parts one by one."
+    fault: ClassVar[Fault] = "dependency"
 
 
 # --- never seen by a user --------------------------------------------------------------------------------------------

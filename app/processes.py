@@ -21,19 +21,13 @@ from typing import IO, Self
 
 import psutil
 
-from p2d.errors import P2DError
+from app.errors import ProcessFailed
 
 START_S = 60.0
 """Longest wait for one process to answer. Servers take 0.1 s; a crash recovery of a large database takes longer."""
 
 STOP_S = 30.0
 """Longest wait for one process after its stop signal, before it is killed. A worker may need 25 s for its child."""
-
-
-class ProcessFailed(P2DError):
-    """A process of the service could not be started, or ended by itself."""
-
-    code, fault, hint = "process.failed", "dependency", "Read the end of its log above; `p2d doctor` checks the parts."
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
