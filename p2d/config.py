@@ -8,9 +8,9 @@ this file's business.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass, field, replace
-from typing import Literal
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
 
 from p2d.errors import ConfigError, ErrorDetail, UnknownName
 from p2d.registry import check_name
@@ -241,3 +241,21 @@ def resolve(config: JobConfig, *, rows: int, context_length: int) -> Resolution:
     return Resolution(
         config=replace(config, heads=heads, data=data, training=training), reasons=reasons, warnings=tuple(warnings)
     )
+
+
+def config_json(config: JobConfig) -> dict[str, Any]:
+    """The JSON form of a config: the ledger, the child's pipe and plan.json hold it."""
+    return asdict(config)
+
+
+def config_from_json(data: Mapping[str, Any]) -> JobConfig:
+    """The config that `config_json` wrote. Absent fields take their defaults; an unknown field is our fault (TypeError)."""
+    parts: dict[str, Any] = dict(data)
+    nested = {"heads": HeadsConfig, "data": DataConfig, "training": TrainingConfig, "limits": Limits}
+    for name, kind in nested.items():
+        fields = dict(parts.pop(name, None) or {})
+        if isinstance(fields.get("slices"), list):
+            fields["slices"] = tuple(fields["slices"])
+        parts[name] = kind(**fields)
+    parts["controls"] = tuple(parts.get("controls", ()))
+    return JobConfig(**parts)
