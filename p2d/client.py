@@ -1,0 +1,372 @@
+"""Sync client over the HTTP API: retries, an event stream that survives cuts, downloads that resume and are verified.
+
+    from p2d import Client
+    client = Client("http://127.0.0.1:8321")
+    job = client.submit({"kind": "adapt", "base_model": "smollm2-135m-instruct"}, dataset=Path("train.jsonl"))
+    client.wait(job.id)
+    client.download(job.id, Path("out"))
+
+Holds no state but its connections. What a job may ask for is p2d.config's business; the service checks it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import random
+import time
+import uuid
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import httpx
+
+from p2d.config import JobConfig
+from p2d.errors import ErrorDetail
+
+FINAL = frozenset({"succeeded", "failed", "cancelled"})
+"""Job statuses that never change again."""
+
+RETRY_STATUS = frozenset({429, 502, 503, 504})
+"""Answers that mean: the same request can work in a moment."""
+
+STREAM_SILENCE_S = 60.0
+"""A stream silent for so long is cut: the service writes a comment line every 15 s."""
+
+CHUNK_BYTES = 1 << 20
+
+
+class ServiceProblem(Exception):
+    """The service refused or failed a request: the problem+json as attributes, its text as message."""
+
+    def __init__(self, status: int, body: Mapping[str, Any]) -> None:
+        self.status = status
+        self.code = str(body.get("code", "http.error"))
+        self.fault = str(body.get("fault", "service"))
+        self.retryable = bool(body.get("retryable", False))
+        self.hint = str(body.get("hint", ""))
+        self.request_id = str(body.get("request_id", ""))
+        known = ErrorDetail.__dataclass_fields__
+        details = [{key: value for key, value in entry.items() if key in known} for entry in body.get("errors") or []]
+        self.errors = tuple(ErrorDetail(**entry) for entry in details)
+        super().__init__(str(body.get("detail") or body.get("title") or f"The service answered {status}."))
+
+
+class ServiceUnreachable(Exception):
+    """Nobody answers at the address, or the connection broke more often than the client retries."""
+
+
+class DownloadCorrupt(Exception):
+    """A file arrived whole, but not with the sha256 that the service registered."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """A job as the service shows it; `raw` has the fields that this client does not name."""
+
+    id: str
+    kind: str
+    status: str
+    stage: str | None
+    progress: float
+    error: Mapping[str, Any] | None
+    raw: Mapping[str, Any]
+
+    @property
+    def is_final(self) -> bool:
+        """Whether the job has ended."""
+        return self.status in FINAL
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Event:
+    """One event of a job; `end` is the last."""
+
+    seq: int
+    type: str
+    data: Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Artifact:
+    """One file of a job."""
+
+    id: str
+    name: str
+    sha256: str
+    size_bytes: int
+
+
+class Client:
+    """One service. Usable as a context manager; safe to share between threads like httpx.Client."""
+
+    def __init__(
+        self,
+        base_url: str = "http://127.0.0.1:8321",
+        *,
+        timeout_s: float = 30.0,
+        retries: int = 5,
+        transport: httpx.BaseTransport | None = None,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        # trust_env off: a proxy in the environment must not see loopback traffic.
+        self._http = httpx.Client(base_url=base_url, timeout=timeout_s, transport=transport, trust_env=False)
+        self._retries = retries
+        self._sleep = sleep
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close all connections."""
+        self._http.close()
+
+    def submit(
+        self,
+        job: JobConfig | Mapping[str, Any],
+        *,
+        base_model: str | None = None,
+        dataset: Path | str,
+        validation_dataset: Path | str | None = None,
+        idempotency_key: str | None = None,
+    ) -> Job:
+        """Send a job. A Path is uploaded, a str is the id of a dataset that the service has.
+
+        Sent again after a cut it still makes one job: the request carries an Idempotency-Key.
+        Raises: ServiceProblem with every fault in `errors`.
+        """
+        body = without_defaults(job) if isinstance(job, JobConfig) else dict(job)
+        body |= {} if base_model is None else {"base_model": base_model}
+        given = {"dataset": dataset, "validation_dataset": validation_dataset}
+        files = {name: value for name, value in given.items() if isinstance(value, Path)}
+        body |= {name: value for name, value in given.items() if isinstance(value, str)}
+        headers = {"Idempotency-Key": idempotency_key or str(uuid.uuid4())}
+        if not files:
+            return _job(self._json("POST", "/jobs", headers=headers, json=body))
+        return _job(self._upload("/jobs", files, {"job": json.dumps(body)}, headers))
+
+    def upload(self, dataset: Path) -> str:
+        """Store and check a dataset; returns its id."""
+        headers = {"Idempotency-Key": str(uuid.uuid4())}
+        return str(self._upload("/datasets", {"file": dataset}, {}, headers)["id"])
+
+    def job(self, job_id: str) -> Job:
+        """The job as it is now."""
+        return _job(self._json("GET", f"/jobs/{job_id}"))
+
+    def jobs(self, **filters: str) -> Iterator[Job]:
+        """All jobs, newest first, page by page; filters as in GET /jobs."""
+        for entry in self._pages("/jobs", filters):
+            yield _job(entry)
+
+    def cancel(self, job_id: str) -> Job:
+        """Ask the job to stop."""
+        return _job(self._json("POST", f"/jobs/{job_id}/cancel"))
+
+    def models(self) -> list[Mapping[str, Any]]:
+        """The base models that the service has."""
+        return list(self._pages("/models", {}))
+
+    def report(self, job_id: str) -> Mapping[str, Any]:
+        """The job's report.json."""
+        report: Mapping[str, Any] = self._json("GET", f"/jobs/{job_id}/report")
+        return report
+
+    def artifacts(self, job_id: str) -> list[Artifact]:
+        """The job's files so far."""
+        fields = Artifact.__dataclass_fields__
+        return [
+            Artifact(**{key: entry[key] for key in fields}) for entry in self._pages(f"/jobs/{job_id}/artifacts", {})
+        ]
+
+    def events(self, job_id: str, *, after: int = 0) -> Iterator[Event]:
+        """Every event after number `after`, as it happens, until the job has ended.
+
+        A cut stream is taken up behind the last event seen. Raises ServiceUnreachable when that fails too often in a row.
+        """
+        failures = 0
+        while True:
+            with contextlib.suppress(httpx.TransportError):
+                for event in self._stream(job_id, after):
+                    failures, after = 0, event.seq
+                    yield event
+                    if event.type == "end":
+                        return
+            failures += 1
+            if failures > self._retries:
+                raise ServiceUnreachable(f"The event stream of {job_id} broke {failures} times in a row.")
+            self._sleep(_backoff_s(failures))
+
+    def wait(self, job_id: str, *, on_event: Callable[[Event], None] = lambda event: None) -> Job:
+        """Follow the job to its end and return it."""
+        for event in self.events(job_id):
+            on_event(event)
+        return self.job(job_id)
+
+    def download(self, job_id: str, out: Path, *, names: Collection[str] | None = None) -> list[Path]:
+        """Fetch the job's files (or those of `names` that it has) into `out`; returns their paths."""
+        out.mkdir(parents=True, exist_ok=True)
+        chosen = [artifact for artifact in self.artifacts(job_id) if names is None or artifact.name in names]
+        return [self.fetch(artifact, out / Path(artifact.name).name) for artifact in chosen]
+
+    def fetch(self, artifact: Artifact, path: Path) -> Path:
+        """Fetch one file. Resumes its own partial file by Range; the file gets its name only when its sha256 is right."""
+        partial = path.with_name(path.name + ".partial")
+        failures = 0
+        while (before := _size(partial)) < artifact.size_bytes:
+            cause: Exception | None = None
+            try:
+                self._fetch_rest(artifact, partial, max(before, 0))
+            except (httpx.TransportError, _Retry) as error:
+                cause = error
+            failures = 0 if _size(partial) > before else failures + 1
+            if failures > self._retries:
+                raise ServiceUnreachable(f"The download of {artifact.name} broke {failures} times in a row.") from cause
+            if failures:
+                self._sleep(_backoff_s(failures))
+        with partial.open("rb") as handle:
+            sha256 = hashlib.file_digest(handle, "sha256").hexdigest()
+        if sha256 != artifact.sha256:
+            partial.unlink()
+            raise DownloadCorrupt(f"{artifact.name} has sha256 {sha256}, registered is {artifact.sha256}.")
+        return partial.replace(path)
+
+    def _fetch_rest(self, artifact: Artifact, partial: Path, start: int) -> None:
+        headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if start else {})
+        with self._http.stream("GET", f"/artifacts/{artifact.id}/content", headers=headers) as answer:
+            _raise_for(answer)
+            # A server that ignores Range answers 200 with the whole file: begin again.
+            with partial.open("ab" if answer.status_code == 206 else "wb") as handle:
+                for chunk in answer.iter_bytes(CHUNK_BYTES):
+                    handle.write(chunk)
+
+    def _stream(self, job_id: str, after: int) -> Iterator[Event]:
+        headers = {"Accept": "text/event-stream"} | ({"Last-Event-ID": str(after)} if after else {})
+        timeout = httpx.Timeout(self._http.timeout.connect, read=STREAM_SILENCE_S)
+        with self._http.stream("GET", f"/jobs/{job_id}/events", headers=headers, timeout=timeout) as answer:
+            try:
+                _raise_for(answer)
+            except _Retry:
+                return
+            yield from _parse_events(answer.iter_lines())
+
+    def _upload(self, path: str, files: Mapping[str, Path], data: Mapping[str, str], headers: Mapping[str, str]) -> Any:
+        def send() -> httpx.Response:
+            with contextlib.ExitStack() as stack:  # opened anew for every try: the last one may have read half of it
+                parts: list[tuple[str, Any]] = [
+                    (name, (file.name, stack.enter_context(file.open("rb")))) for name, file in files.items()
+                ]
+                parts += [(name, (None, text, "application/json")) for name, text in data.items()]
+                return self._http.post(path, files=parts, headers=dict(headers), timeout=None)
+
+        return self._retry(send).json()
+
+    def _json(self, method: str, path: str, **request: Any) -> Any:
+        return self._retry(lambda: self._http.request(method, path, **request)).json()
+
+    def _pages(self, path: str, filters: Mapping[str, str]) -> Iterator[Mapping[str, Any]]:
+        cursor: str | None = None
+        while True:
+            page = self._json("GET", path, params=dict(filters) | ({"cursor": cursor} if cursor else {}))
+            yield from page["data"]
+            cursor = page.get("next_cursor")
+            if not cursor:
+                return
+
+    def _retry(self, send: Callable[[], httpx.Response]) -> httpx.Response:
+        for failures in range(self._retries + 1):
+            wait_s = _backoff_s(failures + 1)
+            try:
+                answer = send()
+                _raise_for(answer)
+                return answer
+            except httpx.TransportError as error:
+                last: Exception = ServiceUnreachable(f"No answer from {self._http.base_url}: {error}")
+            except _Retry as error:
+                last, wait_s = error.problem, max(wait_s, error.after_s)
+            if failures < self._retries:
+                self._sleep(wait_s)
+        raise last
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else -1
+
+
+def without_defaults(config: JobConfig) -> dict[str, Any]:
+    """The JSON body of a config: only what differs from the defaults, so that the service's own defaults count."""
+    asked, default = asdict(config), asdict(JobConfig())
+    body: dict[str, Any] = {"kind": config.kind}
+    for name, value in asked.items():
+        if isinstance(value, dict):
+            value = {key: item for key, item in value.items() if item != default[name][key]}
+        if value and value != default[name]:
+            body[name] = value
+    return body
+
+
+class _Retry(Exception):
+    """An answer that asks for another try."""
+
+    def __init__(self, problem: ServiceProblem, after_s: float) -> None:
+        super().__init__(str(problem))
+        self.problem = problem
+        self.after_s = after_s
+
+
+def _raise_for(answer: httpx.Response) -> None:
+    if answer.is_success:
+        return
+    answer.read()
+    try:
+        body = answer.json()
+    except ValueError:
+        body = {}
+    problem = ServiceProblem(answer.status_code, body if isinstance(body, dict) else {})
+    # 409 idempotency.in_flight: the first try is still at work.
+    if answer.status_code in RETRY_STATUS or problem.code == "idempotency.in_flight":
+        after = answer.headers.get("Retry-After", "")
+        raise _Retry(problem, float(after) if after.isdigit() else 0.0)
+    raise problem
+
+
+def _parse_events(lines: Iterator[str]) -> Iterator[Event]:
+    """Read `text/event-stream`. An event that the cut left without its blank line is dropped, as the standard says."""
+    seq, kind, data = 0, "message", ""
+    for line in lines:
+        if line:
+            name, _, value = line.partition(":")
+            value = value.removeprefix(" ")
+            if name == "id" and value.isdigit():
+                seq = int(value)
+            elif name == "event":
+                kind = value
+            elif name == "data":
+                data += value
+        elif data:
+            yield Event(seq=seq, type=kind, data=json.loads(data))
+            kind, data = "message", ""
+
+
+def _backoff_s(failures: int) -> float:
+    # Full jitter, so that clients cut together do not come back together.
+    return random.uniform(0.1, min(10.0, 0.25 * 2.0**failures))  # noqa: S311
+
+
+def _job(body: Mapping[str, Any]) -> Job:
+    return Job(
+        id=body["id"],
+        kind=body["kind"],
+        status=body["status"],
+        stage=body.get("stage"),
+        progress=float(body.get("progress") or 0.0),
+        error=body.get("error"),
+        raw=body,
+    )
