@@ -1,0 +1,50 @@
+"""Where and in which number type the engine computes: device, dtype, determinism, peak memory. Knows no model."""
+
+from __future__ import annotations
+
+import resource
+import sys
+
+import torch
+
+from p2d.config import Precision
+from p2d.errors import ConfigError
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """`auto` = the first CUDA device, else the CPU. Raises ConfigError for a device that this machine lacks."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"The device {name!r} is not available here.", device=name) from error
+    return device
+
+
+def pick_dtype(precision: Precision, device: torch.device) -> torch.dtype:
+    """Type of the frozen weights and activations. Slices, optimizer state and scores are float32 whatever this says."""
+    if precision == "fp32":
+        return torch.float32
+    if precision == "bf16":
+        return torch.bfloat16
+    return torch.bfloat16 if bf16_is_fast(device) else torch.float32
+
+
+def bf16_is_fast(device: torch.device) -> bool:
+    """Whether the device multiplies bf16 in hardware: other CPUs emulate it, several times slower than fp32."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    if device.type == "cpu":
+        capabilities = torch.cpu.get_capabilities()
+        return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return False
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory held so far: of the device where it counts, else the resident set of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

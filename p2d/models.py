@@ -1,0 +1,149 @@
+"""Load a base model: safetensors only, no remote code, every weight accounted for; convert GGUF files once.
+
+What a directory *is* (name, digest, sizes, family) is `p2d.model_info`, without torch. Training never happens here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from p2d.arch import ARCHS
+from p2d.arch.spec import ArchSpec
+from p2d.config import Precision, Projection
+from p2d.device import pick_device, pick_dtype
+from p2d.errors import ModelError, ModelNotFound
+from p2d.model_info import ModelInfo, read_model_info
+from p2d.registry import load
+from p2d.rendering import Renderer, load_renderer
+
+CONVERSION_FILE = "p2d-conversion.json"
+"""Says where a converted model came from: name and sha256 of the GGUF file."""
+
+
+@dataclass(frozen=True, slots=True)
+class BaseModel:
+    """A loaded base model: frozen, in evaluation mode, with the spec that finds its heads."""
+
+    info: ModelInfo
+    spec: ArchSpec
+    module: PreTrainedModel
+    renderer: Renderer
+    device: torch.device
+    dtype: torch.dtype
+    """Type of all weights and activations."""
+    load_s: float
+    """Seconds that loading took."""
+
+    def projection(self, layer: int, name: Projection) -> nn.Linear:
+        """The linear layer of one projection."""
+        found = self.module.get_submodule(self.spec.path(layer, name))
+        assert isinstance(found, nn.Linear), type(found)
+        return found
+
+    def hidden(self, input_ids_BT: Tensor, attention_mask_BT: Tensor | None = None, **kwargs: object) -> Tensor:
+        """Last hidden states h_BTD, after the final norm, without the head. No mask = plain causal attention."""
+        backbone = self.module.get_submodule(self.spec.backbone)
+        output = backbone(input_ids=input_ids_BT, attention_mask=attention_mask_BT, use_cache=False, **kwargs)
+        h_BTD: Tensor = output.last_hidden_state
+        return h_BTD
+
+    def logits(self, h_ND: Tensor) -> Tensor:
+        """Logits [N, V] at chosen positions only."""
+        logits_NV: Tensor = self.module.get_submodule(self.spec.lm_head)(h_ND)
+        return logits_NV
+
+
+def load_base_model(directory: Path, *, precision: Precision = "auto", device: str = "auto") -> BaseModel:
+    """Load the model of a directory, frozen.
+
+    Raises:  ModelNotFound, ModelUnsupported, ModelError (`model.invalid`) if a weight is missing, misshapen or unreadable:
+             transformers alone would fill missing weights with random numbers.
+    """
+    started = time.perf_counter()
+    info = read_model_info(directory)
+    spec: ArchSpec = load(ARCHS, info.model_type, what="model family", pointer="/base_model")
+    where = pick_device(device)
+    dtype = pick_dtype(precision, where)
+    renderer = load_renderer(directory)
+    try:
+        module = _load_weights(
+            directory, dtype=dtype, attn_implementation="sdpa", trust_remote_code=False, use_safetensors=True
+        )
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        raise ModelError(f"The weights of {info.name!r} cannot be loaded: {error}", model=info.name) from error
+    module.to(where)  # type: ignore[arg-type]
+    return BaseModel(info, spec, module, renderer, where, dtype, load_s=time.perf_counter() - started)
+
+
+def convert_gguf(gguf: Path, out: Path) -> ModelInfo:
+    """Turn a GGUF file into a safetensors model directory with tokenizer, once; an existing directory is left alone.
+
+    Weights are dequantised and kept as bf16: quantisation to 4 bits has lost far more than bf16 rounds away. The
+    directory appears under its name only when it is complete.
+    """
+    if out.exists():
+        return read_model_info(out)
+    if not gguf.is_file():
+        raise ModelNotFound(f"There is no file {gguf.name!r} to convert.")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    try:
+        _write_converted(gguf, unfinished)
+        read_model_info(unfinished)  # refuses unsupported families before the directory gets its name
+        for file in (unfinished, *unfinished.iterdir()):  # mkdtemp and safetensors write for the owner alone
+            file.chmod(0o755 if file.is_dir() else 0o644)
+        (unfinished / "p2d-model.json").unlink(missing_ok=True)
+        unfinished.rename(out)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return read_model_info(out)
+
+
+def _write_converted(gguf: Path, out: Path) -> None:
+    folder, file = os.fspath(gguf.parent), gguf.name
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file, local_files_only=True)
+        plain = GgufConfig(dequantize=True)
+        module = _load_weights(gguf.parent, gguf_file=file, dtype=torch.bfloat16, quantization_config=plain)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise ModelError(f"{gguf.name!r} cannot be converted: {error}") from error
+    module.save_pretrained(out)
+    # The template goes into tokenizer_config.json, so that the model's digest covers it.
+    tokenizer.save_pretrained(out, save_jinja_files=False)
+    with gguf.open("rb") as source:
+        digest = hashlib.file_digest(source, "sha256").hexdigest()
+    facts = {"source": gguf.name, "source_sha256": digest, "dtype": "bfloat16"}
+    (out / CONVERSION_FILE).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+
+
+def _load_weights(directory: Path, **kwargs: Any) -> PreTrainedModel:
+    """The frozen model in evaluation mode. Raises ModelError if a weight is missing or misshapen."""
+    logging: Any = transformers_logging
+    logging.set_verbosity_error()  # its load report is checked below, its bars would fill the worker's log
+    logging.disable_progress_bar()
+    loader: Any = AutoModelForCausalLM
+    module, report = loader.from_pretrained(
+        os.fspath(directory), local_files_only=True, output_loading_info=True, **kwargs
+    )
+    assert isinstance(module, PreTrainedModel)
+    wrong = sorted(str(key) for part in ("missing_keys", "mismatched_keys", "error_msgs") for key in report[part])
+    if wrong:
+        text = f"{len(wrong)} weight(s) of {directory.name!r} are missing or misshapen, first: {wrong[0]}."
+        raise ModelError(text, model=directory.name)
+    module.requires_grad_(False)
+    module.train(False)
+    return module

@@ -1,0 +1,141 @@
+"""Rows -> token ids: chat template where the tokenizer has one, else `prompt newline answer eos`.
+
+A row as a sequence is `prefix + prompt + answer`. The prefix (BOS, or the template's system turn) is the same for all
+rows and never empty: attention needs a first token that belongs to no row (docs/LOG.md, attention sink). In-context
+sequences repeat `prompt + answer + separator` after one prefix. Batching and padding are `p2d.batches`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from p2d.errors import ModelError
+from p2d.rows import Row
+
+
+@dataclass(frozen=True, slots=True)
+class RenderedRow:
+    """Token ids of one row without the shared prefix; the answer ends with the end-of-turn (or eos) token."""
+
+    prompt_ids: list[int]
+    answer_ids: list[int]
+
+
+class Renderer:
+    """Turns rows into token ids for one tokenizer."""
+
+    prefix_ids: list[int]
+    """Ids before the first row of a sequence; never empty."""
+    separator_ids: list[int]
+    """Ids between one row's answer and the next row's prompt (often a newline; may be empty)."""
+    pad_id: int
+    """Fills batches on the right; never trained on, never attended to."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        eos, bos = tokenizer.eos_token_id, tokenizer.bos_token_id
+        if eos is None:
+            raise ModelError("The tokenizer names no eos token, so answers could not be ended.")
+        self._eos_id: int = eos
+        self._special_ids = frozenset(tokenizer.all_special_ids) | {eos}
+        self.pad_id = eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        self._chat = bool(tokenizer.chat_template)
+        if self._chat:
+            self._prefix = _shared_prefix(self)
+            self.prefix_ids = self._encode(self._prefix) or [eos if bos is None else bos]
+            self.separator_ids = self._separator()
+        else:
+            self._prefix = ""
+            self.prefix_ids = [eos if bos is None else bos]
+            self.separator_ids = self._encode("\n\n")
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether rows are rendered by the tokenizer's own template."""
+        return self._chat
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """Ids that end a generated answer."""
+        return frozenset({self._eos_id, self.render(Row(prompt="1", answer="1", line=0)).answer_ids[-1]})
+
+    def render(self, row: Row) -> RenderedRow:
+        """Ids of a row's prompt (with everything up to the first answer token) and of its answer."""
+        if not self._chat:
+            return RenderedRow(self._encode(f"{row.prompt}\n"), [*self._encode(row.answer), self._eos_id])
+        prompt_ids, tail_ids = self._turn(row)
+        end = 1 + max((i for i, token in enumerate(tail_ids) if token in self._special_ids), default=-1)
+        # A template without an end-of-turn token leaves the model no way to stop: end with eos instead.
+        return RenderedRow(prompt_ids, tail_ids[:end] if end else [*tail_ids, self._eos_id])
+
+    def token_count(self, row: Row) -> int:
+        """Tokens of the row as a sequence of its own, prefix included."""
+        rendered = self.render(row)
+        return len(self.prefix_ids) + len(rendered.prompt_ids) + len(rendered.answer_ids)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids without special tokens."""
+        text: str = self._tokenizer.decode(list(ids), skip_special_tokens=True)
+        return text
+
+    def chat_text(self, messages: list[dict[str, str]], *, open_answer: bool = False) -> str:
+        """The chat template's text; with `open_answer` it ends where an answer would begin."""
+        text: str = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=open_answer)
+        return text
+
+    def _turn(self, row: Row) -> tuple[list[int], list[int]]:
+        """Ids of the prompt and of everything after it, by the chat template, without the prefix."""
+        user = {"role": "user", "content": row.prompt}
+        prompt = self.chat_text([user], open_answer=True)
+        full = self.chat_text([user, {"role": "assistant", "content": row.answer}])
+        if not (prompt.startswith(self._prefix) and full.startswith(prompt)):
+            raise ModelError("The chat template does not render a prompt as the beginning of its answered form.")
+        prompt_ids, full_ids = self._encode(prompt), self._encode(full)
+        if prompt_ids[: len(self.prefix_ids)] != self.prefix_ids or not self._prefix:
+            prompt_ids = self._encode(prompt[len(self._prefix) :])
+            return prompt_ids, self._encode(full[len(prompt) :])
+        if (
+            full_ids[: len(prompt_ids)] != prompt_ids
+        ):  # a token that spans the border: cut at the border, as a user's prompt is
+            full_ids = prompt_ids + self._encode(full[len(prompt) :])
+        return prompt_ids[len(self.prefix_ids) :], full_ids[len(prompt_ids) :]
+
+    def _separator(self) -> list[int]:
+        """What the template writes between an end of turn and the next turn."""
+        row = Row(prompt="1", answer="1", line=0)
+        tail_ids = self._turn(row)[1]
+        return tail_ids[len(self.render(row).answer_ids) :]
+
+    def _encode(self, text: str) -> list[int]:
+        ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
+
+def _shared_prefix(renderer: Renderer) -> str:
+    """What the template writes before the first turn but not before later ones (BOS, system turn).
+
+    Found by comparing: a conversation of two equal turns is `prefix + turn + turn`, one of one turn is `prefix + turn`.
+    """
+    turn = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "1"}]
+    one, two = renderer.chat_text(turn), renderer.chat_text([*turn, *turn])
+    later_turn = two[len(one) :]
+    if not two.startswith(one) or not later_turn or not one.endswith(later_turn):
+        return ""
+    return one[: len(one) - len(later_turn)]
+
+
+def load_renderer(directory: Path) -> Renderer:
+    """The renderer of a model directory; reads tokenizer files only, never weights, runs no remote code."""
+    if not (directory / "tokenizer.json").is_file():
+        raise ModelError(f"The model directory {directory.name!r} has no tokenizer.json.")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(os.fspath(directory), local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"The tokenizer of {directory.name!r} cannot be read: {error}") from error
+    return Renderer(tokenizer)

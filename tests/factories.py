@@ -1,0 +1,86 @@
+"""Makes tiny things for tests in a second: a random Llama with grouped queries as a safetensors directory, and rows.
+
+No network, no files from outside. The tokenizer knows bytes alone, so every text is tokenisable and ids are predictable.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from p2d.rows import Row
+
+CHAT_TEMPLATE = (
+    "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nBe brief.<|im_end|>\n{% endif %}"
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""ChatML with a default system turn, as SmolLM2 has it."""
+
+SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+
+
+def tiny_model_dir(
+    directory: Path,
+    *,
+    seed: int = 0,
+    n_layers: int = 3,
+    n_heads: int = 6,
+    n_kv_groups: int = 2,
+    head_dim: int = 8,
+    context_length: int = 512,
+    chat: bool = True,
+    dtype: torch.dtype = torch.float32,
+) -> Path:
+    """Write a random Llama of some 40,000 weights, with its tokenizer, and return its directory."""
+    tokenizer = tiny_tokenizer(chat=chat)
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=n_heads * head_dim,
+        intermediate_size=2 * n_heads * head_dim,
+        num_hidden_layers=n_layers,
+        num_attention_heads=n_heads,
+        num_key_value_heads=n_kv_groups,
+        head_dim=head_dim,
+        max_position_embeddings=context_length,
+        tie_word_embeddings=True,
+        initializer_range=0.2,  # a random model whose attention is not flat
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model = LlamaForCausalLM(config).to(dtype)
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+def tiny_tokenizer(*, chat: bool) -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer without merges, with or without a chat template."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: number for number, token in enumerate([*SPECIAL_TOKENS, *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<|endoftext|>",
+        eos_token="<|im_end|>" if chat else "<|endoftext|>",
+        pad_token="<|im_end|>" if chat else "<|endoftext|>",
+        additional_special_tokens=SPECIAL_TOKENS,
+    )
+    if chat:
+        wrapped.chat_template = CHAT_TEMPLATE
+    return wrapped
+
+
+def some_rows(count: int, *, first: int = 0) -> list[Row]:
+    """Little sums with short answers of different lengths, learnable and all different."""
+    return [
+        Row(prompt=f"What is {n} plus {n % 7}?", answer=f"It is {n + n % 7}" + "!" * (n % 5), line=n + 1)
+        for n in range(first, first + count)
+    ]
