@@ -229,6 +229,15 @@ class TooManyStreams(Unavailable):
         super().__init__("Too many event streams are open.")
 
 
+class DiskFull(Unavailable):
+    """The disk of the service is full."""
+
+    code, fault, hint = "service.disk_full", "capacity", "Try again later; tell the operator that the disk is full."
+
+    def __init__(self) -> None:
+        super().__init__("There is no space left to work in.")
+
+
 class BlobMissing(ServiceError):
     """An object that the database knows is not in the store."""
 

@@ -9,8 +9,9 @@ from typing import Any
 
 from sqlalchemy import Connection, Engine, create_engine, make_url, text
 from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 
-__all__ = ["Connection", "DatabaseUnavailable", "Engine", "Json", "make_engine", "ping"]
+__all__ = ["Connection", "DatabaseUnavailable", "Engine", "Json", "PoolTimeout", "make_engine", "ping"]
 
 DatabaseUnavailable = OperationalError
 """What any statement raises when PostgreSQL cannot be reached or gave up on it; safe to try again later."""
@@ -19,7 +20,9 @@ Json = dict[str, Any]
 """A JSON object as PostgreSQL stores it; its shape is the business of whoever wrote it."""
 
 
-def make_engine(database_url: str, *, pool_size: int = 10, statement_timeout_s: float = 15) -> Engine:
+def make_engine(
+    database_url: str, *, pool_size: int = 10, pool_wait_s: float = 5, statement_timeout_s: float = 15
+) -> Engine:
     """An engine on psycopg 3 for `postgresql://...` with UTC, timeouts and keepalives set. Opens no connection yet."""
     url = make_url(database_url)
     if url.drivername in {"postgresql", "postgres"}:
@@ -30,7 +33,7 @@ def make_engine(database_url: str, *, pool_size: int = 10, statement_timeout_s: 
         url,
         pool_size=pool_size,
         max_overflow=pool_size,
-        pool_timeout=5,
+        pool_timeout=pool_wait_s,
         pool_pre_ping=True,
         pool_recycle=1800,
         connect_args={

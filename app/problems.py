@@ -1,0 +1,196 @@
+"""Turn any error into `application/problem+json` (RFC 9457), and hold the one table from catalogue code to status.
+
+No other shape of error leaves the service. What an error means stands on its class in `p2d.errors` or `app.errors`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import structlog
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from pydantic_core import ErrorDetails
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+import app.errors as service_errors
+from app.db.engine import DatabaseUnavailable, PoolTimeout
+from app.db.ids import new_id
+from p2d.errors import ErrorDetail, P2DError
+
+MEDIA_TYPE = "application/problem+json"
+
+STATUS = {
+    "internal.error": 500,
+    "config.invalid": 422,
+    "config.unknown_name": 422,
+    "dataset.invalid": 422,
+    "dataset.empty": 422,
+    "dataset.too_small": 422,
+    "dataset.too_large": 413,
+    "dataset.row_too_long": 422,
+    "dataset.not_found": 404,
+    "dataset.in_use": 409,
+    "model.invalid": 422,
+    "model.not_found": 404,
+    "model.unsupported": 422,
+    "adapter.base_mismatch": 422,
+    "engine.failed": 500,
+    "engine.diverged": 422,
+    "engine.out_of_memory": 503,
+    "request.malformed": 400,
+    "request.invalid": 422,
+    "request.too_large": 413,
+    "request.unsupported_media_type": 415,
+    "request.method_not_allowed": 405,
+    "request.no_such_path": 404,
+    "request.range": 416,
+    "request.cursor": 422,
+    "request.conflict": 409,
+    "resource.not_found": 404,
+    "artifact.not_found": 404,
+    "head_map.not_found": 404,
+    "head_map.mismatch": 409,
+    "selection.not_found": 404,
+    "selection.mismatch": 409,
+    "idempotency.mismatch": 422,
+    "idempotency.in_flight": 409,
+    "job.not_found": 404,
+    "job.already_final": 409,
+    # Why a job ended: met in `job.error`; the status is what an answer with this code would have.
+    "job.cancelled": 409,
+    "job.failed": 500,
+    "job.worker_lost": 500,
+    "job.limit_reached": 422,
+    "job.stalled": 500,
+    "step.lease_lost": 409,
+    "service.unavailable": 503,
+    "service.too_many_streams": 503,
+    "service.disk_full": 507,
+    "database.unavailable": 503,
+    "store.unavailable": 503,
+    "store.object_missing": 500,
+    "store.object_corrupt": 500,
+}
+"""Status of every code of the catalogue. A test holds this table and the error classes together."""
+
+RETRY_AFTER_S = {"idempotency.in_flight": 1, "service.too_many_streams": 30}
+"""Seconds in Retry-After; 5 for every other retryable answer."""
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
+log = structlog.get_logger()
+
+
+def catalogue() -> dict[str, type[P2DError]]:
+    """Every error class by its code, engine's and service's. Where classes share a code the most general stands for it."""
+    assert service_errors  # imported, so that its subclasses are known
+    found: dict[str, type[P2DError]] = {}
+    todo: list[type[P2DError]] = [P2DError]
+    while todo:
+        cls = todo.pop(0)
+        found.setdefault(cls.code, cls)
+        todo.extend(cls.__subclasses__())
+    return found
+
+
+def problem_body(error: Mapping[str, Any], *, request_id: str | None = None) -> dict[str, Any]:
+    """The wire form of an error: an answer's body and `job.error` alike. `error` is what P2DError.to_json gives."""
+    code = str(error["code"])
+    cls = catalogue().get(code, P2DError)
+    body = {
+        "type": f"urn:p2d:problem:{code}",
+        "title": (cls.__doc__ or code).splitlines()[0].rstrip("."),
+        "status": STATUS.get(code, 500),
+        **error,
+        "errors": [{key: value for key, value in fault.items() if value is not None} for fault in error["errors"]],
+    }
+    if request_id is not None:
+        body["request_id"] = request_id
+    return body
+
+
+def answer(request: Request, error: P2DError, *, headers: Mapping[str, str] | None = None) -> Response:
+    """The response that says `error`."""
+    body = problem_body(error.to_json(), request_id=request_id(request))
+    extra = dict(headers or {})
+    if body["retryable"] and body["status"] != 500:
+        extra["Retry-After"] = str(RETRY_AFTER_S.get(error.code, 5))
+    if error.code == "request.range":
+        extra["Content-Range"] = f"bytes */{error.facts['size_bytes']}"
+    return Response(
+        json.dumps(body, ensure_ascii=False, allow_nan=False, default=str).encode("utf-8", "replace"),
+        status_code=body["status"],
+        media_type=MEDIA_TYPE,
+        headers=extra,
+    )
+
+
+def request_id(request: Request) -> str:
+    """The id that names this request in answers and logs: the caller's own where it is a plain word."""
+    if not hasattr(request.state, "request_id"):
+        given = request.headers.get("x-request-id", "")
+        request.state.request_id = given if _REQUEST_ID.fullmatch(given) else new_id("req")
+    return str(request.state.request_id)
+
+
+def body_faults(errors: Iterable[ErrorDetails], *, root: str = "") -> list[ErrorDetail]:
+    """Pydantic's faults as ours: a JSON pointer each, and never the value that was sent."""
+    return [
+        ErrorDetail(code=f"field.{error['type']}", message=f"{error['msg']}.", pointer=root + _pointer(error["loc"]))
+        for error in errors
+    ]
+
+
+def invalid(faults: list[ErrorDetail]) -> service_errors.RequestInvalid:
+    """The error that lists wrong fields."""
+    return service_errors.RequestInvalid(f"{len(faults)} field(s) of the request are wrong.", errors=faults)
+
+
+def install(app: FastAPI) -> None:
+    """Register the handlers that leave no error in another shape."""
+
+    @app.exception_handler(P2DError)
+    def known(request: Request, error: P2DError) -> Response:
+        if STATUS[error.code] >= 500:
+            log.error("request.failed", code=error.code, request_id=request_id(request), exc_info=error)
+        return answer(request, error)
+
+    @app.exception_handler(RequestValidationError)
+    def wrong_fields(request: Request, error: RequestValidationError) -> Response:
+        return answer(request, invalid(body_faults(error.errors())))
+
+    @app.exception_handler(HTTPException)
+    def http(request: Request, error: HTTPException) -> Response:
+        return answer(request, _http_error(request, error), headers=error.headers)
+
+    @app.exception_handler(DatabaseUnavailable)
+    @app.exception_handler(PoolTimeout)
+    def database(request: Request, error: Exception) -> Response:
+        log.error("database.unavailable", request_id=request_id(request), exc_info=error)
+        return answer(request, service_errors.DatabaseUnavailable())
+
+    @app.exception_handler(ClientDisconnect)
+    def gone(request: Request, error: Exception) -> Response:
+        log.info("request.aborted", request_id=request_id(request))
+        return Response(status_code=499)  # nobody reads it; for the access log
+
+    @app.exception_handler(Exception)
+    def unknown(request: Request, error: Exception) -> Response:
+        return answer(request, P2DError("The service met an error of its own."))
+
+
+def _http_error(request: Request, error: HTTPException) -> P2DError:
+    if error.status_code == 404:
+        return service_errors.RouteNotFound("There is no such path.")
+    if error.status_code == 405:
+        return service_errors.MethodNotAllowed(f"This path has no {request.method}.")
+    return service_errors.RequestError("The request cannot be read.")
+
+
+def _pointer(loc: tuple[int | str, ...]) -> str:
+    return "".join("/" + str(part).replace("~", "~0").replace("/", "~1") for part in loc)
