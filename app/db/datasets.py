@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import datetime
 
-from sqlalchemy import func, insert, select, update
+from sqlalchemy import exists, func, insert, or_, select, update
 
 from app.db.engine import Connection, Json
 from app.db.ids import new_id
-from app.db.tables import datasets
+from app.db.tables import datasets, jobs
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,6 +64,23 @@ def get_dataset(conn: Connection, dataset_id: str) -> Dataset | None:
     """The dataset, or None if there is none or it was deleted."""
     row = conn.execute(select(datasets).where(datasets.c.id == dataset_id, datasets.c.deleted_at.is_(None))).first()
     return Dataset(**row._mapping) if row else None
+
+
+def same_dataset(conn: Connection, content_hash: str) -> Dataset | None:
+    """The dataset that already holds this content, or None.
+
+    Locks the content until the caller's transaction ends, so that two uploads of one content make one dataset.
+    """
+    conn.execute(select(func.pg_advisory_xact_lock(func.hashtextextended(content_hash, 0))))
+    query = select(datasets).where(datasets.c.content_hash == content_hash, datasets.c.deleted_at.is_(None))
+    row = conn.execute(query.order_by(datasets.c.id).limit(1)).first()
+    return Dataset(**row._mapping) if row else None
+
+
+def is_needed(conn: Connection, dataset_id: str) -> bool:
+    """Whether a job that has not ended reads this dataset."""
+    of_it = or_(jobs.c.dataset_id == dataset_id, jobs.c.validation_dataset_id == dataset_id)
+    return bool(conn.execute(select(exists().where(of_it, jobs.c.finished_at.is_(None)))).scalar_one())
 
 
 def list_datasets(conn: Connection, *, limit: int, before: str | None = None) -> list[Dataset]:

@@ -11,10 +11,7 @@ from sqlalchemy.exc import OperationalError
 
 from app.db.engine import Connection, Json
 from app.db.tables import idempotency_keys as keys
-
-
-class KeyInFlight(Exception):
-    """Another request with this key is still being worked on after the wait."""
+from app.errors import IdempotencyInFlight
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,7 +27,7 @@ class StoredAnswer:
 def take_key(conn: Connection, *, route: str, key: str, request_hash: str, wait_s: float = 5) -> StoredAnswer | None:
     """Take the key for this transaction (None: go ahead), or return the answer that it already has.
 
-    A twin that holds the key in an open transaction is waited for up to `wait_s`, then KeyInFlight. After KeyInFlight
+    A twin that holds the key in an open transaction is waited for up to `wait_s`, then IdempotencyInFlight. After that
     the transaction is broken: let it roll back.
     """
     conn.execute(text(f"set local lock_timeout = {int(wait_s * 1000)}"))
@@ -40,13 +37,25 @@ def take_key(conn: Connection, *, route: str, key: str, request_hash: str, wait_
         )
     except OperationalError as error:
         if isinstance(error.orig, LockNotAvailable):
-            raise KeyInFlight(key) from error
+            raise IdempotencyInFlight() from error
         raise
     conn.execute(text("set local lock_timeout = 0"))
     if taken.rowcount == 1:
         return None
     # READ COMMITTED: this new statement sees the row that the twin has just committed.
     row = conn.execute(select(keys).where(keys.c.route == route, keys.c.key == key)).one()
+    return StoredAnswer(
+        request_hash=row.request_hash, status_code=row.status_code, headers=row.headers or {}, body=row.body or {}
+    )
+
+
+def find_answer(conn: Connection, *, route: str, key: str) -> StoredAnswer | None:
+    """The answer that a finished request with this key got, or None; takes and waits for nothing."""
+    row = conn.execute(
+        select(keys).where(keys.c.route == route, keys.c.key == key, keys.c.status_code.is_not(None))
+    ).first()
+    if row is None:
+        return None
     return StoredAnswer(
         request_hash=row.request_hash, status_code=row.status_code, headers=row.headers or {}, body=row.body or {}
     )
