@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Literal
 
-from sqlalchemy import func, insert, select, update
+from sqlalchemy import case, func, insert, select, update
 
 from app.db.engine import Connection, Json
 from app.db.ids import new_id
@@ -39,6 +39,7 @@ class Job:
     queue: str
     progress: float
     estimate: Json | None
+    progress_at: datetime | None
     eta_at: datetime | None
     max_seconds: int | None
     error: Json | None
@@ -125,6 +126,36 @@ def update_job(conn: Connection, job_id: str, **values: Any) -> Job:
     """Write columns of a locked job and return it as it then is."""
     query = update(jobs).where(jobs.c.id == job_id).values(**values).returning(jobs)
     return Job(**conn.execute(query).one()._mapping)
+
+
+def start_job(conn: Connection, job_id: str) -> Job:
+    """Write the time of the first claim; limits.max_seconds counts from here."""
+    return update_job(conn, job_id, status="running", started_at=func.now())
+
+
+def note_cancel(conn: Connection, job_id: str) -> Job:
+    """Write that a stop was asked for; the first time counts."""
+    return update_job(conn, job_id, cancel_requested_at=func.coalesce(jobs.c.cancel_requested_at, func.now()))
+
+
+def note_progress(conn: Connection, job_id: str, progress: float, left_s: float | None, every_s: float) -> bool:
+    """Raise the progress of a locked job (it never falls) and its ETA; True if an event is due after `every_s`."""
+    eta_at = None if left_s is None else func.now() + func.make_interval(0, 0, 0, 0, 0, 0, left_s)
+    due = jobs.c.progress_at.is_(None) | (
+        func.now() - jobs.c.progress_at >= func.make_interval(0, 0, 0, 0, 0, 0, every_s)
+    )
+    query = (
+        update(jobs)
+        .where(jobs.c.id == job_id)
+        .values(
+            progress=func.greatest(jobs.c.progress, progress),
+            eta_at=eta_at,
+            progress_at=case((due, func.now()), else_=jobs.c.progress_at),
+        )
+        # now() is the time of the transaction, so equality says that this call set it.
+        .returning(jobs.c.progress_at == func.now())
+    )
+    return bool(conn.execute(query).scalar_one())
 
 
 def finish_job(conn: Connection, job_id: str, status: Status, **values: Any) -> Job:

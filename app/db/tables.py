@@ -74,6 +74,7 @@ jobs = Table(
     Column("queue", Text, nullable=False, server_default="default"),
     Column("progress", Double, nullable=False, server_default=text("0")),
     Column("estimate", JSONB),  # seconds per step, from the plan
+    _time("progress_at"),  # of the newest `job.progress` event
     _time("eta_at"),
     Column("max_seconds", Integer),
     Column("error", JSONB),

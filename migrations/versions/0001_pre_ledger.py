@@ -77,6 +77,7 @@ def _create_jobs() -> None:
         sa.Column("queue", sa.Text(), server_default="default", nullable=False),
         sa.Column("progress", sa.Double(), server_default=sa.text("0"), nullable=False),
         sa.Column("estimate", postgresql.JSONB(astext_type=sa.Text()), nullable=True),
+        sa.Column("progress_at", sa.DateTime(timezone=True), nullable=True),
         sa.Column("eta_at", sa.DateTime(timezone=True), nullable=True),
         sa.Column("max_seconds", sa.Integer(), nullable=True),
         sa.Column("error", postgresql.JSONB(astext_type=sa.Text()), nullable=True),

@@ -1,0 +1,343 @@
+"""What may happen to a job: every change of its status, its steps and its event log is a function here.
+
+    queued ──> running ──> succeeded
+       │          ├──────> failed
+       │          └> cancelling ──> cancelled
+       └─────────────────────────────^
+
+Each function takes a Connection, locks the job first and never commits. Those of a worker take its Lease and raise
+LeaseLost, having changed nothing, once a later attempt, a cancel or the end of the job took the step away: that fence is
+why a step that ran twice publishes once. SQL is in app.db; processes and files are in workers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import get_args
+
+from app.db import attempts, jobs, leases, steps
+from app.db.artifacts import Artifact, NewArtifact, insert_artifacts
+from app.db.engine import Connection, Json
+from app.db.events import append_event
+from app.db.head_maps import insert_head_map
+from app.db.jobs import Job, Stage, Status
+from app.db.leases import Lease, Pulse
+from app.db.selections import insert_selection
+from app.errors import JobAlreadyFinal, JobNotFound, LeaseLost, LimitReached, WorkerLost
+from p2d.errors import P2DError
+from p2d.pipeline import STEPS
+
+STAGES: tuple[Stage, ...] = get_args(Stage)
+
+NEXT: Mapping[Status, frozenset[Status]] = {
+    "queued": frozenset({"running", "cancelling", "cancelled", "failed"}),
+    "running": frozenset({"cancelling", "succeeded", "failed"}),
+    "cancelling": frozenset({"cancelled"}),
+    "cancelled": frozenset(),
+    "succeeded": frozenset(),
+    "failed": frozenset(),
+}
+"""The state table: which status may follow which."""
+
+PROGRESS_EVERY_S = 1.0
+"""At most one `job.progress` event of a job in this time."""
+
+UNFINISHED_PROGRESS = 0.999
+"""Most that a job shows before it has succeeded."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepFacts:
+    """What the ledger keeps of a finished step besides its files."""
+
+    accounting: Json = field(default_factory=dict)
+    resolved: Json | None = None
+    """`validate`: the config without "auto" and the reasons."""
+    estimate_s: Mapping[str, float] = field(default_factory=dict)
+    """`validate`: estimated seconds per step, all shards together."""
+    warnings: tuple[str, ...] = ()
+    rows: int = 0
+    """`select`: rows that were scored."""
+    kept: int = 0
+    """`select`: rows that were kept."""
+
+
+# --- what the user asks ----------------------------------------------------------------------------------------------
+
+
+def open_job(conn: Connection, job: Job) -> None:
+    """Write the first event of a job that was just inserted."""
+    append_event(conn, job.id, "job.status", {"status": job.status})
+
+
+def request_cancel(conn: Connection, job_id: str) -> Job:
+    """Ask a job to stop. Repeating is harmless. Raises JobNotFound, JobAlreadyFinal."""
+    job = jobs.lock_job(conn, job_id)
+    if job is None:
+        raise JobNotFound(id=job_id)
+    if job.is_final:
+        raise JobAlreadyFinal(job_id=job_id, status=job.status)
+    job = jobs.note_cancel(conn, job_id)
+    steps.stop_waiting_steps(conn, job_id)
+    if steps.count_running(conn, job_id) == 0:
+        return _end(conn, job, "cancelled")
+    return job if job.status == "cancelling" else _set_status(conn, job, "cancelling")
+
+
+# --- what a worker reports -------------------------------------------------------------------------------------------
+
+
+def begin_step(conn: Connection, lease: Lease) -> Job:
+    """The first thing after a claim: the job runs, its stage moves on. Raises LeaseLost."""
+    job = _hold(conn, lease)
+    if job.status == "queued":
+        job = jobs.start_job(conn, job.id)
+        append_event(conn, job.id, "job.status", {"status": "running"})
+    stage: Stage = STEPS[lease.step].stage  # type: ignore[assignment]  # a test compares the two lists
+    if job.stage is None or STAGES.index(stage) > STAGES.index(job.stage):
+        job = jobs.update_job(conn, job.id, stage=stage)
+        append_event(conn, job.id, "job.stage", {"stage": stage})
+    _tell_attempt(conn, lease, "running")
+    return job
+
+
+def renew(conn: Connection, lease: Lease, *, lease_s: float) -> Pulse:
+    """Show a sign of life and hear whether to stop. Raises LeaseLost."""
+    return leases.heartbeat(conn, lease, lease_s=lease_s)
+
+
+def record_progress(conn: Connection, lease: Lease, done: int, total: int, metrics: Mapping[str, float]) -> Pulse:
+    """Note how far a step is; hear whether to stop. Raises LeaseLost."""
+    job = _hold(conn, lease)
+    leases.set_step_progress(conn, lease, min(done / total, 1.0) if total > 0 else 0.0)
+    _tell_progress(conn, job, lease, every_s=PROGRESS_EVERY_S)
+    finite = {name: value for name, value in metrics.items() if math.isfinite(value)}  # JSONB has no NaN
+    if finite:
+        where = {"step": lease.step, "shard": lease.shard, "attempt": lease.token, "done": done, "total": total}
+        append_event(conn, job.id, "metric", {**where, "values": finite})
+    return leases.pulse(conn, job.id)
+
+
+def record_checkpoint(conn: Connection, lease: Lease, files: Mapping[str, str]) -> None:
+    """Note the stored files (`name -> sha256`) that the next attempt of this step goes on from. Raises LeaseLost."""
+    _hold(conn, lease)
+    leases.set_checkpoint(conn, lease, {"files": dict(files)})
+
+
+def finish_step(conn: Connection, lease: Lease, files: Sequence[NewArtifact], facts: StepFacts) -> Job:
+    """Register a step's files and its end in one go: successors become ready, and after the last step the job succeeds.
+
+    Raises LeaseLost. A job that was asked to stop registers nothing any more.
+    """
+    job = _hold(conn, lease)
+    if job.cancel_requested_at is not None:
+        return _cancel_held(conn, job, lease)
+    leases.leave(conn, lease, "done", facts=facts.accounting)
+    attempts.close_attempt(conn, lease.step_id, lease.token, "done")
+    _tell_attempt(conn, lease, "done")
+    for artifact in insert_artifacts(conn, job.id, lease.step_id, files):
+        shown = {"id": artifact.id, "name": artifact.name, "sha256": artifact.sha256, "size_bytes": artifact.size_bytes}
+        append_event(conn, job.id, "artifact", shown)
+        _register(conn, job, lease, artifact, facts)
+    job = _apply_plan(conn, job, facts)
+    steps.unblock_steps(conn, job.id)
+    if steps.count_unfinished(conn, job.id) == 0:
+        jobs.update_job(conn, job.id, progress=1.0)
+        append_event(conn, job.id, "job.progress", {"progress": 1.0, "stage": job.stage, "eta_at": None})
+        return _end(conn, job, "succeeded")
+    _tell_progress(conn, job, lease, every_s=0.0)
+    return job
+
+
+def fail_step(conn: Connection, lease: Lease, error: P2DError) -> Job:
+    """End the job with an error that trying again would only repeat. Raises LeaseLost."""
+    return fail_step_with(conn, lease, error.to_json())
+
+
+def fail_step_with(conn: Connection, lease: Lease, error: Json) -> Job:
+    """`fail_step` for an error that arrived as JSON from the child."""
+    job = _hold(conn, lease)
+    if job.cancel_requested_at is not None:
+        return _cancel_held(conn, job, lease)
+    leases.leave(conn, lease, "failed")
+    attempts.close_attempt(conn, lease.step_id, lease.token, "failed", error)
+    _tell_attempt(conn, lease, "failed")
+    return _fail(conn, job, error)
+
+
+def lose_step(conn: Connection, lease: Lease, *, max_crashes: int, reason: P2DError | None = None) -> Job:
+    """Charge a crash: the step is tried again, or after `max_crashes` the job fails. Raises LeaseLost.
+
+    Args:    reason: what the job fails with in the end; `job.worker_lost` without one.
+    """
+    job = _hold(conn, lease)
+    if job.cancel_requested_at is not None:
+        return _cancel_held(conn, job, lease)
+    crashes = leases.leave(conn, lease, "ready", charge_crash=1)
+    attempts.close_attempt(conn, lease.step_id, lease.token, "lost", reason.to_json() if reason else None)
+    _tell_attempt(conn, lease, "lost")
+    if crashes < max_crashes:
+        return job
+    leases.leave(conn, lease, "failed")
+    return _fail(conn, job, (reason or WorkerLost(step=lease.step, crashes=crashes)).to_json())
+
+
+def release_step(conn: Connection, lease: Lease) -> Job:
+    """Give a step back because the worker goes away; nothing is charged. Raises LeaseLost."""
+    job = _hold(conn, lease)
+    if job.cancel_requested_at is not None:
+        return _cancel_held(conn, job, lease)
+    leases.leave(conn, lease, "ready")
+    attempts.close_attempt(conn, lease.step_id, lease.token, "released")
+    _tell_attempt(conn, lease, "released")
+    return job
+
+
+def cancel_step(conn: Connection, lease: Lease) -> Job:
+    """Say that a step has stopped as asked; the last one to stop cancels the job. Raises LeaseLost."""
+    return _cancel_held(conn, _hold(conn, lease), lease)
+
+
+# --- what time brings ------------------------------------------------------------------------------------------------
+
+
+def expire_step(conn: Connection, lease: Lease, *, max_crashes: int) -> None:
+    """Take a step from a worker that has been silent for too long, unless it came back just now."""
+    job = jobs.lock_job(conn, lease.job_id)
+    assert job is not None, "a step without a job"
+    leases.fence(conn, lease)
+    if not leases.is_expired(conn, lease):
+        return
+    if not job.is_final:
+        lose_step(conn, lease, max_crashes=max_crashes)
+        return
+    # Claimed in the very moment in which the job ended: nobody worked on it.
+    leases.leave(conn, lease, "cancelled")
+    attempts.close_attempt(conn, lease.step_id, lease.token, "cancelled")
+
+
+def settle_job(conn: Connection, job_id: str) -> None:
+    """End a job that no worker will end: asked to stop with nobody on it, or out of time."""
+    job = jobs.lock_job(conn, job_id)
+    if job is None or job.is_final:
+        return
+    if job.cancel_requested_at is not None:
+        if steps.count_running(conn, job_id) == 0:
+            steps.stop_waiting_steps(conn, job_id)
+            _end(conn, job, "cancelled")
+    elif job.max_seconds is not None and leases.pulse(conn, job_id).limit_reached:
+        _fail(conn, job, LimitReached(max_seconds=job.max_seconds).to_json())
+
+
+# --- inside ----------------------------------------------------------------------------------------------------------
+
+
+def _hold(conn: Connection, lease: Lease) -> Job:
+    """Lock job and step, in this order, and make sure that the step is still this attempt's."""
+    job = jobs.lock_job(conn, lease.job_id)
+    if job is None or job.is_final:
+        raise LeaseLost(step_id=lease.step_id, token=lease.token)
+    leases.fence(conn, lease)
+    return job
+
+
+def _set_status(conn: Connection, job: Job, status: Status, error: Json | None = None) -> Job:
+    assert status in NEXT[job.status], f"{job.status} -> {status}"
+    if status in jobs.FINAL:
+        job = jobs.finish_job(conn, job.id, status, error=error)
+    else:
+        job = jobs.update_job(conn, job.id, status=status)
+    append_event(conn, job.id, "job.status", {"status": status} | ({"error": error} if error else {}))
+    return job
+
+
+def _end(conn: Connection, job: Job, status: Status, error: Json | None = None) -> Job:
+    if status == "cancelled" and job.status == "running":
+        job = _set_status(conn, job, "cancelling")
+    job = _set_status(conn, job, status, error)
+    append_event(conn, job.id, "end", {"status": status})
+    return job
+
+
+def _fail(conn: Connection, job: Job, error: Json) -> Job:
+    """End the job now; whoever still works on another shard of it loses the lease and stops."""
+    steps.stop_waiting_steps(conn, job.id)
+    steps.revoke_running_steps(conn, job.id)
+    attempts.close_attempts_of_job(conn, job.id, "cancelled")
+    return _end(conn, job, "failed", error)
+
+
+def _cancel_held(conn: Connection, job: Job, lease: Lease) -> Job:
+    leases.leave(conn, lease, "cancelled")
+    attempts.close_attempt(conn, lease.step_id, lease.token, "cancelled")
+    _tell_attempt(conn, lease, "cancelled")
+    steps.stop_waiting_steps(conn, job.id)
+    if steps.count_running(conn, job.id) == 0:
+        return _end(conn, job, "cancelled")
+    return job
+
+
+def _register(conn: Connection, job: Job, lease: Lease, artifact: Artifact, facts: StepFacts) -> None:
+    """Make a head map or selection known under an id of its own, so that a later job can name it."""
+    config = (job.resolved or {}).get("config", job.config)
+    if (lease.step, artifact.name) == ("heads", "head_map.json"):
+        insert_head_map(
+            conn,
+            job_id=job.id,
+            artifact_id=artifact.id,
+            base_model=job.base_model,
+            model_digest=job.model_digest,
+            dataset_id=job.dataset_id,
+            scorer=config["heads"]["scorer"],
+        )
+    elif (lease.step, artifact.name) == ("select", "selection.jsonl"):
+        insert_selection(
+            conn,
+            job_id=job.id,
+            artifact_id=artifact.id,
+            base_model=job.base_model,
+            model_digest=job.model_digest,
+            dataset_id=job.dataset_id,
+            validation_dataset_id=job.validation_dataset_id,
+            scorer=config["data"]["scorer"],
+            rows=facts.rows,
+            kept=facts.kept,
+        )
+
+
+def _apply_plan(conn: Connection, job: Job, facts: StepFacts) -> Job:
+    for warning in facts.warnings:
+        append_event(conn, job.id, "warning", {"message": warning})
+    if facts.resolved is not None:
+        job = jobs.update_job(conn, job.id, resolved=facts.resolved)
+    if facts.estimate_s:
+        steps.set_weights(conn, job.id, facts.estimate_s)
+        estimate = {"total_s": sum(facts.estimate_s.values()), "steps": dict(facts.estimate_s)}
+        job = jobs.update_job(conn, job.id, estimate=estimate)
+        append_event(conn, job.id, "estimate", estimate)
+    return job
+
+
+def _tell_attempt(conn: Connection, lease: Lease, outcome: attempts.Outcome) -> None:
+    data = {
+        "step": lease.step,
+        "shard": lease.shard,
+        "shards": lease.shards,
+        "attempt": lease.token,
+        "outcome": outcome,
+    }
+    append_event(conn, lease.job_id, "attempt", data)
+
+
+def _tell_progress(conn: Connection, job: Job, lease: Lease, *, every_s: float) -> None:
+    work = steps.work_of(conn, job.id)
+    left_s = work.left_s if job.estimate else None
+    if not jobs.note_progress(conn, job.id, min(work.share, UNFINISHED_PROGRESS), left_s, every_s):
+        return
+    now = jobs.get_job(conn, job.id)
+    assert now is not None
+    eta = now.eta_at.isoformat() if now.eta_at else None
+    shown = {"progress": now.progress, "stage": now.stage, "step": lease.step, "shard": lease.shard, "eta_at": eta}
+    append_event(conn, job.id, "job.progress", shown)

@@ -1,0 +1,201 @@
+"""Who holds which step: claim, renew and give back, each fenced by the attempt's token. By PostgreSQL's clock alone.
+
+A claim locks only the step and never waits. Everything else locks the job first (app.db.jobs.lock_job), then the step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from sqlalchemy import Text, cast, func, insert, literal, select, text, update
+
+from app.db.engine import Connection, Json
+from app.db.ids import new_id
+from app.db.tables import attempts, jobs, steps
+from app.errors import LeaseLost
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Lease:
+    """The right to work on one step until someone with a higher token takes it."""
+
+    job_id: str
+    step_id: str
+    step: str
+    shard: int
+    shards: int
+    token: int
+    worker: str
+    model_digest: str | None
+    checkpoint: Json | None
+
+    @property
+    def attempt(self) -> str:
+        """A short name of this attempt for logs and folders."""
+        return f"{self.step}-{self.shard:05d}-{self.token}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pulse:
+    """What a worker learns when it shows a sign of life."""
+
+    cancel_requested: bool
+    limit_reached: bool
+
+
+def claim(conn: Connection, *, queue: str, worker: str, lease_s: float, warm: str | None = None) -> Lease | None:
+    """Take one ready step of the queue, or None. Steps of the model that is loaded (`warm`) come first, then the oldest.
+
+    Expired leases are not claimed here: the reconciler makes them ready, so that crashes are counted in one place.
+    """
+    free = (
+        select(steps.c.id)
+        .where(steps.c.queue == queue, steps.c.status == "ready")
+        .order_by(steps.c.model_digest.is_not_distinct_from(cast(literal(warm), Text)).desc(), steps.c.id)
+        .limit(1)
+        .with_for_update(skip_locked=True)
+    )
+    taken = conn.execute(
+        update(steps)
+        .where(steps.c.id == free.scalar_subquery(), steps.c.status == "ready")
+        .values(
+            status="running",
+            token=steps.c.token + 1,
+            lease_until=_lease_until(lease_s),
+            worker=worker,
+            started_at=func.now(),
+            finished_at=None,
+            progress=0,
+        )
+        .returning(
+            steps.c.job_id,
+            steps.c.id.label("step_id"),
+            steps.c.step,
+            steps.c.shard,
+            steps.c.shards,
+            steps.c.token,
+            steps.c.worker,
+            steps.c.model_digest,
+            steps.c.checkpoint,
+        )
+    ).first()
+    if taken is None:
+        return None
+    lease = Lease(**taken._mapping)
+    # Before any work: an attempt that dies without a word is still on record.
+    conn.execute(
+        insert(attempts).values(
+            id=new_id("att"), job_id=lease.job_id, step_id=lease.step_id, token=lease.token, worker=worker
+        )
+    )
+    return lease
+
+
+def fence(conn: Connection, lease: Lease) -> None:
+    """Lock the leased step until the caller's transaction ends. Raises LeaseLost if it is no longer this attempt's."""
+    mine = (
+        select(steps.c.id)
+        .where(steps.c.id == lease.step_id, steps.c.token == lease.token, steps.c.status == "running")
+        .with_for_update(key_share=True)
+    )
+    if conn.execute(mine).first() is None:
+        raise LeaseLost(step_id=lease.step_id, token=lease.token)
+
+
+def heartbeat(conn: Connection, lease: Lease, *, lease_s: float) -> Pulse:
+    """Renew the lease and hear what the job wants. Raises LeaseLost."""
+    renewed = conn.execute(
+        update(steps)
+        .where(steps.c.id == lease.step_id, steps.c.token == lease.token, steps.c.status == "running")
+        .values(lease_until=_lease_until(lease_s))
+    )
+    if renewed.rowcount == 0:
+        raise LeaseLost(step_id=lease.step_id, token=lease.token)
+    return pulse(conn, lease.job_id)
+
+
+def pulse(conn: Connection, job_id: str) -> Pulse:
+    """Whether the job was asked to stop, and whether it used up its time."""
+    over = func.coalesce(func.extract("epoch", func.now() - jobs.c.started_at) > jobs.c.max_seconds, False)
+    row = conn.execute(
+        select(jobs.c.cancel_requested_at.is_not(None).label("cancel"), over.label("over")).where(jobs.c.id == job_id)
+    ).one()
+    return Pulse(cancel_requested=row.cancel, limit_reached=row.over)
+
+
+def leave(
+    conn: Connection,
+    lease: Lease,
+    status: Literal["ready", "done", "failed", "cancelled"],
+    *,
+    charge_crash: int = 0,
+    facts: Json | None = None,
+) -> int:
+    """End the lease of a fenced step with a status; returns the step's crashes so far."""
+    values: dict[str, Any] = {"status": status, "lease_until": None, "crashes": steps.c.crashes + charge_crash}
+    if status != "ready":
+        values["finished_at"] = func.now()
+        values["seconds"] = func.extract("epoch", func.now() - steps.c.started_at)
+    if status == "done":
+        values |= {"facts": facts, "progress": 1, "checkpoint": None}
+    query = update(steps).where(steps.c.id == lease.step_id).values(values).returning(steps.c.crashes)
+    return int(conn.execute(query).scalar_one())
+
+
+def set_checkpoint(conn: Connection, lease: Lease, checkpoint: Json) -> None:
+    """Note on a fenced step where its next attempt goes on."""
+    conn.execute(update(steps).where(steps.c.id == lease.step_id).values(checkpoint=checkpoint))
+
+
+def set_step_progress(conn: Connection, lease: Lease, progress: float) -> None:
+    """Note on a fenced step how far it is, 0 to 1; never falls within an attempt."""
+    conn.execute(
+        update(steps).where(steps.c.id == lease.step_id).values(progress=func.greatest(steps.c.progress, progress))
+    )
+
+
+def expired_leases(conn: Connection) -> list[Lease]:
+    """Running steps whose worker has been silent for too long; nothing is locked or changed."""
+    query = select(
+        steps.c.job_id,
+        steps.c.id.label("step_id"),
+        steps.c.step,
+        steps.c.shard,
+        steps.c.shards,
+        steps.c.token,
+        steps.c.worker,
+        steps.c.model_digest,
+        steps.c.checkpoint,
+    ).where(steps.c.status == "running", steps.c.lease_until < func.now())
+    return [Lease(**row._mapping) for row in conn.execute(query.order_by(steps.c.id))]
+
+
+def is_expired(conn: Connection, lease: Lease) -> bool:
+    """Whether the lease, read under its fence, has still run out."""
+    query = select(steps.c.lease_until < func.now()).where(steps.c.id == lease.step_id)
+    return bool(conn.execute(query).scalar_one())
+
+
+def ready_by_queue(conn: Connection) -> dict[str, int]:
+    """How many steps wait for a worker, per queue."""
+    query = select(steps.c.queue, func.count()).where(steps.c.status == "ready").group_by(steps.c.queue)
+    return {row[0]: row[1] for row in conn.execute(query)}
+
+
+def stale_jobs(conn: Connection) -> list[str]:
+    """Unfinished jobs that need a decision without a worker: over their time, or asked to stop with nobody on them."""
+    over = func.extract("epoch", func.now() - jobs.c.started_at) > jobs.c.max_seconds
+    held = select(steps.c.id).where(steps.c.job_id == jobs.c.id, steps.c.status == "running").exists()
+    asked = jobs.c.cancel_requested_at.is_not(None) & ~held
+    query = select(jobs.c.id).where(jobs.c.status.in_(["queued", "running", "cancelling"]), over | asked)
+    return [row[0] for row in conn.execute(query.order_by(jobs.c.id))]
+
+
+def try_advisory_lock(conn: Connection, key: int) -> bool:
+    """Take an advisory lock until the transaction ends; False if somebody else has it."""
+    return bool(conn.execute(text("select pg_try_advisory_xact_lock(:key)"), {"key": key}).scalar_one())
+
+
+def _lease_until(lease_s: float) -> Any:
+    return func.now() + func.make_interval(0, 0, 0, 0, 0, 0, lease_s)

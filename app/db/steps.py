@@ -1,0 +1,179 @@
+"""Rows about steps: the units of a job that workers claim. Who holds one is the business of app.db.leases."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Literal
+
+from sqlalchemy import ColumnElement, case, func, insert, select, update
+
+from app.db.engine import Connection, Json
+from app.db.ids import new_id
+from app.db.tables import steps
+
+StepStatus = Literal["blocked", "ready", "running", "done", "failed", "cancelled"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NewStep:
+    """A step to be recorded with its job. `after` names steps; all their shards must be done first."""
+
+    step: str
+    shard: int
+    shards: int
+    after: tuple[str, ...]
+    queue: str
+    model_digest: str | None
+    weight: float
+    """Estimated seconds: the step's share of the job's progress."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Step:
+    """One step, or one shard of it, as the ledger knows it."""
+
+    id: str
+    job_id: str
+    step: str
+    shard: int
+    shards: int
+    after: list[str]
+    status: StepStatus
+    token: int
+    lease_until: datetime | None
+    worker: str | None
+    crashes: int
+    queue: str
+    model_digest: str | None
+    weight: float
+    progress: float
+    checkpoint: Json | None
+    facts: Json | None
+    seconds: float | None
+    created_at: datetime
+    started_at: datetime | None
+    finished_at: datetime | None
+
+
+def insert_steps(conn: Connection, job_id: str, new: Sequence[NewStep]) -> None:
+    """Record the steps of a job in the order given; those that wait for nothing are ready at once."""
+    values = [
+        {
+            "id": new_id("step"),
+            "job_id": job_id,
+            "step": step.step,
+            "shard": step.shard,
+            "shards": step.shards,
+            "after": list(step.after),
+            "status": "blocked" if step.after else "ready",
+            "queue": step.queue,
+            "model_digest": step.model_digest,
+            "weight": step.weight,
+        }
+        for step in new
+    ]
+    conn.execute(insert(steps).values(values))
+
+
+def list_steps(conn: Connection, job_id: str) -> list[Step]:
+    """All steps of a job, in the order they were planned."""
+    rows = conn.execute(select(steps).where(steps.c.job_id == job_id).order_by(steps.c.id))
+    return [Step(**row._mapping) for row in rows]
+
+
+def unblock_steps(conn: Connection, job_id: str) -> int:
+    """Make every blocked step ready whose steps before it are all done. The job must be locked. Returns how many."""
+    unfinished = steps.alias("unfinished")
+    waits = (
+        select(unfinished.c.id)
+        .where(
+            unfinished.c.job_id == steps.c.job_id,
+            unfinished.c.status != "done",
+            unfinished.c.step == func.any(steps.c.after),
+        )
+        .exists()
+    )
+    done = conn.execute(
+        update(steps).where(steps.c.job_id == job_id, steps.c.status == "blocked", ~waits).values(status="ready")
+    )
+    return done.rowcount
+
+
+def count_unfinished(conn: Connection, job_id: str) -> int:
+    """How many steps of the job are not done yet."""
+    query = select(func.count()).where(steps.c.job_id == job_id, steps.c.status != "done")
+    return int(conn.execute(query).scalar_one())
+
+
+def stop_waiting_steps(conn: Connection, job_id: str) -> None:
+    """Cancel the steps of a locked job that nobody has claimed yet; one that is just being claimed is left alone."""
+    # SKIP LOCKED, because a claim holds a step's lock without the job's: whoever claims it reads the job next.
+    waiting = (
+        select(steps.c.id)
+        .where(steps.c.job_id == job_id, steps.c.status.in_(["blocked", "ready"]))
+        .with_for_update(skip_locked=True)
+    )
+    conn.execute(update(steps).where(steps.c.id.in_(waiting)).values(status="cancelled", finished_at=func.now()))
+
+
+def revoke_running_steps(conn: Connection, job_id: str) -> None:
+    """Take running steps of a locked job away from their workers: their next write raises LeaseLost."""
+    conn.execute(
+        update(steps)
+        .where(steps.c.job_id == job_id, steps.c.status == "running")
+        .values(
+            status="cancelled", token=steps.c.token + 1, lease_until=None, finished_at=func.now(), seconds=_seconds()
+        )
+    )
+
+
+def count_running(conn: Connection, job_id: str) -> int:
+    """How many steps of the job a worker holds now."""
+    query = select(func.count()).where(steps.c.job_id == job_id, steps.c.status == "running")
+    return int(conn.execute(query).scalar_one())
+
+
+def set_weights(conn: Connection, job_id: str, seconds: Mapping[str, float]) -> None:
+    """Set the estimated seconds of each step by name; shards share theirs equally. Unknown names are ignored."""
+    for step, weight in seconds.items():
+        conn.execute(
+            update(steps)
+            .where(steps.c.job_id == job_id, steps.c.step == step)
+            .values(weight=max(weight, 0.001) / steps.c.shards)
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Work:
+    """How far a job is, in estimated seconds of its steps, and what it took so far."""
+
+    total_s: float
+    done_s: float
+    spent_s: float
+    """Measured seconds of the steps that are done or running."""
+
+    @property
+    def share(self) -> float:
+        """What is done of all, 0 to 1."""
+        return self.done_s / self.total_s if self.total_s else 0.0
+
+    @property
+    def left_s(self) -> float:
+        """Seconds still to work: the estimate, corrected by the pace so far once a twentieth is done."""
+        pace = self.spent_s / self.done_s if self.share > 0.05 else 1.0
+        return (self.total_s - self.done_s) * pace
+
+
+def work_of(conn: Connection, job_id: str) -> Work:
+    """Add up the steps of a job."""
+    done = case((steps.c.status == "done", 1.0), else_=steps.c.progress)
+    spent = case((steps.c.status == "done", steps.c.seconds), (steps.c.status == "running", _seconds()), else_=0.0)
+    sums = [func.coalesce(func.sum(part), 0.0) for part in (steps.c.weight, steps.c.weight * done, spent)]
+    total_s, done_s, spent_s = conn.execute(select(*sums).where(steps.c.job_id == job_id)).one()
+    return Work(total_s=total_s, done_s=done_s, spent_s=float(spent_s))
+
+
+def _seconds() -> ColumnElement[Any]:
+    return func.extract("epoch", func.now() - steps.c.started_at)
