@@ -70,6 +70,16 @@ def wheel_binaries() -> Binaries:
     )
 
 
+def machine_binaries() -> Binaries | None:
+    """The newest PostgreSQL and the Redis or Valkey that this machine has installed, where it has both."""
+    found = shutil.which("initdb")
+    places = [Path(found).resolve().parent] if found else []
+    debian = Path("/usr/lib/postgresql").glob("[0-9]*/bin/initdb")
+    places += sorted((program.parent for program in debian), key=lambda place: int(place.parent.name), reverse=True)
+    valkey = shutil.which("valkey-server") or shutil.which("redis-server")
+    return Binaries(postgres=places[0], valkey=Path(valkey)) if places and valkey else None
+
+
 def start_valkey(supervisor: Supervisor, binaries: Binaries) -> str:
     """Start the broker and return its URL. Nothing is kept on disk: it carries hints only."""
     password = secrets.token_hex(24)

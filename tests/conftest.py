@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import os
 import secrets
-import shutil
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -28,7 +27,7 @@ import psycopg
 import pytest
 
 from app.db.engine import make_engine
-from app.embedded import Binaries, remove, start_postgres, start_valkey, sweep, wheel_binaries
+from app.embedded import Binaries, machine_binaries, remove, start_postgres, start_valkey, sweep, wheel_binaries
 from app.processes import Supervisor
 from migrations import upgrade
 
@@ -112,14 +111,10 @@ def settings(database_url: str, broker_url: str, store_url: str, tmp_path: Path)
 
 
 def _machine_binaries() -> Binaries:
-    """The newest PostgreSQL and the Redis or Valkey that this machine has installed."""
-    found = shutil.which("initdb")
-    places = [Path(found).resolve().parent] if found else []
-    places += sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda place: int(place.parent.name), reverse=True)
-    valkey = shutil.which("valkey-server") or shutil.which("redis-server")
-    if not places or valkey is None:
+    binaries = machine_binaries()
+    if binaries is None:
         pytest.exit("P2D_TEST_SERVERS=machine, but this machine has no PostgreSQL server or no Redis.", returncode=2)
-    return Binaries(postgres=places[0], valkey=Path(valkey))
+    return binaries
 
 
 def _copy_database(url: str, template: str, name: str) -> str:
