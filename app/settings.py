@@ -36,7 +36,7 @@ class Settings(BaseSettings):
 
     host: str = "127.0.0.1"
     """Address that the API listens on."""
-    port: int = Field(default=8000, ge=0, le=65535)
+    port: int = Field(default=8321, ge=0, le=65535)
     """Port that the API listens on; 0 = a free one."""
 
     max_upload_bytes: int = Field(default=1024 * MiB, ge=1)

@@ -6,9 +6,9 @@ the queue.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from app.core.lifecycle import open_job
 from app.core.plan import plan_job
@@ -20,7 +20,7 @@ from app.db.selections import SelectionRecord, get_selection
 from app.db.steps import insert_steps
 from app.errors import DatasetNotFound, HeadMapMismatch, HeadMapNotFound, SelectionMismatch, SelectionNotFound
 from p2d.config import JobConfig, check, config_json
-from p2d.errors import DatasetTooSmall, ErrorDetail
+from p2d.errors import DatasetTooSmall, ErrorDetail, P2DError
 from p2d.model_info import ModelInfo
 
 
@@ -44,16 +44,12 @@ def submit(conn: Connection, request: JobRequest, *, shard_rows: int, queue: str
     """
     config = request.config
     check(config)
-    dataset = _dataset(conn, request.dataset_id, "/dataset")
+    dataset = find_dataset(conn, request.dataset_id, "/dataset")
     validation = None
     if request.validation_dataset_id is not None:
-        validation = _dataset(conn, request.validation_dataset_id, "/validation_dataset")
-    if config.heads.head_map is None:
-        _check_rows(config, dataset)
-    else:
-        _check_head_map(conn, request, config.heads.head_map)
-    if config.data.selection is not None:
-        _check_selection(conn, request, dataset, validation, config.data.selection)
+        validation = find_dataset(conn, request.validation_dataset_id, "/validation_dataset")
+    for error in refusals(conn, config, request.model, dataset, validation):
+        raise error
     job = insert_job(
         conn,
         kind=config.kind,
@@ -75,51 +71,80 @@ def submit(conn: Connection, request: JobRequest, *, shard_rows: int, queue: str
     return job
 
 
-def _dataset(conn: Connection, dataset_id: str, pointer: str) -> Dataset:
+class Content(Protocol):
+    """What must be known of a dataset, stored or about to be."""
+
+    @property
+    def rows(self) -> int:
+        """Number of rows."""
+
+    @property
+    def content_hash(self) -> str:
+        """Sha256 over prompts and answers."""
+
+
+def refusals(
+    conn: Connection, config: JobConfig, model: ModelInfo, dataset: Content, validation: Content | None
+) -> Iterator[P2DError]:
+    """Everything about datasets and earlier results that forbids the job; writes nothing.
+
+    The API also asks before it stores an uploaded file, so that a refused job leaves nothing behind.
+    """
+    if config.heads.head_map is not None:
+        yield from _head_map_refusals(conn, model, config.heads.head_map)
+    elif dataset.rows < (needed := config.heads.proxy_rows):
+        text = f"The dataset has {dataset.rows} rows; the proxy needs {needed}."
+        detail = ErrorDetail(code=DatasetTooSmall.code, message=text, pointer="/heads/proxy_rows")
+        yield DatasetTooSmall(text, errors=[detail], rows=dataset.rows, needed=needed)
+    if config.data.selection is not None:
+        yield from _selection_refusals(conn, config, model, dataset, validation)
+
+
+def find_dataset(conn: Connection, dataset_id: str, pointer: str) -> Dataset:
+    """The dataset that the body names at `pointer`. Raises DatasetNotFound."""
     dataset = get_dataset(conn, dataset_id)
     if dataset is None:
-        error = DatasetNotFound(id=dataset_id)
-        error.errors = (ErrorDetail(code=error.code, message="No such dataset.", pointer=pointer),)
-        raise error
+        raise _at(pointer, DatasetNotFound(id=dataset_id))
     return dataset
 
 
-def _check_rows(config: JobConfig, dataset: Dataset) -> None:
-    needed = config.heads.proxy_rows
-    if dataset.rows < needed:
-        text = f"The dataset has {dataset.rows} rows; the proxy needs {needed}."
-        detail = ErrorDetail(code=DatasetTooSmall.code, message=text, pointer="/heads/proxy_rows")
-        raise DatasetTooSmall(text, errors=[detail], rows=dataset.rows, needed=needed)
-
-
-def _check_head_map(conn: Connection, request: JobRequest, head_map_id: str) -> None:
+def _head_map_refusals(conn: Connection, model: ModelInfo, head_map_id: str) -> Iterator[P2DError]:
+    pointer = "/heads/head_map"
     head_map = get_head_map(conn, head_map_id)
     if head_map is None:
-        raise HeadMapNotFound(id=head_map_id)
-    if head_map.model_digest != request.model.digest:
-        raise HeadMapMismatch(
-            f"The head map was made with {head_map.base_model!r} of another digest than {request.model.name!r}.",
-            errors=[ErrorDetail(code=HeadMapMismatch.code, message="Another base model.", pointer="/heads/head_map")],
-        )
+        yield _at(pointer, HeadMapNotFound(id=head_map_id))
+    elif head_map.model_digest != model.digest:
+        text = f"The head map was made with {head_map.base_model!r} of another digest than {model.name!r}."
+        yield _at(pointer, HeadMapMismatch(text))
 
 
-def _check_selection(
-    conn: Connection, request: JobRequest, dataset: Dataset, validation: Dataset | None, selection_id: str
-) -> None:
+def _selection_refusals(
+    conn: Connection, config: JobConfig, model: ModelInfo, dataset: Content, validation: Content | None
+) -> Iterator[P2DError]:
+    pointer, selection_id = "/data/selection", config.data.selection
+    assert selection_id is not None
     selection = get_selection(conn, selection_id)
     if selection is None:
-        raise SelectionNotFound(id=selection_id)
-    if reason := _selection_mismatch(conn, request, dataset, validation, selection):
-        raise SelectionMismatch(
-            f"The selection was made {reason}.",
-            errors=[ErrorDetail(code=SelectionMismatch.code, message=f"Made {reason}.", pointer="/data/selection")],
-        )
+        yield _at(pointer, SelectionNotFound(id=selection_id))
+    elif reason := _selection_mismatch(conn, config, model, dataset, validation, selection):
+        yield _at(pointer, SelectionMismatch(f"The selection was made {reason}."))
+
+
+def _at(pointer: str, error: P2DError) -> P2DError:
+    error.errors = (ErrorDetail(code=error.code, message=error.text, pointer=pointer),)
+    error.errors_total = 1
+    return error
 
 
 def _selection_mismatch(
-    conn: Connection, request: JobRequest, dataset: Dataset, validation: Dataset | None, selection: SelectionRecord
+    conn: Connection,
+    config: JobConfig,
+    model: ModelInfo,
+    dataset: Content,
+    validation: Content | None,
+    selection: SelectionRecord,
 ) -> str | None:
-    if selection.model_digest != request.model.digest:
+    if selection.model_digest != model.digest:
         return "with another base model"
     if _content(conn, selection.dataset_id) != dataset.content_hash:
         return "over another dataset"
@@ -128,7 +153,7 @@ def _selection_mismatch(
     maker = get_job(conn, selection.job_id)
     # Without a validation dataset the seed decides which rows are held out: another seed would train on rows that are
     # then used to judge the result.
-    if validation is None and maker and maker.config["training"]["seed"] != request.config.training.seed:
+    if validation is None and maker and maker.config["training"]["seed"] != config.training.seed:
         return "with another seed, which holds other rows out of the dataset"
     return None
 
