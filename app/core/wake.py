@@ -27,7 +27,7 @@ def celery_app(broker_url: str, *, queue: str) -> Celery:
         accept_content=["json"],
         task_ignore_result=True,
         task_acks_late=False,
-        task_queues=[Queue(f"p2d.{queue}")],
+        task_queues=[Queue(f"p2d.{queue}")],  # type: ignore[no-untyped-call]
         task_default_queue=f"p2d.{queue}",
         task_create_missing_queues=True,
         worker_enable_remote_control=False,

@@ -1,0 +1,291 @@
+"""One attempt at one step, from claim to the last write: begin, fetch, run in the child, publish, and every way it can end.
+
+| what happens                          | what the ledger gets            |
+|---------------------------------------|---------------------------------|
+| the child is done                     | files, then finish_step         |
+| the child reports an error            | fail_step: the job fails        |
+| the child dies, stalls, or we crash   | lose_step: tried again, counted |
+| the user cancels                      | cancel_step, child stopped      |
+| limits.max_seconds is over            | fail_step, child stopped        |
+| the worker is told to go              | release_step, child stopped     |
+| somebody else has the step by now     | nothing at all, child stopped   |
+
+Processes are engine_process's business, files transfer's, and what any of it means for the job lifecycle's.
+"""
+
+from __future__ import annotations
+
+import random
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import structlog
+
+from app.blobs import BlobStore
+from app.core import lifecycle
+from app.core.wake import Waker
+from app.db.engine import Connection, DatabaseUnavailable, Engine
+from app.db.jobs import Job
+from app.db.leases import Lease, ready_by_queue
+from app.errors import LeaseLost, LimitReached, Stalled, StoreUnavailable
+from app.settings import Settings
+from p2d.errors import ModelError, P2DError
+from p2d.model_info import find_model, model_digest
+from p2d.pipeline import STEPS
+from workers.engine_process import ChildDied, EngineProcess
+from workers.heart import Heart, Order
+from workers.transfer import WorkFolder, fetch_inputs, inputs_of, put_checkpoint, put_outputs, read_facts
+from workers.wire import Checkpointed, CheckpointKept, Progressed, RunStep, StepDone, StepFailed
+
+TICK_S = 0.2
+"""Seconds between two looks at what the heart has heard, while the child says nothing."""
+
+PROGRESS_EVERY_S = 1.0
+"""Fewest seconds between two progress writes of one attempt."""
+
+STORE_PATIENCE_S = 1800.0
+"""Seconds that an attempt waits for a store or database that is away before it gives up. A guess: longer than a failover."""
+
+CANCELLED = "job.cancelled"
+
+T = TypeVar("T")
+
+log = structlog.get_logger()
+
+
+class Interrupted(Exception):
+    """The attempt must stop: the lease is lost, the job is cancelled or over its time, or the worker goes away."""
+
+    def __init__(self, why: Order | None) -> None:
+        super().__init__(why or "release")
+        self.why = why
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Workshop:
+    """What every attempt of a worker uses."""
+
+    db: Engine
+    store: BlobStore
+    waker: Waker
+    settings: Settings
+    process: EngineProcess
+    stopping: threading.Event
+    """Set when the worker has been told to go."""
+    folder: Path
+    """Work folders of this worker; emptied after each attempt."""
+
+
+def run_attempt(shop: Workshop, lease: Lease) -> None:
+    """Work on a claimed step until the ledger has heard how it ended. Never raises."""
+    bound = log.bind(job=lease.job_id, step=lease.step, shard=lease.shard, attempt=lease.token)
+    folder = WorkFolder(root=shop.folder / f"{lease.job_id}-{lease.attempt}")
+    heart = Heart(shop.db, lease, lease_s=shop.settings.lease_s, heartbeat_s=shop.settings.heartbeat_s)
+    started = time.monotonic()
+    outcome = "unknown"
+    try:
+        with heart:
+            outcome = Attempt(shop, lease, heart, folder).run()
+    except LeaseLost:
+        outcome = "lease_lost"
+    except Exception as error:  # noqa: BLE001 - the door: a bug of ours is a crash of the step, not of the worker
+        outcome = "broken"
+        bound.exception("attempt.broken", error=type(error).__name__)
+        _charge(shop, lease)
+    finally:
+        if outcome in {"lease_lost", "broken"}:
+            shop.process.kill()
+        shutil.rmtree(folder.root, ignore_errors=True)
+        bound.info("attempt.ended", outcome=outcome, seconds=round(time.monotonic() - started, 3))
+
+
+class Attempt:
+    """The state of one attempt."""
+
+    def __init__(self, shop: Workshop, lease: Lease, heart: Heart, folder: WorkFolder) -> None:
+        self._shop, self._lease, self._heart, self._folder = shop, lease, heart, folder
+        self._told_at = 0.0
+
+    def run(self) -> str:
+        """Do the step; returns the outcome for the log. Raises LeaseLost."""
+        job = self._write(lambda conn: lifecycle.begin_step(conn, self._lease))
+        if job.cancel_requested_at is not None:
+            self._heart.order = "cancel"
+        try:
+            self._look()
+            self._fetch(job)
+            error = self._work(job)
+            if error is not None:
+                self._write(lambda conn: lifecycle.fail_step_with(conn, self._lease, error))
+                return "failed"
+            return self._publish()
+        except Interrupted as stop:
+            return self._stop(job, stop.why)
+        except ChildDied as death:
+            log.warning("child.died", job=job.id, step=self._lease.step, returncode=death.returncode)
+            return self._lose(None)
+        except Stalled as stalled:
+            self._shop.process.kill()
+            return self._lose(stalled)
+        except P2DError as error:
+            if isinstance(error, LeaseLost):
+                raise
+            failure = error
+            self._write(lambda conn: lifecycle.fail_step(conn, self._lease, failure))
+            return "failed"
+
+    def _fetch(self, job: Job) -> None:
+        self._folder.make()
+        inputs = self._write(lambda conn: inputs_of(conn, job, self._lease))
+        self._patiently(lambda: fetch_inputs(self._shop.store, inputs, self._lease, self._folder))
+
+    def _work(self, job: Job) -> dict[str, object] | None:
+        """Run the step in the child. Returns the error that it ended with, if any."""
+        settings, process = self._shop.settings, self._shop.process
+        model_dir = settings.models_dir / job.base_model
+        spec = STEPS[self._lease.step]
+        if spec.needs_model or spec.needs_tokenizer:
+            model_dir = _model_of(job, settings.models_dir)
+        self._look()
+        process.ensure()
+        process.send(
+            RunStep(
+                step=self._lease.step,
+                shard=self._lease.shard,
+                shards=self._lease.shards,
+                config=job.config,
+                model_dir=str(model_dir),
+                inputs=str(self._folder.inputs),
+                out=str(self._folder.out),
+                checkpoint=str(self._folder.checkpoint) if self._lease.checkpoint else None,
+                device=settings.device,
+            )
+        )
+        heard_at = time.monotonic()
+        while True:
+            message = process.receive(TICK_S)
+            self._look()
+            if message is None:
+                silent_s = time.monotonic() - heard_at
+                if silent_s > settings.stall_s:
+                    raise Stalled(step=self._lease.step, seconds=silent_s)
+                continue
+            heard_at = time.monotonic()
+            if isinstance(message, StepDone):
+                return None
+            if isinstance(message, StepFailed):
+                return dict(message.error)
+            if isinstance(message, Progressed):
+                self._tell(message)
+            elif isinstance(message, Checkpointed):
+                self._keep(Path(message.folder))
+                process.send(CheckpointKept())
+
+    def _tell(self, message: Progressed) -> None:
+        now = time.monotonic()
+        if now - self._told_at < PROGRESS_EVERY_S:
+            return
+        self._told_at = now
+        try:
+            with self._shop.db.begin() as conn:
+                pulse = lifecycle.record_progress(conn, self._lease, message.done, message.total, message.metrics)
+        except DatabaseUnavailable:
+            return  # the next one will tell more
+        self._heart.heed(pulse)
+
+    def _keep(self, checkpoint: Path) -> None:
+        files = self._patiently(lambda: put_checkpoint(self._shop.store, checkpoint))
+        self._write(lambda conn: lifecycle.record_checkpoint(conn, self._lease, files))
+
+    def _publish(self) -> str:
+        files = self._patiently(lambda: put_outputs(self._shop.store, self._lease, self._folder.out))
+        facts = read_facts(self._lease, self._folder.out)
+
+        def finish(conn: Connection) -> tuple[Job, dict[str, int]]:
+            return lifecycle.finish_step(conn, self._lease, files, facts), ready_by_queue(conn)
+
+        job, ready = self._write(finish)
+        if not job.is_final and (others := ready.get(job.queue, 0) - 1) > 0:
+            self._shop.waker.wake(job.queue, count=others)  # this worker takes one of them itself
+        return "cancelled" if job.cancel_requested_at else "done"
+
+    def _stop(self, job: Job, why: Order | None) -> str:
+        if why == "lost":
+            raise LeaseLost(step_id=self._lease.step_id, token=self._lease.token)
+        self._shop.process.stop_step(self._shop.settings.cancel_grace_s)
+        if why == "cancel":
+            self._write(lambda conn: lifecycle.cancel_step(conn, self._lease))
+            return "cancelled"
+        if why == "limit":
+            over = LimitReached(max_seconds=job.max_seconds or 0)
+            self._write(lambda conn: lifecycle.fail_step(conn, self._lease, over))
+            return "limit"
+        self._write(lambda conn: lifecycle.release_step(conn, self._lease))
+        self._shop.waker.wake(job.queue)
+        return "released"
+
+    def _lose(self, reason: P2DError | None) -> str:
+        most = self._shop.settings.max_crashes
+        self._write(lambda conn: lifecycle.lose_step(conn, self._lease, max_crashes=most, reason=reason))
+        return "lost"
+
+    def _look(self) -> None:
+        """Raise Interrupted if the attempt must stop."""
+        if self._heart.order is not None:
+            raise Interrupted(self._heart.order)
+        if self._shop.stopping.is_set():
+            raise Interrupted(None)
+
+    def _patiently(self, action: Callable[[], T]) -> T:
+        """Repeat a harmless-to-repeat action while store or database are away, as long as the attempt may go on."""
+        deadline = time.monotonic() + STORE_PATIENCE_S
+        pause_s = 0.2
+        while True:
+            self._look()
+            try:
+                return action()
+            except (StoreUnavailable, DatabaseUnavailable) as error:
+                if time.monotonic() > deadline:
+                    raise
+                log.warning("attempt.waits", job=self._lease.job_id, error=type(error).__name__)
+                self._shop.stopping.wait(pause_s * random.uniform(0.5, 1.0))  # noqa: S311 - jitter
+                pause_s = min(pause_s * 2, 10.0)
+
+    def _write(self, action: Callable[[Connection], T]) -> T:
+        """One transaction, repeated while the database is away. A commit whose answer got lost shows up as LeaseLost."""
+        return _write(self._shop, action)
+
+
+def _write(shop: Workshop, action: Callable[[Connection], T]) -> T:
+    pause_s = 0.2
+    deadline = time.monotonic() + STORE_PATIENCE_S
+    while True:
+        try:
+            with shop.db.begin() as conn:
+                return action(conn)
+        except DatabaseUnavailable:
+            if shop.stopping.is_set() or time.monotonic() > deadline:
+                raise
+            shop.stopping.wait(pause_s)
+            pause_s = min(pause_s * 2, 5.0)
+
+
+def _charge(shop: Workshop, lease: Lease) -> None:
+    try:
+        most = shop.settings.max_crashes
+        _write(shop, lambda conn: lifecycle.lose_step(conn, lease, max_crashes=most))
+    except (LeaseLost, DatabaseUnavailable):
+        pass  # the lease runs out by itself
+
+
+def _model_of(job: Job, models_dir: Path) -> Path:
+    """The model's folder on this machine. Raises ModelNotFound, or ModelError if it is not what the job was made with."""
+    model_dir = find_model(models_dir, job.base_model)
+    if model_digest(model_dir) != job.model_digest:
+        raise ModelError(f"The model {job.base_model!r} on the worker is not the one that the job was made with.")
+    return model_dir

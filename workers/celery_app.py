@@ -1,0 +1,69 @@
+"""The worker's process: a Celery worker (pool solo) whose one task sets an event, around a `workers.loop.Worker`.
+
+    python -m workers.celery_app          # settings from P2D_ variables; `p2d worker` does the same
+
+Celery carries wake-ups and handles signals, nothing else. The loop starts before Celery has found its broker and goes on
+without it: a worker polls. TERM and INT: claim nothing more, stop the child, give the step back, be gone in 25 s.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from typing import Any
+
+import structlog
+from celery import signals
+
+from app.core.wake import TASK, celery_app
+from app.settings import Settings
+from workers.loop import Worker
+
+EXIT_S = 25.0
+"""Longest time from TERM to the end of the process: orchestrators kill after 30 s."""
+
+log = structlog.get_logger()
+
+
+def run_worker(settings: Settings) -> None:
+    """Work until told to stop; returns, or ends the process, after everything was given back."""
+    worker = Worker(settings)
+    app = celery_app(settings.url("broker_url"), queue=settings.worker_queue)
+
+    @app.task(name=TASK, ignore_result=True)  # type: ignore[untyped-decorator]
+    def wake(queue: str) -> None:
+        worker.wake()
+
+    # Named functions, kept alive here: Celery holds its receivers weakly.
+    def on_stop(**_: Any) -> None:
+        worker.stop()
+        threading.Thread(target=_leave, args=(worker,), daemon=True).start()
+
+    signals.worker_shutting_down.connect(on_stop)
+    worker.start()
+    try:
+        app.worker_main(
+            [
+                "worker",
+                "--pool=solo",
+                "--loglevel=WARNING",
+                "--without-gossip",
+                "--without-mingle",
+                "--without-heartbeat",
+                f"--hostname={worker.id}@%h",
+            ]
+        )
+    finally:
+        worker.stop()
+        worker.join(EXIT_S)
+
+
+def _leave(worker: Worker) -> None:
+    """End the process once the step is given back, even if Celery hangs on a broker that is away."""
+    worker.join(EXIT_S)
+    threading.Event().wait(1.0)  # time for Celery to end by itself
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    run_worker(Settings())

@@ -1,0 +1,140 @@
+"""The child process as its parent sees it: start, send, receive, ask, TERM, KILL. Knows no jobs and no leases."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from typing import IO
+
+from workers.wire import CancelStep, Message, decode, encode
+
+TERM_SHARE = 0.5
+"""Share of the grace that a child gets after TERM, before KILL."""
+
+
+class ChildDied(Exception):
+    """The child ended by itself or was killed from outside."""
+
+    def __init__(self, returncode: int | None) -> None:
+        super().__init__(f"the child ended with {returncode}")
+        self.returncode = returncode
+
+
+class EngineProcess:
+    """One child in a process group of its own, started when it is first needed and again after it died."""
+
+    def __init__(self, engine: str) -> None:
+        self._engine = engine
+        self._process: subprocess.Popen[bytes] | None = None
+        self._inbox: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
+
+    @property
+    def pid(self) -> int | None:
+        """Process id (and group) while a child lives."""
+        return self._process.pid if self._process is not None and self._process.poll() is None else None
+
+    def ensure(self) -> bool:
+        """Start a child if none lives; True if it had to, so that nothing is warm."""
+        if self.pid is not None:
+            return False
+        self.kill()  # whatever is left of its group
+        self._inbox = queue.SimpleQueue()
+        # Popen forks and executes at once: a fresh interpreter, so CUDA starts clean. No credentials go along.
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "workers.child", self._engine, str(os.getpid())],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=_environment(),
+            process_group=0,
+        )
+        assert self._process.stdout is not None
+        threading.Thread(target=_pump, args=(self._process.stdout, self._inbox), daemon=True).start()
+        return True
+
+    def send(self, message: Message) -> None:
+        """Send one message. Raises ChildDied."""
+        process = self._process
+        if process is None or process.stdin is None:
+            raise ChildDied(None)
+        try:
+            process.stdin.write(encode(message))
+            process.stdin.flush()
+        except (BrokenPipeError, ValueError) as error:
+            raise ChildDied(process.poll()) from error
+
+    def receive(self, timeout_s: float) -> Message | None:
+        """The next message, or None after the timeout. Raises ChildDied once nothing more can come."""
+        try:
+            message = self._inbox.get(timeout=timeout_s)
+        except queue.Empty:
+            return None
+        if message is None:
+            self._inbox.put(None)
+            raise ChildDied(self._reap())
+        return message
+
+    def stop_step(self, grace_s: float) -> None:
+        """Ask the child to stop its step; after the grace TERM, then KILL the group. Its messages are dropped."""
+        deadline = time.monotonic() + grace_s
+        try:
+            self.send(CancelStep())
+            while (left_s := deadline - time.monotonic()) > 0:
+                message = self.receive(left_s)
+                if message is not None and type(message).__name__ in {"StepDone", "StepFailed"}:
+                    return
+        except ChildDied:
+            pass
+        self._signal(signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            if self._process is not None:
+                self._process.wait(grace_s * TERM_SHARE)
+        self.kill()
+
+    def kill(self) -> None:
+        """Kill the whole group now and wait for the child's end."""
+        if self._process is None:
+            return
+        self._signal(signal.SIGKILL)
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                with contextlib.suppress(BrokenPipeError):
+                    pipe.close()
+        self._process = None
+
+    def _reap(self) -> int | None:
+        assert self._process is not None
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return self._process.wait(5)
+        return None
+
+    def _signal(self, number: signal.Signals) -> None:
+        # The group outlives its leader as long as a grandchild lives, so this also reaches what a dead child left.
+        if self._process is not None:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self._process.pid, number)
+
+
+def _pump(pipe: IO[bytes], inbox: queue.SimpleQueue[Message | None]) -> None:
+    """Read messages until the pipe ends; a line that is no message ends it too."""
+    with contextlib.suppress(ValueError, KeyError, TypeError, OSError):
+        for line in pipe:
+            inbox.put(decode(line))
+    inbox.put(None)
+
+
+def _environment() -> dict[str, str]:
+    """The child imports from where the parent does, and knows no credential."""
+    env = {name: value for name, value in os.environ.items() if not _is_secret(name)}
+    env["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    return env
+
+
+def _is_secret(name: str) -> bool:
+    return name.startswith("AWS_") or name in {"P2D_DATABASE_URL", "P2D_BROKER_URL", "P2D_STORE_URL"}

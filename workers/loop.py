@@ -1,0 +1,140 @@
+"""A worker: waits for a wake-up or polls, claims one step at a time, and sweeps the ledger beside it. Never imports torch.
+
+Knows no Celery: `wake` may be called by anything, any number of times, and only makes the next look come sooner.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import random
+import shutil
+import threading
+import time
+from pathlib import Path
+from typing import IO
+
+import structlog
+
+from app.blobs import BlobStore
+from app.core.wake import Waker
+from app.db.engine import DatabaseUnavailable, make_engine
+from app.db.ids import new_id
+from app.db.leases import Lease, claim
+from app.settings import Settings
+from workers.attempt import Workshop, run_attempt
+from workers.engine_process import EngineProcess
+from workers.reconcile import reconcile
+
+log = structlog.get_logger()
+
+
+class Worker:
+    """One worker process: a loop thread and a sweeping thread."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.id = new_id("wrk")  # new at each start, so nobody is mistaken for a predecessor
+        self._settings = settings
+        self._db = make_engine(settings.url("database_url"), pool_size=5)
+        self._waker = Waker(settings.url("broker_url"))
+        self._woken = threading.Event()
+        self._stopping = threading.Event()
+        self._process = EngineProcess(settings.engine)
+        self._folder, self._lock = _own_folder(settings.work_dir / "steps", self.id)
+        self._shop = Workshop(
+            db=self._db,
+            store=BlobStore.open(settings.url("store_url")),
+            waker=self._waker,
+            settings=settings,
+            process=self._process,
+            stopping=self._stopping,
+            folder=self._folder,
+        )
+        self._warm: str | None = None
+        self._loop = threading.Thread(target=self._run, name="loop", daemon=True)
+        self._sweeper = threading.Thread(target=self._sweep, name="sweeper", daemon=True)
+
+    def start(self) -> None:
+        """Start working."""
+        log.info("worker.started", worker=self.id, queue=self._settings.worker_queue)
+        self._loop.start()
+        self._sweeper.start()
+
+    def wake(self) -> None:
+        """Look for work now instead of at the next poll."""
+        self._woken.set()
+
+    def stop(self) -> None:
+        """Claim nothing more, stop the child and give its step back. Returns at once; see `join`."""
+        self._stopping.set()
+        self._woken.set()
+
+    def join(self, timeout_s: float) -> bool:
+        """Wait until everything has been given back; False if it took longer."""
+        deadline = time.monotonic() + timeout_s
+        for thread in (self._loop, self._sweeper):
+            if thread.ident is not None:
+                thread.join(max(deadline - time.monotonic(), 0.0))
+        ended = not self._loop.is_alive()
+        if ended:
+            self._process.kill()
+            self._waker.close()
+            self._db.dispose()
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._lock.close()
+            log.info("worker.stopped", worker=self.id)
+        return ended
+
+    def _run(self) -> None:
+        while not self._stopping.is_set():
+            self._woken.clear()  # before the look: a wake-up during it must not get lost
+            lease = self._claim()
+            if lease is None:
+                self._woken.wait(self._settings.poll_s * random.uniform(0.8, 1.0))  # noqa: S311 - jitter
+                continue
+            run_attempt(self._shop, lease)
+            if lease.model_digest is not None:
+                self._warm = lease.model_digest
+
+    def _claim(self) -> Lease | None:
+        warm = self._warm if self._process.pid is not None else None
+        try:
+            with self._db.begin() as conn:
+                return claim(
+                    conn,
+                    queue=self._settings.worker_queue,
+                    worker=self.id,
+                    lease_s=self._settings.lease_s,
+                    warm=warm,
+                )
+        except DatabaseUnavailable as error:
+            log.warning("claim.failed", error=type(error).__name__)
+            return None
+
+    def _sweep(self) -> None:
+        while not self._stopping.wait(self._settings.reconcile_s * random.uniform(0.8, 1.0)):  # noqa: S311 - jitter
+            try:
+                reconcile(self._db, self._waker, max_crashes=self._settings.max_crashes)
+            except DatabaseUnavailable as error:
+                log.warning("reconcile.failed", error=type(error).__name__)
+
+
+def _own_folder(parent: Path, worker_id: str) -> tuple[Path, IO[bytes]]:
+    """A work folder for this worker, locked as long as it lives; folders whose worker was killed are removed."""
+    parent.mkdir(parents=True, exist_ok=True)
+    for other in parent.glob("*.lock"):
+        with other.open("wb") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                continue
+            shutil.rmtree(other.with_suffix(""), ignore_errors=True)
+            other.unlink(missing_ok=True)
+    path = parent / f"{worker_id}.lock"
+    temporary = path.with_suffix(f".{os.getpid()}")
+    lock = temporary.open("wb")
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    temporary.rename(path)  # locked before anybody can see it
+    folder = parent / worker_id
+    folder.mkdir()
+    return folder, lock
