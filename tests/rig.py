@@ -1,0 +1,295 @@
+"""A ledger with real servers and the stub engine, and the laws that must hold after any fault: `Rig.check`.
+
+Workers are threads of the test (`in_process`) where the law is about jobs, and real processes (`worker`) where it is
+about processes. Waits are for conditions, with a deadline; nothing sleeps and hopes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import json
+import os
+import signal
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+from app.blobs import BlobStore
+from app.core import lifecycle
+from app.core.submit import JobRequest, submit
+from app.core.wake import Waker
+from app.db.artifacts import Artifact, list_artifacts
+from app.db.attempts import Attempt, list_attempts
+from app.db.datasets import insert_dataset
+from app.db.engine import Engine, make_engine
+from app.db.events import Event, list_events
+from app.db.jobs import Job, get_job
+from app.db.steps import Step, list_steps
+from app.service import environment
+from app.settings import Settings
+from p2d.config import HeadsConfig, JobConfig, Kind, Limits
+from p2d.model_info import read_model_info
+from p2d.pipeline import STEPS
+from p2d.rows import Row, content_hash, write_rows
+from workers.loop import Worker
+
+ROOT = Path(__file__).resolve().parents[1]
+
+PATIENCE_S = 60.0
+"""Longest wait for a condition. A law broken shows as a timeout, so it may be long."""
+
+FAST = {
+    "lease_s": 1.5,
+    "heartbeat_s": 0.2,
+    "reconcile_s": 0.3,
+    "poll_s": 0.3,
+    "cancel_grace_s": 1.0,
+    "shard_rows": 20,
+    "engine": "tests.stub_engine:run_step",
+}
+"""The service's time constants, as short as a busy machine allows."""
+
+T = TypeVar("T")
+_queues = itertools.count()
+
+
+def wait_for(condition: Callable[[], T], what: str) -> T:
+    """The first true value of the condition."""
+    deadline = time.monotonic() + PATIENCE_S
+    while not (value := condition()):
+        assert time.monotonic() < deadline, f"waited in vain for {what}"
+        time.sleep(0.02)
+    return value
+
+
+@dataclass(kw_only=True)
+class Rig:
+    """One test's ledger, store, stub engine and workers."""
+
+    settings: Settings
+    stub: Path
+    db: Engine
+    store: BlobStore
+    waker: Waker
+    processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
+
+    # --- jobs -------------------------------------------------------------------------------------------------------
+
+    def submit(self, *, kind: Kind = "adapt", rows: int = 60, max_seconds: int | None = None) -> str:
+        """A queued job over made-up rows; nobody is woken."""
+        data = [Row(f"What is {i} + {i}?", str(2 * i), i + 1) for i in range(rows)]
+        path = self.settings.work_dir / "dataset.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_rows(path, data)
+        blob = self.store.put_file(path)
+        config = JobConfig(
+            kind=kind, heads=HeadsConfig(proxy_rows=8), limits=Limits(max_seconds=max_seconds)
+        )
+        with self.db.begin() as conn:
+            dataset = insert_dataset(
+                conn,
+                name="sums",
+                format="jsonl",
+                rows=rows,
+                size_bytes=blob.size_bytes,
+                content_hash=content_hash(data),
+                sha256=blob.sha256,
+                stored_bytes=blob.size_bytes,
+                report={},
+            )
+            model = read_model_info(self.settings.models_dir / "stub")
+            request = JobRequest(config=config, model=model, dataset_id=dataset.id)
+            return submit(conn, request, shard_rows=self.settings.shard_rows, queue=self.settings.worker_queue).id
+
+    def cancel(self, job_id: str) -> Job:
+        """Ask the job to stop, as the API does."""
+        with self.db.begin() as conn:
+            return lifecycle.request_cancel(conn, job_id)
+
+    def job(self, job_id: str) -> Job:
+        """The job as it is now."""
+        with self.db.begin() as conn:
+            job = get_job(conn, job_id)
+        assert job is not None
+        return job
+
+    def steps(self, job_id: str) -> list[Step]:
+        """Its steps, in order."""
+        with self.db.begin() as conn:
+            return list_steps(conn, job_id)
+
+    def attempts(self, job_id: str) -> list[Attempt]:
+        """Its attempts, oldest first."""
+        with self.db.begin() as conn:
+            return list_attempts(conn, job_id)
+
+    def artifacts(self, job_id: str) -> dict[str, Artifact]:
+        """Its files by name."""
+        with self.db.begin() as conn:
+            return {artifact.name: artifact for artifact in list_artifacts(conn, job_id)}
+
+    def events(self, job_id: str) -> list[Event]:
+        """All its events."""
+        with self.db.begin() as conn:
+            return list_events(conn, job_id, limit=100_000)
+
+    def ended(self, job_id: str) -> Job:
+        """Wait for the job's end."""
+        return wait_for(lambda: job if (job := self.job(job_id)).is_final else None, f"the end of {job_id}")
+
+    # --- the stub engine --------------------------------------------------------------------------------------------
+
+    def steer(self, what: str, step: str, text: str = "") -> None:
+        """Tell the stub to `hold`, `deaf`, `crash` or `fail` at a step."""
+        (self.stub / f"{what}-{step}").write_text(text)
+
+    def let_go(self, step: str) -> None:
+        """End `hold` and `deaf`."""
+        for what in ("hold", "deaf", "reached"):
+            (self.stub / f"{what}-{step}").unlink(missing_ok=True)
+
+    def reached(self, step: str) -> int:
+        """Wait until a child holds at the step; its process id."""
+        path = self.stub / f"reached-{step}"
+        return int(wait_for(lambda: path.read_text() if path.exists() else "", f"a child at {step}"))
+
+    def runs(self) -> list[str]:
+        """`STEP SHARD PID fresh|resumed` of everything that any child started."""
+        path = self.stub / "runs"
+        return path.read_text().splitlines() if path.exists() else []
+
+    # --- workers ----------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def in_process(self, count: int = 1) -> Iterator[list[Worker]]:
+        """Workers as threads of this process; their children are processes all the same."""
+        workers = [Worker(self.settings) for _ in range(count)]
+        for worker in workers:
+            worker.start()
+        try:
+            yield workers
+        finally:
+            for worker in workers:
+                worker.stop()
+            assert all([worker.join(30) for worker in workers]), "a worker did not stop"
+
+    def worker(self) -> subprocess.Popen[bytes]:
+        """A worker as in production: a process of Celery's, in a session of its own."""
+        env = environment(self.settings) | {"STUB_DIR": str(self.stub), "PYTHONPATH": str(ROOT)}
+        process = subprocess.Popen([sys.executable, "-m", "workers.celery_app"], env=env, start_new_session=True)
+        self.processes.append(process)
+        return process
+
+    def stop(self) -> None:
+        """Kill every process that is left and close everything."""
+        for process in self.processes:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process.pid, signal.SIGKILL)
+            process.wait()
+        self.waker.close()
+        self.db.dispose()
+
+    # --- the laws ---------------------------------------------------------------------------------------------------
+
+    def check(self, job_id: str, *, like: str | None = None) -> None:
+        """Every law about a job that has ended; with `like`, its results are those of that other job, bit for bit."""
+        job, steps, attempts = self.job(job_id), self.steps(job_id), self.attempts(job_id)
+        assert job.is_final
+        self._check_events(job)
+        assert {step.status for step in steps} <= {"done", "failed", "cancelled"}, "a step outlives its job"
+        assert all(attempt.outcome != "running" for attempt in attempts), "an attempt outlives its job"
+        for step in steps:
+            mine = [attempt for attempt in attempts if attempt.step_id == step.id]
+            assert [attempt.token for attempt in mine] == list(range(1, len(mine) + 1)), "a claim left no record"
+            done = [attempt for attempt in mine if attempt.outcome == "done"]
+            assert len(done) == (step.status == "done"), f"{step.step} ended {len(done)} times"
+        assert (job.status == "succeeded") == all(step.status == "done" for step in steps)
+        assert (job.status == "failed") == (job.error is not None)
+        if job.status == "succeeded":
+            assert job.progress == 1.0
+            self._check_complete(job, steps)
+        self._check_store(job_id)
+        if like is not None:
+            assert self._results(job_id) == self._results(like), "the fault changed the result"
+
+    def _check_events(self, job: Job) -> None:
+        events = self.events(job.id)
+        assert [event.seq for event in events] == list(range(1, len(events) + 1)), "events have a gap"
+        assert [event.type for event in events].count("end") == 1
+        assert events[-1].type == "end"
+        assert events[-1].data == {"status": job.status}
+        path = [event.data["status"] for event in events if event.type == "job.status"]
+        assert path[0] == "queued"
+        assert path[-1] == job.status
+        assert all(b in lifecycle.NEXT[a] for a, b in itertools.pairwise(path)), f"illegal path {path}"
+        progress = [event.data["progress"] for event in events if event.type == "job.progress"]
+        assert progress == sorted(progress), "progress fell"
+        assert all((value == 1.0) <= (job.status == "succeeded") for value in progress)
+        stages = [lifecycle.STAGES.index(event.data["stage"]) for event in events if event.type == "job.stage"]
+        assert stages == sorted(set(stages)), "a stage came twice"
+
+    def _check_complete(self, job: Job, steps: list[Step]) -> None:
+        names = set(self.artifacts(job.id))
+        for spec in {step.step: STEPS[step.step] for step in steps}.values():
+            for pattern in spec.writes:
+                assert any(Path(name).match(pattern) for name in names), f"{pattern} is missing"
+
+    def _check_store(self, job_id: str) -> None:
+        for artifact in self.artifacts(job_id).values():
+            path = self.settings.work_dir / "fetched"
+            assert self.store.fetch(artifact.sha256, path).size_bytes == artifact.size_bytes
+        root = Path(self.settings.url("store_url").removeprefix("file://"))
+        for path in root.rglob("*"):
+            if path.is_file():
+                assert hashlib.sha256(path.read_bytes()).hexdigest() == path.name, "a torn object"
+
+    def _results(self, job_id: str) -> dict[str, str]:
+        # What depends on the clock or on failed attempts is left out.
+        return {
+            name: artifact.sha256
+            for name, artifact in self.artifacts(job_id).items()
+            if not name.startswith(("accounting-", "report"))
+        }
+
+
+def make_rig(settings: Settings, tmp_path: Path) -> Rig:
+    """A rig on these servers, with fast time constants, a queue and a stub folder of its own, and the stub's model."""
+    queue = f"rig{next(_queues)}"
+    settings = settings.model_copy(update={**FAST, "worker_queue": queue})
+    stub = tmp_path / "stub"
+    stub.mkdir()
+    write_stub_model(settings.models_dir / "stub")
+    settings.work_dir.mkdir(parents=True, exist_ok=True)
+    return Rig(
+        settings=settings,
+        stub=stub,
+        db=make_engine(settings.url("database_url")),
+        store=BlobStore.open(settings.url("store_url")),
+        waker=Waker(settings.url("broker_url")),
+    )
+
+
+def write_stub_model(directory: Path) -> None:
+    """A model that can be described but not loaded: config, tokenizer and one weight."""
+    directory.mkdir(parents=True)
+    config = {
+        "model_type": "llama",
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "vocab_size": 64,
+        "max_position_embeddings": 128,
+    }
+    (directory / "config.json").write_text(json.dumps(config))
+    (directory / "tokenizer.json").write_text("{}")
+    header = json.dumps({"weight": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
+    (directory / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + b"\0\0\0\0")

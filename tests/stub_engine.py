@@ -1,0 +1,191 @@
+"""The engine without a model: the same steps and files as `p2d.pipeline.run_step`, pure Python, in milliseconds.
+
+Fault tests steer it through files in the folder $STUB_DIR:
+    hold-STEP    the step says `reached-STEP` and goes on only when the file is gone, with progress (so it hears a cancel)
+    deaf-STEP    the same without progress: it hears nothing and looks hung
+    crash-STEP   a number n: the step kills its own process, n times
+    fail-STEP    the step raises; `user` in the file: a P2DError, else an exception that quotes a row
+`runs` collects one line per run of a step. Same inputs, same bytes, however often a step was disturbed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from p2d.config import resolve
+from p2d.errors import Diverged
+from p2d.files import write_json
+from p2d.head_maps import HeadMap, Reproducibility
+from p2d.model_info import ModelInfo, read_model_info
+from p2d.pipeline import ModelCache, Progress, StepCall, shard_range
+from p2d.plans import Plan, RowCounts, load_plan, save_plan, split_rows
+from p2d.rows import Row, content_hash, load_rows, write_rows
+
+BATCHES = 4
+"""Batches that every step pretends to have."""
+
+Checkpointed = Callable[[Path], None] | None
+
+
+def run_step(call: StepCall, *, progress: Progress, models: ModelCache, on_checkpoint: Checkpointed = None) -> None:
+    """Run one step the way `p2d.pipeline.run_step` does."""
+    _note("runs", f"{call.step} {call.shard} {os.getpid()} {'resumed' if call.checkpoint else 'fresh'}\n")
+    call.out.mkdir(parents=True, exist_ok=True)
+    progress(0, BATCHES, {})
+    _disturb(call, progress)
+    for batch in range(1, BATCHES + 1):
+        if call.step == "train":
+            folder = call.out / "checkpoint" / "latest"
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "state.json").write_text(json.dumps({"batch": batch}))
+            if on_checkpoint is not None:
+                on_checkpoint(folder)
+        progress(batch, BATCHES, {"loss": 1 / batch} if call.step == "train" else {})
+    _BODIES[call.step](call)
+    name = f"accounting-{call.step}" + (f"-{call.shard:05d}" if call.step == "respond" else "")
+    cost = {
+        "step": call.step,
+        "shard": call.shard,
+        "load_s": 0.0,
+        "work_s": 0.001,
+        "parts": {},
+        "tokens": 10,
+        "rows": 1,
+    }
+    write_json(call.out / f"{name}.json", cost | {"peak_memory_bytes": 1, "device": "stub"})
+
+
+def _disturb(call: StepCall, progress: Progress) -> None:
+    folder = os.environ.get("STUB_DIR")
+    if not folder:
+        return
+    root = Path(folder)
+    for kind in ("hold", "deaf"):
+        if (root / f"{kind}-{call.step}").exists():
+            (root / f"reached-{call.step}").write_text(str(os.getpid()))
+            while (root / f"{kind}-{call.step}").exists():
+                time.sleep(0.01)
+                if kind == "hold":
+                    progress(1, BATCHES, {})
+    crash = root / f"crash-{call.step}"
+    if crash.exists() and (left := int(crash.read_text())) > 0:
+        crash.write_text(str(left - 1))
+        os.kill(os.getpid(), signal.SIGKILL)
+    fail = root / f"fail-{call.step}"
+    if fail.exists():
+        if fail.read_text() == "user":
+            raise Diverged("The loss of step 3 was not finite.", step=3)
+        raise ValueError(f"secret row: {load_rows(next(call.inputs.glob('*.jsonl')))[0].prompt}")
+
+
+def _validate(call: StepCall) -> None:
+    model = read_model_info(call.model_dir)
+    validation = call.inputs / "validation.jsonl"
+    split = split_rows(
+        load_rows(call.inputs / "dataset.jsonl"),
+        load_rows(validation) if validation.exists() else None,
+        seed=call.config.training.seed,
+        proxy_rows=call.config.heads.proxy_rows,
+    )
+    for name, rows in (("rows", split.train), ("guide", split.guide), ("evaluation", split.evaluation)):
+        write_rows(call.out / f"{name}.jsonl", rows)
+    resolution = resolve(call.config, rows=len(split.train), context_length=model.context_length)
+    plan = Plan(
+        config=resolution.config,
+        reasons=resolution.reasons,
+        warnings=list(resolution.warnings),
+        model=model,
+        train=_counts(split.train),
+        guide=_counts(split.guide),
+        evaluation=_counts(split.evaluation),
+        content_hash=content_hash(split.train),
+        device="stub",
+        dtype="fp32",
+        estimate_s={
+            "validate": 1.0, "heads": 4.0, "respond": 8.0, "select": 1.0, "train": 16.0, "evaluate": 4.0, "package": 1.0,
+        },
+    )  # fmt: skip
+    save_plan(call.out / "plan.json", plan)
+
+
+def _heads(call: StepCall) -> None:
+    plan = load_plan(call.inputs / "plan.json")
+    info: ModelInfo = plan.model
+    scores = tuple(tuple(float((7 * la + h) % 13) for h in range(info.n_heads)) for la in range(info.n_layers))
+    head_map = HeadMap(
+        scores=scores,
+        scorer=plan.config.heads.scorer,
+        projections=("v", "o"),
+        model_name=info.name,
+        model_digest=info.digest,
+        dataset_hash=plan.content_hash,
+        seed=plan.config.training.seed,
+        precision="fp32",
+        reproducibility=Reproducibility(rank_correlation=1.0, top_k_overlap=1, k=1, chance=0.1),
+    )
+    head_map.save(call.out / "head_map.json")
+
+
+def _respond(call: StepCall) -> None:
+    rows = load_rows(call.inputs / "rows.jsonl")
+    mine = shard_range(len(rows), call.shard, call.shards)
+    (call.out / f"responses-{call.shard:05d}.safetensors").write_text(f"{mine.start}-{mine.stop}\n")
+
+
+def _select(call: StepCall) -> None:
+    rows = load_rows(call.inputs / "rows.jsonl")
+    shards = sorted(call.inputs.glob("responses-*.safetensors"))
+    covered = [path.read_text().strip().split("-") for path in shards]
+    assert [int(a) for a, _ in covered] == [0, *(int(b) for _, b in covered[:-1])], "shards leave a gap"
+    assert int(covered[-1][1]) == len(rows), "shards do not cover all rows"
+    kept = max(1, len(rows) // 10)
+    with (call.out / "selection.jsonl").open("w") as file:
+        for index, row in enumerate(rows):
+            scored = {"row": index, "line": row.line, "score": float(-index), "quality": None, "rank": index}
+            text = {"prompt": row.prompt, "answer": row.answer} if index < kept else {}
+            file.write(json.dumps(scored | {"kept": index < kept} | text) + "\n")
+    summary = {"rows": len(rows), "kept": kept, "scorer": "stub", "combine": "sum", "heads": 1}
+    write_json(call.out / "selection_summary.json", summary)
+
+
+def _train(call: StepCall) -> None:
+    chosen = (call.inputs / "selection.jsonl").read_bytes() + (call.inputs / "head_map.json").read_bytes()
+    (call.out / "heads.safetensors").write_bytes(b"stub weights of " + chosen)
+    write_json(call.out / "manifest.json", {"format": 1, "base_model": call.config.kind})
+    write_json(call.out / "training.json", {"steps": BATCHES})
+
+
+def _evaluate(call: StepCall) -> None:
+    weights = (call.inputs / "heads.safetensors").stat().st_size
+    write_json(call.out / "evaluation.json", {"loss_before": 2.0, "loss_after": 1.0, "adapter_bytes": weights})
+
+
+def _package(call: StepCall) -> None:
+    tried = json.loads((call.inputs / "steps.json").read_bytes())["steps"]
+    write_json(call.out / "report.json", {"attempts": tried, "files": sorted(p.name for p in call.inputs.iterdir())})
+
+
+def _counts(rows: list[Row]) -> RowCounts:
+    return RowCounts(rows=len(rows), tokens=10 * len(rows), answer_tokens=5 * len(rows), longest=10)
+
+
+def _note(name: str, line: str) -> None:
+    if folder := os.environ.get("STUB_DIR"):
+        with (Path(folder) / name).open("a") as file:
+            file.write(line)
+
+
+_BODIES: dict[str, Callable[[StepCall], None]] = {
+    "validate": _validate,
+    "heads": _heads,
+    "respond": _respond,
+    "select": _select,
+    "train": _train,
+    "evaluate": _evaluate,
+    "package": _package,
+}
