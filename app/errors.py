@@ -162,6 +162,15 @@ class DatasetInUse(Conflict):
         super().__init__("The dataset belongs to at least one job.", dataset_id=dataset_id)
 
 
+class ModelNameTaken(Conflict):
+    """Another base model is installed under that name; met on the command line only."""
+
+    code, hint = "model.name_taken", "Choose another name, or delete the installed model's directory."
+
+    def __init__(self, *, name: str) -> None:
+        super().__init__(f"Other weights are installed as {name!r}.", name=name)
+
+
 class HeadMapMismatch(Conflict):
     """A head map of another base model."""
 

@@ -14,8 +14,10 @@ import structlog
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from pydantic_core import ErrorDetails
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import app.errors as service_errors
 from app.db.engine import DatabaseUnavailable, PoolTimeout
@@ -38,6 +40,7 @@ STATUS = {
     "model.invalid": 422,
     "model.not_found": 404,
     "model.unsupported": 422,
+    "model.name_taken": 409,
     "adapter.base_mismatch": 422,
     "engine.failed": 500,
     "engine.diverged": 422,
@@ -59,6 +62,7 @@ STATUS = {
     "selection.mismatch": 409,
     "idempotency.mismatch": 422,
     "idempotency.in_flight": 409,
+    "model.name_taken": 409,
     "job.not_found": 404,
     "job.already_final": 409,
     # Why a job ended: met in `job.error`; the status is what an answer with this code would have.
@@ -68,6 +72,8 @@ STATUS = {
     "job.limit_reached": 422,
     "job.stalled": 500,
     "step.lease_lost": 409,
+    # Met on the command line only.
+    "process.failed": 503,
     "service.unavailable": 503,
     "service.too_many_streams": 503,
     "service.disk_full": 507,
@@ -117,7 +123,8 @@ def problem_body(error: Mapping[str, Any], *, request_id: str | None = None) -> 
 def answer(request: Request, error: P2DError, *, headers: Mapping[str, str] | None = None) -> Response:
     """The response that says `error`."""
     body = problem_body(error.to_json(), request_id=request_id(request))
-    extra = dict(headers or {})
+    # Also set by RequestIds, but an answer to an unknown exception is sent from outside of it.
+    extra = {**(headers or {}), "X-Request-Id": body["request_id"]}
     if body["retryable"] and body["status"] != 500:
         extra["Retry-After"] = str(RETRY_AFTER_S.get(error.code, 5))
     if error.code == "request.range":
@@ -131,11 +138,30 @@ def answer(request: Request, error: P2DError, *, headers: Mapping[str, str] | No
 
 
 def request_id(request: Request) -> str:
-    """The id that names this request in answers and logs: the caller's own where it is a plain word."""
-    if not hasattr(request.state, "request_id"):
-        given = request.headers.get("x-request-id", "")
-        request.state.request_id = given if _REQUEST_ID.fullmatch(given) else new_id("req")
-    return str(request.state.request_id)
+    """The id that names this request in answers and logs."""
+    return str(request.scope.get("p2d.request_id", ""))
+
+
+class RequestIds:
+    """Name every request, by the caller's own X-Request-Id where that is a plain word, and say the name in the answer."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        given = Headers(scope=scope).get("x-request-id", "")
+        scope["p2d.request_id"] = name = given if _REQUEST_ID.fullmatch(given) else new_id("req")
+
+        async def named(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)["X-Request-Id"] = name
+            await send(message)
+
+        await self._app(scope, receive, named)
 
 
 def body_faults(errors: Iterable[ErrorDetails], *, root: str = "") -> list[ErrorDetail]:

@@ -1,0 +1,85 @@
+"""Artifacts: the immutable files of a job, listed, described and downloaded."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request, Response
+
+from app.api.content import send_blob
+from app.api.context import ArtifactId, Context, JobId, Services
+from app.api.documentation import errors
+from app.blobs import Blob
+from app.db.artifacts import Artifact, find_artifact, get_artifact, list_artifacts
+from app.db.jobs import get_job
+from app.errors import ArtifactNotFound, BlobCorrupt, BlobMissing, JobNotFound, RangeNotSatisfiable
+from app.schemas import ArtifactView, Page
+
+router = APIRouter(tags=["artifacts"])
+
+_BYTES = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
+
+CONTENT: dict[int | str, dict[str, object]] = {
+    200: {"description": "The whole file, of its own media type; `ETag` is its sha256.", "content": _BYTES},
+    206: {"description": "The range that was asked for.", "content": _BYTES},
+    304: {"description": "The client has it: If-None-Match names its sha256."},
+}
+"""What a download answers."""
+
+
+@router.get("/jobs/{id}/artifacts", responses=errors(JobNotFound))
+def get_job_artifacts(job_id: JobId, services: Context) -> Page[ArtifactView]:
+    """All files that the job has made so far; a few dozen at most, so always one page."""
+    with services.engine.connect() as conn:
+        if get_job(conn, job_id) is None:
+            raise JobNotFound(id=job_id)
+        found = list_artifacts(conn, job_id)
+    return Page[ArtifactView](data=[ArtifactView.model_validate(one) for one in found], has_more=False)
+
+
+@router.get(
+    "/jobs/{id}/report",
+    response_class=Response,
+    responses={
+        200: {"description": "The file `report.json`.", "content": {"application/json": {}}},
+        **errors(JobNotFound, ArtifactNotFound),
+    },
+)
+def get_job_report(request: Request, job_id: JobId, services: Context) -> Response:
+    """The report of a finished job."""
+    with services.engine.connect() as conn:
+        if get_job(conn, job_id) is None:
+            raise JobNotFound(id=job_id)
+        artifact = find_artifact(conn, job_id, "report.json")
+    if artifact is None:
+        raise ArtifactNotFound(id=f"{job_id}/report.json")
+    return send_artifact(request, services, artifact)
+
+
+@router.get("/artifacts/{id}", responses=errors(ArtifactNotFound))
+def get_one_artifact(artifact_id: ArtifactId, services: Context) -> ArtifactView:
+    """One file, described."""
+    return ArtifactView.model_validate(_find(services, artifact_id))
+
+
+@router.head("/artifacts/{id}/content", include_in_schema=False)
+@router.get(
+    "/artifacts/{id}/content",
+    response_class=Response,
+    responses={**CONTENT, **errors(ArtifactNotFound, RangeNotSatisfiable, BlobMissing, BlobCorrupt)},
+)
+def get_artifact_content(request: Request, artifact_id: ArtifactId, services: Context) -> Response:
+    """Download a file: whole, or one Range of it. Check what arrives against its sha256."""
+    return send_artifact(request, services, _find(services, artifact_id))
+
+
+def send_artifact(request: Request, services: Services, artifact: Artifact) -> Response:
+    """The bytes of an artifact."""
+    blob = Blob(artifact.sha256, artifact.size_bytes)
+    return send_blob(request, services.blobs, blob, media_type=artifact.media_type, file_name=artifact.name)
+
+
+def _find(services: Services, artifact_id: str) -> Artifact:
+    with services.engine.connect() as conn:
+        artifact = get_artifact(conn, artifact_id)
+    if artifact is None:
+        raise ArtifactNotFound(id=artifact_id)
+    return artifact

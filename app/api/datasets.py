@@ -1,0 +1,106 @@
+"""Datasets: upload, read, list, delete. What a good row is, p2d.rows says; what happens to the bytes, app.core.ingest."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request, Response
+from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import JSONResponse
+
+from app.api.context import Context, Cursor, DatasetId, IdempotencyKey, Limit, Services, page_after, page_of
+from app.api.documentation import DATASET_BODY, errors
+from app.api.idempotency import Once
+from app.api.uploads import Received, receive
+from app.core.ingest import inspect, record, store
+from app.db.datasets import Dataset, delete_dataset, get_dataset, is_needed, list_datasets
+from app.errors import (
+    DatasetInUse,
+    DatasetNotFound,
+    IdempotencyInFlight,
+    IdempotencyMismatch,
+    RequestError,
+    RequestInvalid,
+    UnsupportedMediaType,
+)
+from app.schemas import DatasetReportView, DatasetView, Page
+from p2d.errors import DatasetEmpty, DatasetError, DatasetTooLarge, ErrorDetail
+
+router = APIRouter(tags=["datasets"])
+
+_CREATE_ERRORS = errors(
+    *(RequestError, RequestInvalid, UnsupportedMediaType, IdempotencyInFlight, IdempotencyMismatch),
+    *(DatasetError, DatasetEmpty, DatasetTooLarge),
+)
+
+
+@router.post(
+    "/datasets",
+    status_code=201,
+    response_model=DatasetView,
+    responses={200: {"description": "The same content was there already.", "model": DatasetView}, **_CREATE_ERRORS},
+    openapi_extra=DATASET_BODY,
+)
+async def create_dataset(request: Request, services: Context, key: IdempotencyKey) -> Response:
+    """Upload a dataset as the part `file`. All of it is checked; one bad line refuses it, and all bad lines are listed."""
+    async with receive(request, services.settings, files=("file",)) as received:
+        return await run_in_threadpool(_create, services, received, key)
+
+
+@router.get("/datasets")
+def get_datasets(services: Context, limit: Limit = 20, cursor: Cursor = None) -> Page[DatasetView]:
+    """All datasets, newest first."""
+    before = page_after(cursor)
+    with services.engine.connect() as conn:
+        datasets = list_datasets(conn, limit=limit + 1, before=before)
+    views = [DatasetView.model_validate(dataset) for dataset in datasets]
+    return Page[DatasetView].model_validate(page_of(views, [dataset.id for dataset in datasets], limit))
+
+
+@router.get("/datasets/{id}", responses=errors(DatasetNotFound))
+def get_one_dataset(dataset_id: DatasetId, services: Context) -> DatasetView:
+    """One dataset."""
+    return DatasetView.model_validate(_find(services, dataset_id))
+
+
+@router.get("/datasets/{id}/report", responses=errors(DatasetNotFound))
+def get_dataset_report(dataset_id: DatasetId, services: Context) -> DatasetReportView:
+    """What the check of the dataset found."""
+    dataset = _find(services, dataset_id)
+    return DatasetReportView.model_validate({"dataset_id": dataset.id, **dataset.report})
+
+
+@router.delete("/datasets/{id}", status_code=204, responses=errors(DatasetNotFound, DatasetInUse))
+def delete_one_dataset(dataset_id: DatasetId, services: Context) -> None:
+    """Remove a dataset from sight. Refused while a job that has not ended reads it."""
+    with services.engine.begin() as conn:
+        if is_needed(conn, dataset_id):
+            raise DatasetInUse(dataset_id=dataset_id)
+        if not delete_dataset(conn, dataset_id):
+            raise DatasetNotFound(id=dataset_id)
+
+
+def _create(services: Services, received: Received, key: str | None) -> Response:
+    file = received.files.get("file")
+    if file is None:
+        text = "The part 'file' is missing."
+        raise RequestInvalid(text, errors=[ErrorDetail(code="field.missing", message=text, pointer="/file")])
+    once = Once.of("POST /datasets", key, None, received)
+    if (replay := once.earlier(services.engine)) is not None:
+        return replay
+    candidate = inspect(file.path, file.name, services.settings)
+    blob = store(services.blobs, candidate)
+    with services.engine.begin() as conn:
+        if (replay := once.take(conn)) is not None:
+            return replay
+        dataset, new = record(conn, candidate, blob)
+        view = DatasetView.model_validate(dataset).model_copy(update={"deduplicated": not new}).model_dump(mode="json")
+        status_code, headers = 201 if new else 200, {"Location": f"/datasets/{dataset.id}"}
+        once.keep(conn, status_code, headers, view)
+    return JSONResponse(view, status_code=status_code, headers=headers)
+
+
+def _find(services: Services, dataset_id: str) -> Dataset:
+    with services.engine.connect() as conn:
+        dataset = get_dataset(conn, dataset_id)
+    if dataset is None:
+        raise DatasetNotFound(id=dataset_id)
+    return dataset

@@ -1,0 +1,99 @@
+"""What /openapi.json says beyond the routes' types: problems by status, bodies that are streamed, and the schemas of both."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+
+from app.problems import MEDIA_TYPE, STATUS
+from app.schemas import JobBody, Problem
+from p2d.errors import P2DError
+
+_PROBLEM = {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}
+_FILE = {
+    "type": "string",
+    "format": "binary",
+    "description": "JSON Lines, a JSON array, CSV with a header, or Parquet.",
+}
+
+
+def errors(*classes: type[P2DError]) -> dict[int | str, dict[str, Any]]:
+    """The `responses=` of a route for the errors that are its own; those of every route come by themselves."""
+    by_status: dict[int | str, list[str]] = {}
+    for cls in classes:
+        by_status.setdefault(STATUS[cls.code], []).append(f"`{cls.code}`: {(cls.__doc__ or '').splitlines()[0]}")
+    return {status: {"description": " ".join(lines), "content": _PROBLEM} for status, lines in by_status.items()}
+
+
+COMMON: dict[int | str, dict[str, Any]] = {
+    422: {
+        "description": "`request.invalid`: fields, path or query are wrong; `errors[]` lists all.",
+        "content": _PROBLEM,
+    },
+    503: {"description": "A server behind the service does not answer; see Retry-After.", "content": _PROBLEM},
+    "default": {"description": "Every other error, in the same shape.", "content": _PROBLEM},
+}
+"""Responses of every route."""
+
+JOB_BODY = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "application/json": {"schema": {"$ref": "#/components/schemas/JobBody"}},
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "required": ["dataset", "job"],
+                    "properties": {
+                        "dataset": _FILE,
+                        "validation_dataset": _FILE,
+                        "job": {"$ref": "#/components/schemas/JobBody"},
+                    },
+                    "additionalProperties": False,
+                },
+                "encoding": {"job": {"contentType": "application/json"}},
+            },
+        },
+    }
+}
+
+DATASET_BODY = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "required": ["file"],
+                    "properties": {"file": _FILE},
+                    "additionalProperties": False,
+                }
+            }
+        },
+    }
+}
+
+
+def install(app: FastAPI) -> None:
+    """Make /openapi.json know the schemas of bodies that FastAPI does not parse itself."""
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            document = get_openapi(
+                title=app.title,
+                version=app.version,
+                description=app.description,
+                routes=app.routes,
+                tags=app.openapi_tags,
+            )
+            schemas = document.setdefault("components", {}).setdefault("schemas", {})
+            for model in (JobBody, Problem):
+                schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
+                schemas.update(schema.pop("$defs", {}))
+                schemas[model.__name__] = schema
+            app.openapi_schema = document
+        return app.openapi_schema
+
+    app.openapi = openapi  # type: ignore[method-assign]

@@ -1,0 +1,276 @@
+"""Jobs: create, read, list, cancel. What a job may ask for and do is app.core's business; how it runs is the workers'."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from typing import Annotated, Any, TypeVar
+
+from fastapi import APIRouter, Query, Request, Response
+from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import JSONResponse
+from pydantic import ValidationError
+
+from app.api.context import Context, Cursor, IdempotencyKey, JobId, Limit, Services, page_after, page_of
+from app.api.documentation import JOB_BODY, errors
+from app.api.idempotency import Once
+from app.api.uploads import Received, receive
+from app.core.ingest import Candidate, inspect, record, store
+from app.core.lifecycle import request_cancel
+from app.core.submit import Content, JobRequest, find_dataset, refusals, submit
+from app.db.engine import Connection
+from app.db.head_maps import head_map_of_job
+from app.db.jobs import Job, get_job, list_jobs, update_job
+from app.db.selections import selection_of_job
+from app.errors import (
+    HeadMapMismatch,
+    HeadMapNotFound,
+    IdempotencyInFlight,
+    IdempotencyMismatch,
+    JobAlreadyFinal,
+    JobNotFound,
+    RequestError,
+    RequestInvalid,
+    RequestTooLarge,
+    SelectionMismatch,
+    SelectionNotFound,
+    UnsupportedMediaType,
+)
+from app.problems import body_faults, invalid, problem_body
+from app.schemas import JobBody, JobSummary, JobView, Page, Status
+from p2d.config import Kind, check, config_json, resolve
+from p2d.errors import (
+    ConfigError,
+    DatasetEmpty,
+    DatasetError,
+    DatasetTooLarge,
+    DatasetTooSmall,
+    ErrorDetail,
+    ModelError,
+    ModelNotFound,
+    ModelUnsupported,
+    P2DError,
+)
+from p2d.model_info import ModelInfo, find_model, read_model_info
+
+router = APIRouter(tags=["jobs"])
+
+FILES = ("dataset", "validation_dataset")
+POLL_AFTER_S = 2
+
+_CREATE_ERRORS = errors(
+    *(RequestError, RequestInvalid, RequestTooLarge, UnsupportedMediaType, IdempotencyInFlight, IdempotencyMismatch),
+    *(ConfigError, DatasetError, DatasetEmpty, DatasetTooSmall, DatasetTooLarge),
+    *(ModelError, ModelNotFound, ModelUnsupported),
+    *(HeadMapNotFound, HeadMapMismatch, SelectionNotFound, SelectionMismatch),
+)
+
+
+@router.post("/jobs", status_code=202, response_model=JobView, responses=_CREATE_ERRORS, openapi_extra=JOB_BODY)
+async def create_job(request: Request, services: Context, key: IdempotencyKey) -> Response:
+    """Queue a job: JSON that names a dataset, or multipart with the dataset's file and the same JSON as the part `job`.
+
+    Refused before any model is loaded, with all faults listed.
+    """
+    async with receive(request, services.settings, files=FILES, json_part="job", json=True) as received:
+        return await run_in_threadpool(_create, services, received, key)
+
+
+@router.get("/jobs")
+def get_jobs(
+    services: Context,
+    limit: Limit = 20,
+    cursor: Cursor = None,
+    status: Annotated[Status | None, Query(description="Only jobs in this status.")] = None,
+    kind: Annotated[Kind | None, Query(description="Only jobs of this kind.")] = None,
+) -> Page[JobSummary]:
+    """All jobs, newest first."""
+    before = page_after(cursor)
+    with services.engine.connect() as conn:
+        jobs = list_jobs(conn, limit=limit + 1, before=before, status=status, kind=kind)
+    summaries = [JobSummary.model_validate(_fields(job)) for job in jobs]
+    return Page[JobSummary].model_validate(page_of(summaries, [job.id for job in jobs], limit))
+
+
+@router.get("/jobs/{id}", responses=errors(JobNotFound))
+def get_one_job(job_id: JobId, services: Context) -> JobView:
+    """A job as it is now."""
+    with services.engine.connect() as conn:
+        job = get_job(conn, job_id)
+        if job is None:
+            raise JobNotFound(id=job_id)
+        return _view(conn, job)
+
+
+@router.post("/jobs/{id}/cancel", status_code=202, responses=errors(JobNotFound, JobAlreadyFinal))
+def cancel_job(job_id: JobId, services: Context) -> JobView:
+    """Ask a job to stop. Repeating is harmless; a job that ended otherwise answers 409."""
+    with services.engine.begin() as conn:
+        try:
+            job = request_cancel(conn, job_id)
+        except JobAlreadyFinal as error:
+            if error.facts["status"] != "cancelled":
+                raise
+            found = get_job(conn, job_id)
+            assert found is not None
+            job = found
+        view = _view(conn, job)
+    services.waker.wake(job.queue)  # a hint only: the row already says it, and every worker polls
+    return view
+
+
+# --- creating --------------------------------------------------------------------------------------------------------
+
+
+def _create(services: Services, received: Received, key: str | None) -> Response:
+    body = _parse(received)
+    once = Once.of("POST /jobs", key, body, received)
+    if (replay := once.earlier(services.engine)) is not None:
+        return replay
+    model, candidates = _inspect(services, body, received)
+    blobs = {name: store(services.blobs, candidate) for name, candidate in candidates.items()}
+    with services.engine.begin() as conn:
+        if (replay := once.take(conn)) is not None:
+            return replay
+        ids = {name: record(conn, candidate, blobs[name])[0].id for name, candidate in candidates.items()}
+        dataset_id = ids.get("dataset", body.dataset)
+        assert dataset_id is not None
+        request = JobRequest(
+            config=body.config(),
+            model=model,
+            dataset_id=dataset_id,
+            validation_dataset_id=ids.get("validation_dataset", body.validation_dataset),
+            name=body.name,
+            metadata=body.metadata,
+        )
+        job = submit(conn, request, shard_rows=services.settings.shard_rows, queue=services.settings.worker_queue)
+        job = _resolve(conn, job, request)
+        view = _view(conn, job).model_dump(mode="json")
+        headers = {"Location": f"/jobs/{job.id}", "Retry-After": str(POLL_AFTER_S)}
+        once.keep(conn, 202, headers, view)
+    services.waker.wake(job.queue)  # after the commit, and only a hint
+    return JSONResponse(view, status_code=202, headers=headers)
+
+
+def _parse(received: Received) -> JobBody:
+    if received.json is None:
+        text = "The part 'job' with the job's JSON is missing."
+        raise RequestInvalid(text, errors=[ErrorDetail(code="field.missing", message=text, pointer="/job")])
+    try:
+        body = JobBody.model_validate_json(received.json)
+    except ValidationError as error:
+        if any(fault["type"] == "json_invalid" for fault in error.errors()):
+            raise RequestError("The body is not JSON.") from None
+        raise invalid(body_faults(error.errors())) from None
+    faults = []
+    for name in FILES:
+        named, sent = getattr(body, name) is not None, name in received.files
+        if named and sent:
+            faults.append(
+                ErrorDetail(code="field.given_twice", message="Given as an id and as a file.", pointer=f"/{name}")
+            )
+        if name == "dataset" and not (named or sent):
+            faults.append(
+                ErrorDetail(code="field.missing", message="Give a dataset's id, or send its file.", pointer="/dataset")
+            )
+    if faults:
+        raise invalid(faults)
+    return body
+
+
+def _inspect(services: Services, body: JobBody, received: Received) -> tuple[ModelInfo, dict[str, Candidate]]:
+    """Check everything that can be checked without a model's weights, and raise all that is wrong at once."""
+    faults, config, settings = _Faults(), body.config(), services.settings
+    faults.catch(lambda: check(config))
+    model = faults.catch(lambda: _model(services, body))
+    contents: dict[str, Content | None] = {}
+    candidates: dict[str, Candidate] = {}
+    for name, file in received.files.items():
+        found = faults.catch(lambda name=name, file=file: inspect(file.path, file.name, settings, pointer=f"/{name}"))  # type: ignore[misc]
+        contents[name] = found
+        if found is not None:
+            candidates[name] = found
+    with services.engine.connect() as conn:
+        for name in FILES:
+            if (dataset_id := getattr(body, name)) is not None:
+                contents[name] = faults.catch(lambda name=name, id=dataset_id: find_dataset(conn, id, f"/{name}"))  # type: ignore[misc]
+        dataset = contents.get("dataset")
+        if model is not None and dataset is not None:
+            faults.add(*refusals(conn, config, model, dataset, contents.get("validation_dataset")))
+    faults.raise_all()
+    assert model is not None
+    return model, candidates
+
+
+def _model(services: Services, body: JobBody) -> ModelInfo:
+    info = read_model_info(find_model(services.settings.models_dir, body.base_model))
+    if body.revision is not None and body.revision != info.digest:
+        text = f"The model {info.name!r} has another digest: {info.digest}."
+        raise ModelNotFound(text, errors=[ErrorDetail(code=ModelNotFound.code, message=text, pointer="/revision")])
+    return info
+
+
+Found = TypeVar("Found")
+
+
+class _Faults:
+    """Collects errors, so that a user mends all of them at once."""
+
+    def __init__(self) -> None:
+        self._errors: list[P2DError] = []
+
+    def catch(self, find: Callable[[], Found]) -> Found | None:
+        try:
+            return find()
+        except P2DError as error:
+            if error.fault != "user":
+                raise
+            self.add(error)
+            return None
+
+    def add(self, *errors: P2DError) -> None:
+        self._errors += errors
+
+    def raise_all(self) -> None:
+        """Raise the one error as it is, several as one `request.invalid`."""
+        if len(self._errors) == 1:
+            raise self._errors[0]
+        if self._errors:
+            raise RequestInvalid(
+                " ".join(error.text for error in self._errors),
+                errors=[detail for error in self._errors for detail in _details(error)],
+                errors_total=sum(max(error.errors_total, 1) for error in self._errors),
+            )
+
+
+def _details(error: P2DError) -> Iterator[ErrorDetail]:
+    yield from error.errors or (ErrorDetail(code=error.code, message=error.text),)
+
+
+# --- views -----------------------------------------------------------------------------------------------------------
+
+
+def _resolve(conn: Connection, job: Job, request: JobRequest) -> Job:
+    """Say at once what every "auto" means. The validate step says it again, from the rows that are left for training."""
+    dataset = find_dataset(conn, request.dataset_id, "/dataset")
+    found = resolve(request.config, rows=dataset.rows, context_length=request.model.context_length)
+    resolved = {"config": config_json(found.config), "reasons": found.reasons, "warnings": list(found.warnings)}
+    return update_job(conn, job.id, resolved=resolved)
+
+
+def _fields(job: Job) -> dict[str, Any]:
+    return asdict(job) | {"error": problem_body(job.error) if job.error else None}
+
+
+def _view(conn: Connection, job: Job) -> JobView:
+    head_map, selection, resolved = head_map_of_job(conn, job.id), selection_of_job(conn, job.id), job.resolved or {}
+    return JobView.model_validate(
+        _fields(job)
+        | {
+            "resolved": resolved.get("config"),
+            "reasons": resolved.get("reasons", {}),
+            "warnings": resolved.get("warnings", []),
+            "head_map": head_map.id if head_map else None,
+            "selection": selection.id if selection else None,
+        }
+    )

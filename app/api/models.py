@@ -1,0 +1,41 @@
+"""The base models that are installed, usable or not. Installing one is the operator's business (`p2d models add`)."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Annotated
+
+from fastapi import APIRouter
+from fastapi import Path as PathParameter
+
+from app.api.context import Context
+from app.api.documentation import errors
+from app.problems import problem_body
+from app.schemas import ModelView, Page
+from p2d.errors import ModelError, ModelNotFound
+from p2d.model_info import ModelInfo, find_model, list_models, read_model_info
+
+router = APIRouter(tags=["models"])
+
+
+@router.get("/models")
+def get_models(services: Context) -> Page[ModelView]:
+    """All installed models; a handful, so always one page."""
+    found = list_models(services.settings.models_dir)
+    return Page[ModelView](data=[_view(name, model) for name, model in found], has_more=False)
+
+
+@router.get("/models/{name}", responses=errors(ModelNotFound))
+def get_one_model(name: Annotated[str, PathParameter(max_length=128)], services: Context) -> ModelView:
+    """One installed model."""
+    directory = find_model(services.settings.models_dir, name)
+    try:
+        return _view(name, read_model_info(directory))
+    except ModelError as error:
+        return _view(name, error)
+
+
+def _view(name: str, model: ModelInfo | ModelError) -> ModelView:
+    if isinstance(model, ModelError):
+        return ModelView.model_validate({"name": name, "supported": False, "error": problem_body(model.to_json())})
+    return ModelView.model_validate({**asdict(model), "supported": True})

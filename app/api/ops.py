@@ -1,0 +1,75 @@
+"""Whether the process runs, whether its servers answer, and which version it is."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+from typing import Literal
+
+import redis
+from fastapi import APIRouter
+
+from app.api.context import Context, Services
+from app.api.documentation import errors
+from app.db.engine import DatabaseUnavailable, PoolTimeout, ping
+from app.errors import StoreUnavailable, Unavailable
+from app.schemas import HealthView, ReadinessView, VersionView
+
+router = APIRouter(tags=["service"])
+
+Check = Literal["ok", "unavailable"]
+
+
+@router.get("/healthz")
+def healthz() -> HealthView:
+    """The process runs. Says nothing of the servers behind it."""
+    return HealthView()
+
+
+@router.get("/readyz", responses=errors(Unavailable))
+def readyz(services: Context) -> ReadinessView:
+    """Database and store answer. Without the broker the service is only slower to start jobs: `degraded`."""
+    checks = {"database": _database(services), "store": _store(services), "broker": _broker(services)}
+    if "unavailable" in (checks["database"], checks["store"]):
+        raise Unavailable("A server behind the service does not answer.", checks=checks)
+    return ReadinessView(status="ok" if checks["broker"] == "ok" else "degraded", checks=checks)
+
+
+@router.get("/version")
+def get_version() -> VersionView:
+    """Which version of P2D runs."""
+    return VersionView(version=product_version())
+
+
+def product_version() -> str:
+    """Version of the installed distribution."""
+    try:
+        return version("p2d")
+    except PackageNotFoundError:  # a checkout that was not installed
+        return "0+unknown"
+
+
+def _database(services: Services) -> Check:
+    try:
+        ping(services.engine)
+    except (DatabaseUnavailable, PoolTimeout):
+        return "unavailable"
+    return "ok"
+
+
+def _store(services: Services) -> Check:
+    try:
+        services.blobs.ping()
+    except StoreUnavailable:
+        return "unavailable"
+    return "ok"
+
+
+def _broker(services: Services) -> Check:
+    try:
+        with redis.Redis.from_url(
+            services.settings.url("broker_url"), socket_timeout=1, socket_connect_timeout=1
+        ) as broker:
+            broker.ping()
+    except (redis.RedisError, OSError):
+        return "unavailable"
+    return "ok"

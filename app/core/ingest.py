@@ -1,0 +1,83 @@
+"""From an uploaded file to a dataset: check all of it, normalise, store the bytes, record the row. Nothing is half-stored.
+
+`inspect` and `store` touch no database, `record` nothing else, so that no transaction spans reading or storing. How the
+bytes arrived is app.api's business; how a row is read is p2d.rows'.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from app.blobs import Blob, BlobStore
+from app.db.datasets import Dataset, insert_dataset, same_dataset
+from app.db.engine import Connection
+from app.settings import Settings
+from p2d.errors import DatasetError, ErrorDetail
+from p2d.rows import sniff_format
+from p2d.validation import DatasetLimits, DatasetReport, validate_file
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Candidate:
+    """A file that was checked and found good, not stored yet."""
+
+    name: str
+    report: DatasetReport
+    normalised: Path
+
+    @property
+    def rows(self) -> int:
+        """Number of rows."""
+        return self.report.rows
+
+    @property
+    def content_hash(self) -> str:
+        """Sha256 over prompts and answers."""
+        return self.report.content_hash
+
+
+def inspect(path: Path, file_name: str, settings: Settings, *, pointer: str = "") -> Candidate:
+    """Check every row and write the normalised form beside `path`.
+
+    Args:   pointer: put before the pointers of bad lines, where a request holds more than one file.
+    Raises: DatasetError with all bad lines, DatasetEmpty, DatasetTooLarge.
+    """
+    limits = DatasetLimits(
+        max_bytes=settings.max_upload_bytes, max_rows=settings.max_rows, max_row_bytes=settings.max_row_bytes
+    )
+    normalised = path.with_name(path.name + ".rows")
+    try:
+        report = validate_file(path, sniff_format(path, file_name), limits, normalised=normalised)
+    except DatasetError as error:
+        error.errors = tuple(replace(detail, pointer=pointer + (detail.pointer or "")) for detail in error.errors)
+        if pointer and not error.errors:
+            error.errors = (ErrorDetail(code=error.code, message=error.text, pointer=pointer),)
+            error.errors_total = 1
+        raise
+    return Candidate(name=file_name, report=report, normalised=normalised)
+
+
+def store(blobs: BlobStore, candidate: Candidate) -> Blob:
+    """Put the normalised rows into the store. Bytes that nobody refers to do no harm."""
+    return blobs.put_file(candidate.normalised)
+
+
+def record(conn: Connection, candidate: Candidate, blob: Blob) -> tuple[Dataset, bool]:
+    """Return the dataset of this content and whether it is new; the same content is one dataset."""
+    known = same_dataset(conn, candidate.content_hash)
+    if known is not None:
+        return known, False
+    report = candidate.report
+    dataset = insert_dataset(
+        conn,
+        name=candidate.name,
+        format=report.format,
+        rows=report.rows,
+        size_bytes=report.size_bytes,
+        content_hash=report.content_hash,
+        sha256=blob.sha256,
+        stored_bytes=blob.size_bytes,
+        report=asdict(report),
+    )
+    return dataset, True
