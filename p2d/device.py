@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import resource
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
 from p2d.config import Precision
-from p2d.errors import ConfigError
+from p2d.errors import ConfigError, OutOfMemory
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -48,3 +50,16 @@ def peak_memory_bytes(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+@contextmanager
+def memory_guard(doing: str) -> Iterator[None]:
+    """Turn running out of memory into OutOfMemory (`engine.out_of_memory`), with what was being done."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise OutOfMemory(f"The device ran out of memory while {doing}.") from error
+    except RuntimeError as error:  # the CPU allocator has no error class of its own
+        if "DefaultCPUAllocator" not in str(error):
+            raise
+        raise OutOfMemory(f"The machine ran out of memory while {doing}.") from error

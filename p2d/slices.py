@@ -35,10 +35,12 @@ class SliceLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, master: Tensor, index: Tensor, dim: int) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, master: Tensor, index: Tensor | None, dim: int
+    ) -> Tensor:
         ctx.dim = dim
         # Columns of W meet only their own inputs: keep those, a tenth of x at a tenth of the heads.
-        ctx.save_for_backward(x.index_select(-1, index) if dim == 1 else x, W, index)
+        ctx.save_for_backward(x if index is None or dim == 0 else x.index_select(-1, index), W, index)
         return functional.linear(x, W, b)
 
     @staticmethod
@@ -47,7 +49,7 @@ class SliceLinear(torch.autograd.Function):
         x, W, index = ctx.saved_tensors
         gx = gy @ W if ctx.needs_input_grad[0] else None  # false in the shallowest chosen layer: backward ends here
         g_NO, x_NI = gy.flatten(0, -2), x.flatten(0, -2)
-        if ctx.dim == 0:
+        if ctx.dim == 0 and index is not None:
             g_NO = g_NO.index_select(-1, index)
         return gx, None, None, (g_NO.t() @ x_NI).float(), None, None
 
@@ -62,6 +64,8 @@ class Site:
     linear: nn.Linear
     index: Tensor
     """Rows or columns of the weight, in unit order."""
+    whole: bool
+    """Whether that is all of them: nothing is then gathered."""
     master: nn.Parameter
     """Trained values, fp32: [index, in] for q, k, v; [out, index] for o."""
     base: Tensor
@@ -141,6 +145,11 @@ class HeadSlices:
         """The masters, one per sliced projection."""
         return [site.master for site in self.sites]
 
+    def site(self, layer: int, projection: Projection) -> Site | None:
+        """The sliced projection of a layer, if it is one."""
+        key = slice_key(layer, projection)
+        return next((site for site in self.sites if site.key == key), None)
+
     @property
     def n_parameters(self) -> int:
         """Trained weights; shared k/v slices counted once."""
@@ -150,6 +159,11 @@ class HeadSlices:
     def units(self) -> list[tuple[int, Projection, int]]:
         """(layer, projection, unit) of every slice; the unit is a head in q and o, a KV group in k and v."""
         return [(site.layer, site.projection, unit) for site in self.sites for unit in site.units]
+
+    def interpolate(self, fraction: float) -> None:
+        """Set the weights part of the way from base (0) to masters (1); the masters stay."""
+        for site in self.sites:
+            _write(site, site.base.float().lerp(site.master.detach(), fraction))
 
     def delta(self) -> dict[str, Tensor]:
         """How far every slice moved from the base, fp32: the difference is taken in fp32, bf16 would round it away."""
@@ -195,13 +209,14 @@ def _site(base: BaseModel, layer: int, projection: Projection, units: list[int])
     values = linear.weight.detach().index_select(axis(projection), index)
     # clone: for an fp32 base `float` alone would hand out the base's own copy.
     master = nn.Parameter(values.float().clone())
-    return Site(layer, projection, tuple(units), linear, index, master, base=values)
+    whole = index.numel() == linear.weight.shape[axis(projection)]
+    return Site(layer, projection, tuple(units), linear, index, whole, master, base=values)
 
 
 def _forward(site: Site, x: Tensor) -> Tensor:
     linear = site.linear
     apply: Any = SliceLinear.apply
-    result: Tensor = apply(x, linear.weight, linear.bias, site.master, site.index, site.axis)
+    result: Tensor = apply(x, linear.weight, linear.bias, site.master, None if site.whole else site.index, site.axis)
     return result
 
 

@@ -6,10 +6,12 @@ No network, no files from outside. The tokenizer knows bytes alone, so every tex
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import logging as transformers_logging
 
 from p2d.rows import Row
 
@@ -53,8 +55,9 @@ def tiny_model_dir(
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    model = LlamaForCausalLM(config).to(dtype)
-    model.save_pretrained(directory)
+    model: Any = LlamaForCausalLM(config)
+    _quiet()
+    model.to(dtype).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory
 
@@ -84,3 +87,8 @@ def some_rows(count: int, *, first: int = 0) -> list[Row]:
         Row(prompt=f"What is {n} plus {n % 7}?", answer=f"It is {n + n % 7}" + "!" * (n % 5), line=n + 1)
         for n in range(first, first + count)
     ]
+
+
+def _quiet() -> None:
+    logging: Any = transformers_logging
+    logging.disable_progress_bar()

@@ -1,0 +1,241 @@
+"""Head adapters: trained slices on disk as `heads.safetensors` + `manifest.json`; apply, revert, merge.
+
+The file holds the slices' values, not differences: applying is a copy, so base + adapter is the trained model bit for bit
+where the base is loaded in the adapter's type. Training is `p2d.training`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from p2d.arch import ARCHS
+from p2d.arch.spec import ArchSpec, axis, head_rows, units_of
+from p2d.config import JobConfig, Projection
+from p2d.errors import AdapterMismatch, ModelError
+from p2d.files import read_json, write_json
+from p2d.model_info import DIGEST_CACHE, ModelInfo, read_model_info
+from p2d.models import BaseModel
+from p2d.registry import load
+from p2d.slices import Head, slice_key
+
+WEIGHTS, MANIFEST = "heads.safetensors", "manifest.json"
+FORMAT = 1
+"""Of the manifest; a reader refuses other numbers."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SliceEntry:
+    """One tensor of heads.safetensors."""
+
+    layer: int
+    projection: Projection
+    units: tuple[int, ...]
+    """Query heads (q, o) or KV groups (k, v), in the tensor's order: along rows for q, k, v, along columns for o."""
+    shape: tuple[int, ...]
+
+    @property
+    def key(self) -> str:
+        """Name of the tensor."""
+        return slice_key(self.layer, self.projection)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Manifest:
+    """What an adapter is and which base it belongs to."""
+
+    base_model: str
+    base_digest: str
+    model_type: str
+    heads: tuple[Head, ...]
+    projections: tuple[Projection, ...]
+    slices: tuple[SliceEntry, ...]
+    parameters: int
+    """Trained weights."""
+    dtype: str
+    """Of the tensors: fp32 or bf16."""
+    sha256: str
+    """Of heads.safetensors."""
+    learning_rate: float
+    config: Mapping[str, Any]
+    """The resolved job config, as JSON."""
+    p2d_version: str
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """A loaded head adapter."""
+
+    manifest: Manifest
+    tensors: Mapping[str, Tensor]
+
+    def apply(self, base: BaseModel) -> Mapping[str, Tensor]:
+        """Copy the trained slices into the base's weights and return what stood there, for `revert`.
+
+        Raises: AdapterMismatch (`adapter.base_mismatch`) if the base is another model, before anything is changed.
+        """
+        if base.info.digest != self.manifest.base_digest:
+            raise AdapterMismatch(
+                f"The adapter was trained on {self.manifest.base_model!r} (digest {self.manifest.base_digest[:12]}), "
+                f"not on {base.info.name!r} (digest {base.info.digest[:12]}).",
+                expected=self.manifest.base_digest,
+                found=base.info.digest,
+            )
+        previous: dict[str, Tensor] = {}
+        for entry in self.manifest.slices:
+            weight = base.projection(entry.layer, entry.projection).weight
+            index = _index(base.info, entry).to(weight.device)
+            previous[entry.key] = weight.detach().index_select(axis(entry.projection), index)
+        _write(base, self.manifest.slices, self.tensors)
+        return previous
+
+    def revert(self, base: BaseModel, previous: Mapping[str, Tensor]) -> None:
+        """Put back what `apply` returned: the base is then bit for bit as before."""
+        _write(base, self.manifest.slices, previous)
+
+
+def save_adapter(
+    directory: Path,
+    *,
+    base: BaseModel,
+    heads: Sequence[Head],
+    projections: Sequence[Projection],
+    state: Mapping[str, Tensor],
+    config: JobConfig,
+    learning_rate: float,
+) -> Manifest:
+    """Write heads.safetensors and manifest.json for the slices in `state` (`HeadSlices.state`)."""
+    entries = _entries(base.info, heads, projections)
+    tensors = {entry.key: state[entry.key].cpu().contiguous() for entry in entries}
+    assert tensors.keys() == state.keys(), "slices of other heads or projections"
+    entries = tuple(replace(entry, shape=tuple(tensors[entry.key].shape)) for entry in entries)
+    directory.mkdir(parents=True, exist_ok=True)
+    part = directory / f"{WEIGHTS}.part"
+    save_file(tensors, part, metadata={"format": "p2d-heads", "base_digest": base.info.digest})
+    part.chmod(0o644)  # safetensors writes for the owner alone
+    part.replace(directory / WEIGHTS)
+    manifest = Manifest(
+        base_model=base.info.name,
+        base_digest=base.info.digest,
+        model_type=base.info.model_type,
+        heads=tuple(sorted(set(heads))),
+        projections=tuple(projections),
+        slices=entries,
+        parameters=sum(tensor.numel() for tensor in tensors.values()),
+        dtype="bf16" if base.dtype == torch.bfloat16 else "fp32",
+        sha256=_sha256(directory / WEIGHTS),
+        learning_rate=learning_rate,
+        config=asdict(config),
+        p2d_version=_version(),
+    )
+    write_json(directory / MANIFEST, {"format": FORMAT, **asdict(manifest)})
+    return manifest
+
+
+def load_adapter(directory: Path) -> Adapter:
+    """Read an adapter. Raises ModelError (`model.invalid`) if a file is missing, broken or does not match its manifest."""
+    try:
+        manifest = _manifest(read_json(directory / MANIFEST))
+        if _sha256(directory / WEIGHTS) != manifest.sha256:
+            raise ValueError(f"{WEIGHTS} is not the file that the manifest names")
+        tensors = load_file(directory / WEIGHTS)
+        if {key: tuple(tensor.shape) for key, tensor in tensors.items()} != {e.key: e.shape for e in manifest.slices}:
+            raise ValueError("tensors and manifest differ")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        raise ModelError(f"{directory.name!r} is not a head adapter: {error}") from error
+    return Adapter(manifest, tensors)
+
+
+def merge(base_dir: Path, adapter_dir: Path, out: Path) -> Path:
+    """Write a full model directory with the adapter's values in its weights; every other tensor keeps its bytes.
+
+    Values are rounded to the type of the base's files if the adapter was trained in a wider one.
+    Raises: AdapterMismatch, ModelError; ModelError too if `out` exists.
+    """
+    adapter, info = load_adapter(adapter_dir), read_model_info(base_dir)
+    if info.digest != adapter.manifest.base_digest:
+        raise AdapterMismatch(f"The adapter was not trained on {info.name!r}.", expected=adapter.manifest.base_digest)
+    if out.exists():
+        raise ModelError(f"{out.name!r} exists already.")
+    spec: ArchSpec = load(ARCHS, info.model_type, what="model family", pointer="/base_model")
+    targets = {spec.weight_name(entry.layer, entry.projection): entry for entry in adapter.manifest.slices}
+    part = out.with_name(f".{out.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    left_out = shutil.ignore_patterns("*.safetensors", DIGEST_CACHE, ".*")
+    shutil.copytree(base_dir, part, ignore=left_out)
+    written: set[str] = set()
+    for file in sorted(base_dir.glob("*.safetensors")):
+        tensors = load_file(file)
+        for name in targets.keys() & tensors.keys():
+            entry = targets[name]
+            tensors[name].index_copy_(
+                axis(entry.projection), _index(info, entry), adapter.tensors[entry.key].to(tensors[name].dtype)
+            )
+            written.add(name)
+        with safe_open(file, framework="pt") as source:
+            metadata = source.metadata()
+        save_file(tensors, part / file.name, metadata=metadata)
+        (part / file.name).chmod(0o644)
+    if written != targets.keys():
+        raise ModelError(f"The files of {info.name!r} lack the weight {min(targets.keys() - written)!r}.")
+    return part.rename(out)
+
+
+def _entries(info: ModelInfo, heads: Sequence[Head], projections: Sequence[Projection]) -> tuple[SliceEntry, ...]:
+    layers = sorted({layer for layer, _ in heads})
+    return tuple(
+        SliceEntry(layer=layer, projection=projection, units=tuple(units), shape=())
+        for layer in layers
+        for projection in projections
+        for units in [units_of(info, projection, [head for at, head in heads if at == layer])]
+    )
+
+
+def _index(info: ModelInfo, entry: SliceEntry) -> Tensor:
+    return torch.tensor([place for unit in entry.units for place in head_rows(info, entry.projection, unit)])
+
+
+def _write(base: BaseModel, entries: Sequence[SliceEntry], values: Mapping[str, Tensor]) -> None:
+    with torch.no_grad():
+        for entry in entries:
+            weight = base.projection(entry.layer, entry.projection).weight
+            index = _index(base.info, entry).to(weight.device)
+            weight.index_copy_(axis(entry.projection), index, values[entry.key].to(weight.device, weight.dtype))
+
+
+def _manifest(value: dict[str, Any]) -> Manifest:
+    if value.pop("format") != FORMAT:
+        raise ValueError(f"expected format {FORMAT} of {MANIFEST}")
+    heads = tuple((int(layer), int(head)) for layer, head in value.pop("heads"))
+    slices = tuple(
+        SliceEntry(
+            layer=entry["layer"],
+            projection=entry["projection"],
+            units=tuple(entry["units"]),
+            shape=tuple(entry["shape"]),
+        )
+        for entry in value.pop("slices")
+    )
+    return Manifest(heads=heads, slices=slices, projections=tuple(value.pop("projections")), **value)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _version() -> str:
+    try:
+        return version("p2d")
+    except PackageNotFoundError:  # run from a source tree that is not installed
+        return "0+source"

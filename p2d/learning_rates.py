@@ -1,0 +1,146 @@
+"""Find the learning rate for head slices by a short search on held-out rows; its cost counts in the training step.
+
+Head slices want a far higher rate than full fine-tuning, and the best one depends on which slices are trained and how
+many, so no constant serves. The training loop itself is `p2d.training`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from p2d.batches import mean_answer_nll
+from p2d.config import JobConfig
+from p2d.errors import Diverged, EngineError
+from p2d.models import BaseModel
+from p2d.optimization import Schedule, SliceTrainer
+from p2d.pipeline import Progress
+from p2d.rendering import RenderedRow
+from p2d.slices import HeadSlices
+
+FIRST_RATE = 2e-3
+"""Where the search begins: best of 5e-4 to 4e-3 on SmolLM2-135M (docs/LOG.md)."""
+MAX_TRIALS = 4
+MIN_RATE, MAX_RATE = 6.25e-5, 1.6e-2
+"""Range of the search; below MIN_RATE even a diverging run gives up."""
+MARGIN = 0.005
+"""A higher rate must be better by this share of the loss: short trials flatter high rates. A guess."""
+
+
+WATCH_COST = 0.1
+"""Held-out rows looked at after an epoch, as a share of the epoch's cost (a forward pass costs a third of a step)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """One rate tried by the search."""
+
+    learning_rate: float
+    guide_loss: float | None
+    """Held-out loss after the trial, nats per answer token; None = it diverged."""
+    steps: int
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The rate that the search chose."""
+
+    learning_rate: float
+    trials: list[Trial]
+    tokens: int
+
+
+def watched_rows(rows: int, guide: int) -> int:
+    """Held-out rows looked at after each epoch: at most WATCH_COST of the epoch's cost, but at least 4."""
+    return min(guide, max(4, int(WATCH_COST * 3 * rows)))
+
+
+def trial_steps(steps: int) -> int:
+    """Steps of one trial: an eighth of the run, 4 to 16. A guess."""
+    return min(steps, max(4, min(16, steps // 8)))
+
+
+def search_steps(steps: int) -> int:
+    """Most steps that the search takes, for progress and estimates."""
+    return MAX_TRIALS * trial_steps(steps)
+
+
+def find_learning_rate(
+    base: BaseModel,
+    slices: HeadSlices,
+    rows: Sequence[RenderedRow],
+    guide: Sequence[RenderedRow],
+    config: JobConfig,
+    steps: int,
+    progress: Progress,
+) -> Found:
+    """Try FIRST_RATE and its double; walk on in the better direction while it helps, MAX_TRIALS at most.
+
+    Each trial starts at the base, takes the first `trial_steps` of the run's own rows under a whole schedule, and is judged
+    by the loss on held-out rows. The slices are back at the base afterwards.
+
+    Raises: EngineError without held-out rows; Diverged if every rate down to MIN_RATE diverges.
+    """
+    if not guide:
+        raise EngineError("The learning rate cannot be searched without held-out rows.")
+    search = _Search(
+        base, slices, rows, list(guide)[: max(8, watched_rows(len(rows), len(guide)))], config, steps, progress
+    )
+    best = search.trial(FIRST_RATE)
+    factor = 2.0
+    if (other := search.trial(FIRST_RATE * 2)) < best * (1 - MARGIN):
+        best, rate = other, FIRST_RATE * 2
+    else:
+        factor, rate = 0.5, FIRST_RATE
+    while MIN_RATE <= rate * factor <= MAX_RATE and (len(search.trials) < MAX_TRIALS or best == math.inf):
+        # Going down, a tie goes to the lower rate.
+        limit = best * (1 - MARGIN) if factor > 1 else best * (1 + MARGIN)
+        loss = search.trial(rate * factor)
+        if loss > limit or loss == math.inf > best:
+            break
+        best, rate = min(best, loss), rate * factor
+    if best == math.inf:
+        raise Diverged(f"Training diverged at every learning rate down to {rate:.3g}.", learning_rate=rate)
+    return Found(rate, search.trials, search.tokens)
+
+
+class _Search:
+    """Runs trials and keeps what they cost."""
+
+    def __init__(
+        self,
+        base: BaseModel,
+        slices: HeadSlices,
+        rows: Sequence[RenderedRow],
+        guide: Sequence[RenderedRow],
+        config: JobConfig,
+        steps: int,
+        progress: Progress,
+    ) -> None:
+        self._base, self._slices, self._rows, self._guide = base, slices, rows, guide
+        self._config, self._steps, self._progress = config.training, trial_steps(steps), progress
+        self._start = slices.masters()
+        self._done = 0
+        self.trials: list[Trial] = []
+        self.tokens = 0
+
+    def trial(self, learning_rate: float) -> float:
+        """Held-out loss after a short run at a rate; infinite if it diverged."""
+        batch_size, seed = self._config.batch_size, str(self._config.seed)
+        trainer = SliceTrainer(self._base, self._slices, self._rows, batch_size=batch_size, seed=seed)
+        loss: float | None
+        try:
+            for _ in range(self._steps):
+                log = trainer.advance(Schedule(learning_rate, self._steps))
+                self.tokens += log.tokens
+                self._done += 1
+                self._progress(self._done, 0, {"loss": log.loss, "trial_learning_rate": learning_rate})
+            loss = mean_answer_nll(self._base, self._guide)
+            loss = loss if math.isfinite(loss) else None
+        except Diverged:
+            loss = None
+        finally:
+            self._slices.load_masters(self._start)
+        self.trials.append(Trial(learning_rate, loss, trainer.step))
+        return math.inf if loss is None else loss

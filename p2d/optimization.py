@@ -1,0 +1,142 @@
+"""One optimizer step on head slices: AdamW, its schedule, and which rows a step takes.
+
+AdamW on the slices alone, cosine to 10 % after 10 % warm-up, loss on answer tokens only. The order of rows is a pure
+function of seed and epoch. Loops, held-out rows and checkpoints are `p2d.training`'s business.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from p2d.batches import TOKEN_BUDGET, answer_nll, collate, row_length, token_budget_batches
+from p2d.device import memory_guard
+from p2d.errors import Diverged
+from p2d.models import BaseModel
+from p2d.rendering import RenderedRow
+from p2d.slices import HeadSlices
+
+WARM_UP = 0.1
+"""Share of steps over which the rate rises (the paper's)."""
+FLOOR = 0.1
+"""Rate at the end, as a share of the peak (the paper's)."""
+WEIGHT_DECAY = 0.01
+"""On slices only. A guess: torch's default."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepLog:
+    """One optimizer step."""
+
+    step: int
+    """1-based."""
+    epoch: int
+    """0-based."""
+    loss: float
+    """Mean over the step's answer tokens before the update, in nats."""
+    learning_rate: float
+    grad_norm: float
+    tokens: int
+    """Without padding."""
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """Learning rate by step: linear warm-up, cosine down to FLOOR of the peak."""
+
+    peak: float
+    steps: int
+
+    def rate(self, step: int) -> float:
+        """Rate of the 0-based step."""
+        warm = max(1, round(WARM_UP * self.steps))
+        if step < warm:
+            return self.peak * (step + 1) / warm
+        share = (step - warm) / max(1, self.steps - 1 - warm)
+        return self.peak * (FLOOR + (1 - FLOOR) * (1 + math.cos(math.pi * share)) / 2)
+
+
+def epoch_order(count: int, seed: str, epoch: int) -> list[int]:
+    """A permutation of `range(count)`: the same for the same seed and epoch on every machine."""
+    order = list(range(count))
+    random.Random(f"{seed}:{epoch}").shuffle(order)  # noqa: S311 - order, not secrecy
+    return order
+
+
+def steps_per_epoch(rows: int, batch_size: int) -> int:
+    """Optimizer steps of one pass; the last may be smaller."""
+    return math.ceil(rows / batch_size)
+
+
+class SliceTrainer:
+    """Optimizer steps on slices that are installed; which rows a step takes follows from its number alone."""
+
+    def __init__(
+        self, base: BaseModel, slices: HeadSlices, rows: Sequence[RenderedRow], *, batch_size: int, seed: str
+    ) -> None:
+        self._base, self._slices, self._rows = base, slices, rows
+        self._batch_size, self._seed = batch_size, seed
+        self.optimizer = torch.optim.AdamW(slices.parameters(), lr=0.0, weight_decay=WEIGHT_DECAY)
+        self.step = 0
+        """Steps done."""
+
+    def advance(self, schedule: Schedule) -> StepLog:
+        """Do the next step. Raises Diverged, and updates nothing, if a loss or gradient is not finite; OutOfMemory."""
+        per_epoch = steps_per_epoch(len(self._rows), self._batch_size)
+        epoch, place = divmod(self.step, per_epoch)
+        order = epoch_order(len(self._rows), self._seed, epoch)
+        indices = order[place * self._batch_size : (place + 1) * self._batch_size]
+        with memory_guard("training"):
+            loss, tokens = self._backward(indices)
+        norm = float(torch.nn.utils.get_total_norm([p.grad for p in self._slices.parameters() if p.grad is not None]))
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            self._slices.zero_grad()
+            raise Diverged(
+                f"Loss or gradient was not finite in step {self.step + 1}.", step=self.step + 1, rows=indices
+            )
+        rate = schedule.rate(self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self._slices.zero_grad()
+        self._slices.sync()
+        self.step += 1
+        return StepLog(self.step, epoch, loss, rate, norm, tokens)
+
+    def _backward(self, indices: Sequence[int]) -> tuple[float, int]:
+        """Gradient of the mean loss per answer token of one step's rows, in batches of similar length."""
+        rows = [self._rows[index] for index in indices]
+        answer_tokens = sum(len(row.answer_ids) for row in rows)
+        lengths = [row_length(self._base.renderer, row) for row in rows]
+        total = 0.0
+        for batch in token_budget_batches(lengths, TOKEN_BUDGET):
+            nll_B, _ = answer_nll(self._base, collate(self._base.renderer, rows, batch))
+            loss = nll_B.sum() / answer_tokens
+            loss.backward()
+            total += float(loss.detach())
+        return total, sum(lengths)
+
+    def state(self) -> dict[str, Tensor]:
+        """Masters and AdamW moments, for a checkpoint."""
+        tensors = {f"master.{key}": value for key, value in self._slices.masters().items()}
+        for site in self._slices.sites:
+            for name in ("exp_avg", "exp_avg_sq"):
+                moments = self.optimizer.state.get(site.master, {})
+                tensors[f"{name}.{site.key}"] = moments.get(name, torch.zeros_like(site.master)).clone()
+        return tensors
+
+    def load_state(self, step: int, tensors: Mapping[str, Tensor]) -> None:
+        """Continue after `step` steps as if never interrupted."""
+        self._slices.load_masters({site.key: tensors[f"master.{site.key}"] for site in self._slices.sites})
+        self.step = step
+        self.optimizer.state.clear()
+        if step == 0:
+            return
+        for site in self._slices.sites:
+            moments = {name: tensors[f"{name}.{site.key}"].to(site.master.device) for name in ("exp_avg", "exp_avg_sq")}
+            self.optimizer.state[site.master] = {"step": torch.tensor(float(step)), **moments}

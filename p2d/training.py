@@ -1,0 +1,208 @@
+"""Stage 3: train head slices: find the rate, loop over epochs, watch held-out rows, resume bit-exactly from a checkpoint.
+
+One optimizer step is `p2d.optimization`, the search for the rate `p2d.learning_rates`; which heads and rows are trained is
+decided elsewhere. No random state exists: a run follows from its inputs and the seed alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from torch import Tensor
+
+from p2d.batches import mean_answer_nll
+from p2d.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
+from p2d.config import JobConfig
+from p2d.learning_rates import Trial, find_learning_rate, search_steps, watched_rows
+from p2d.models import BaseModel
+from p2d.optimization import Schedule, SliceTrainer, StepLog, steps_per_epoch
+from p2d.pipeline import Progress
+from p2d.rendering import RenderedRow
+from p2d.slices import Head, HeadSlices
+
+CHECKPOINT_S = 60.0
+"""Seconds between checkpoints; the end of an epoch writes one too. Never changes the result."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingResult:
+    """What training made and what it cost."""
+
+    state: dict[str, Tensor]
+    """Trained slices as they stand in the weights, `layers.{l}.{projection}`, of the kept epoch."""
+    log: list[StepLog]
+    learning_rate: float
+    trials: list[Trial]
+    """Empty if the rate was given."""
+    watched: list[float]
+    """Held-out loss after each epoch, on `watched_rows` rows; empty without held-out rows."""
+    watched_rows: int
+    kept_epoch: int
+    """0-based epoch whose slices were kept: the last, unless an earlier one had the lower held-out loss."""
+    steps: int
+    tokens: int
+    """Of all optimizer steps, trials included, without padding."""
+    n_parameters: int
+    seconds: float
+    """Of this attempt, search included."""
+    search_seconds: float
+    resumed_step: int
+    """Step that this attempt began at; 0 = from the start."""
+
+
+@dataclass(slots=True)
+class _Run:
+    """Where a training run stands; all of it goes into every checkpoint."""
+
+    learning_rate: float
+    trials: list[Trial]
+    tokens: int
+    log: list[StepLog] = field(default_factory=list)
+    watched: list[float] = field(default_factory=list)
+    kept_epoch: int = 0
+    kept: dict[str, Tensor] = field(default_factory=dict)
+
+
+def train(
+    base: BaseModel,
+    rows: Sequence[RenderedRow],
+    guide: Sequence[RenderedRow],
+    heads: Sequence[Head],
+    config: JobConfig,
+    progress: Progress,
+    *,
+    checkpoint_dir: Path | None = None,
+    resume_from: Path | None = None,
+    on_checkpoint: Callable[[Path], None] = lambda directory: None,
+) -> TrainingResult:
+    """Train the slices of `heads` on `rows`; the base model is back, bit for bit, when this returns or raises.
+
+    Args:    guide: held-out rows for the rate search and for watching epochs; may be empty if the rate is given.
+             resume_from: a checkpoint of the same run; one of another run, or a broken one, is not used.
+             on_checkpoint: told of each checkpoint written under `checkpoint_dir`.
+    Raises:  Diverged, OutOfMemory, whatever `progress` raises.
+    """
+    started = time.perf_counter()
+    settings = config.training
+    assert settings.slices != "auto", "resolve the config first"
+    per_epoch = steps_per_epoch(len(rows), settings.batch_size)
+    steps = per_epoch * settings.epochs
+    searching = search_steps(steps) if settings.learning_rate == "auto" else 0
+    watch = list(guide)[: watched_rows(len(rows), len(guide))]
+    identity = run_identity(base, rows, guide, heads, config)
+    with HeadSlices(base, heads, settings.slices) as slices:
+        trainer = SliceTrainer(base, slices, rows, batch_size=settings.batch_size, seed=str(settings.seed))
+        run = _resumed(resume_from, identity, trainer)
+        if run is None:
+            if settings.learning_rate == "auto":
+                found = find_learning_rate(
+                    base, slices, rows, guide, config, steps, _shifted(progress, 0, steps + searching)
+                )
+                run = _Run(found.learning_rate, found.trials, found.tokens)
+            else:
+                run = _Run(settings.learning_rate, [], 0)
+            _save(checkpoint_dir, on_checkpoint, identity, trainer, run)
+        resumed_step, searched_s = trainer.step, time.perf_counter() - started
+        schedule = Schedule(run.learning_rate, steps)
+        saved = time.monotonic()
+        while trainer.step < steps:
+            log = trainer.advance(schedule)
+            run.log.append(log)
+            run.tokens += log.tokens
+            epoch_ends = trainer.step % per_epoch == 0
+            if epoch_ends:
+                _watch(base, slices, watch, run, epoch=log.epoch)
+            if trainer.step < steps and (epoch_ends or time.monotonic() - saved > CHECKPOINT_S):
+                _save(checkpoint_dir, on_checkpoint, identity, trainer, run)
+                saved = time.monotonic()
+            progress(searching + trainer.step, searching + steps, _metrics(log, run))
+        slices.load_masters(run.kept)
+        state, n_parameters = slices.state(), slices.n_parameters
+    return TrainingResult(
+        state=state,
+        log=run.log,
+        learning_rate=run.learning_rate,
+        trials=run.trials,
+        watched=run.watched,
+        watched_rows=len(watch),
+        kept_epoch=run.kept_epoch,
+        steps=steps,
+        tokens=run.tokens,
+        n_parameters=n_parameters,
+        seconds=time.perf_counter() - started,
+        search_seconds=searched_s if run.trials and not resumed_step else 0.0,
+        resumed_step=resumed_step,
+    )
+
+
+def run_identity(
+    base: BaseModel, rows: Sequence[RenderedRow], guide: Sequence[RenderedRow], heads: Sequence[Head], config: JobConfig
+) -> str:
+    """Sha256 over everything that decides a training run; a checkpoint of another run is not resumed."""
+    facts = (base.info.digest, str(base.dtype), sorted(heads), asdict(config.training))
+    digest = hashlib.sha256(repr(facts).encode())
+    for row in (*rows, *guide):
+        digest.update(repr((row.prompt_ids, row.answer_ids)).encode())
+    return digest.hexdigest()
+
+
+def _watch(base: BaseModel, slices: HeadSlices, watch: Sequence[RenderedRow], run: _Run, *, epoch: int) -> None:
+    """Look at held-out rows after an epoch and keep its slices unless an earlier epoch did better."""
+    if watch:
+        run.watched.append(mean_answer_nll(base, watch))
+    if not watch or run.watched[-1] <= min(run.watched):
+        run.kept_epoch, run.kept = epoch, slices.masters()
+
+
+def _metrics(log: StepLog, run: _Run) -> dict[str, float]:
+    metrics = {
+        "loss": log.loss,
+        "learning_rate": log.learning_rate,
+        "grad_norm": log.grad_norm,
+        "tokens": float(run.tokens),
+    }
+    return metrics | ({"guide_loss": run.watched[-1]} if run.watched else {})
+
+
+def _shifted(progress: Progress, offset: int, total: int) -> Progress:
+    return lambda done, _, metrics: progress(offset + done, total, metrics)
+
+
+def _save(
+    parent: Path | None, announce: Callable[[Path], None], identity: str, trainer: SliceTrainer, run: _Run
+) -> None:
+    if parent is None:
+        return
+    tensors = trainer.state() | {f"kept.{key}": value for key, value in run.kept.items()}
+    facts = {
+        "identity": identity,
+        "learning_rate": run.learning_rate,
+        "trials": [asdict(trial) for trial in run.trials],
+        "tokens": run.tokens,
+        "log": [asdict(log) for log in run.log],
+        "watched": run.watched,
+        "kept_epoch": run.kept_epoch,
+    }
+    announce(save_checkpoint(parent, Checkpoint(trainer.step, tensors, facts)))
+
+
+def _resumed(directory: Path | None, identity: str, trainer: SliceTrainer) -> _Run | None:
+    """Where an earlier attempt of this very run stood, loaded into the trainer; None = start over."""
+    checkpoint = load_checkpoint(directory) if directory is not None else None
+    if checkpoint is None or checkpoint.facts["identity"] != identity:
+        return None
+    trainer.load_state(checkpoint.step, checkpoint.tensors)
+    facts = checkpoint.facts
+    return _Run(
+        learning_rate=facts["learning_rate"],
+        trials=[Trial(**trial) for trial in facts["trials"]],
+        tokens=facts["tokens"],
+        log=[StepLog(**log) for log in facts["log"]],
+        watched=list(facts["watched"]),
+        kept_epoch=facts["kept_epoch"],
+        kept={key.removeprefix("kept."): value for key, value in checkpoint.tensors.items() if key.startswith("kept.")},
+    )
