@@ -62,7 +62,6 @@ STATUS = {
     "selection.mismatch": 409,
     "idempotency.mismatch": 422,
     "idempotency.in_flight": 409,
-    "model.name_taken": 409,
     "job.not_found": 404,
     "job.already_final": 409,
     # Why a job ended: met in `job.error`; the status is what an answer with this code would have.
@@ -71,9 +70,8 @@ STATUS = {
     "job.worker_lost": 500,
     "job.limit_reached": 422,
     "job.stalled": 500,
+    "process.failed": 500,
     "step.lease_lost": 409,
-    # Met on the command line only.
-    "process.failed": 503,
     "service.unavailable": 503,
     "service.too_many_streams": 503,
     "service.disk_full": 507,

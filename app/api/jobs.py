@@ -52,6 +52,7 @@ from p2d.errors import (
     P2DError,
 )
 from p2d.model_info import ModelInfo, find_model, read_model_info
+from p2d.plans import held_out_count
 
 router = APIRouter(tags=["jobs"])
 
@@ -252,8 +253,13 @@ def _details(error: P2DError) -> Iterator[ErrorDetail]:
 
 def _resolve(conn: Connection, job: Job, request: JobRequest) -> Job:
     """Say at once what every "auto" means. The validate step says it again, from the rows that are left for training."""
-    dataset = find_dataset(conn, request.dataset_id, "/dataset")
-    found = resolve(request.config, rows=dataset.rows, context_length=request.model.context_length)
+    config, validation = request.config, None
+    rows = find_dataset(conn, request.dataset_id, "/dataset").rows
+    if request.validation_dataset_id is not None:
+        validation = find_dataset(conn, request.validation_dataset_id, "/validation_dataset").rows
+    held_out = held_out_count(rows, validation, proxy_rows=0)
+    train_rows = rows - held_out if validation is None else rows
+    found = resolve(config, rows=train_rows, context_length=request.model.context_length)
     resolved = {"config": config_json(found.config), "reasons": found.reasons, "warnings": list(found.warnings)}
     return update_job(conn, job.id, resolved=resolved)
 

@@ -22,6 +22,7 @@ from app.errors import DatasetNotFound, HeadMapMismatch, HeadMapNotFound, Select
 from p2d.config import JobConfig, check, config_json
 from p2d.errors import DatasetTooSmall, ErrorDetail, P2DError
 from p2d.model_info import ModelInfo
+from p2d.plans import held_out_count
 from p2d.plans import HELD_OUT_ROWS
 
 
@@ -93,8 +94,11 @@ def refusals(
     """
     if config.heads.head_map is not None:
         yield from _head_map_refusals(conn, model, config.heads.head_map)
-    else:
-        yield from _row_refusals(config, dataset, validation)
+    proxy_rows = 0 if config.heads.head_map is not None else config.heads.proxy_rows
+    try:
+        held_out_count(dataset.rows, validation.rows if validation else None, proxy_rows=proxy_rows)
+    except DatasetTooSmall as error:
+        yield error
     if config.data.selection is not None:
         yield from _selection_refusals(conn, config, model, dataset, validation)
 
