@@ -23,7 +23,6 @@ from p2d.config import JobConfig, check, config_json
 from p2d.errors import DatasetTooSmall, ErrorDetail, P2DError
 from p2d.model_info import ModelInfo
 from p2d.plans import held_out_count
-from p2d.plans import HELD_OUT_ROWS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,18 +100,6 @@ def refusals(
         yield error
     if config.data.selection is not None:
         yield from _selection_refusals(conn, config, model, dataset, validation)
-
-
-def _row_refusals(config: JobConfig, dataset: Content, validation: Content | None) -> Iterator[P2DError]:
-    """The count that `p2d.plans.split_rows` will insist on."""
-    held_out = 0 if validation else min(HELD_OUT_ROWS, dataset.rows // 5)
-    rows, needed = dataset.rows - held_out, config.heads.proxy_rows
-    if rows < needed:
-        text = f"The dataset has {dataset.rows} rows"
-        text += f", {held_out} of them held out to judge the result" if held_out else ""
-        text += f"; the proxy needs {needed}."
-        detail = ErrorDetail(code=DatasetTooSmall.code, message=text, pointer="/heads/proxy_rows")
-        yield DatasetTooSmall(text, errors=[detail], rows=rows, needed=needed)
 
 
 def find_dataset(conn: Connection, dataset_id: str, pointer: str) -> Dataset:
