@@ -99,7 +99,7 @@ def start_valkey(supervisor: Supervisor, binaries: Binaries) -> str:
         supervisor.wait_until(child, lambda: _redis_answers(url))
         return url
 
-    return _on_a_free_port(supervisor, "valkey", start)
+    return _on_afree_port(supervisor, "valkey", start)
 
 
 def start_postgres(supervisor: Supervisor, binaries: Binaries, *, durable: bool = True) -> str:
@@ -127,7 +127,7 @@ def start_postgres(supervisor: Supervisor, binaries: Binaries, *, durable: bool 
         _create_database(f"postgresql://{address}/postgres")
         return f"postgresql://{address}/{USER}"
 
-    return _on_a_free_port(supervisor, "postgres", start)
+    return _on_afree_port(supervisor, "postgres", start)
 
 
 def sweep(parent: Path) -> None:
@@ -153,17 +153,18 @@ def remove(home: Path) -> None:
 _SERVER_ENV = {"PATH": "/usr/bin:/bin", "LC_ALL": "C"}
 
 
-def _on_a_free_port(supervisor: Supervisor, name: str, start: Callable[[int], str]) -> str:
+def _on_afree_port(supervisor: Supervisor, name: str, start: Callable[[int], str]) -> str:
     for _ in range(STARTS - 1):
         try:
-            return start(_free_port())
+            return start(free_port())
         except ProcessFailed:
             supervisor.stop_one(name)
             time.sleep(1)
-    return start(_free_port())
+    return start(free_port())
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A loopback port that nobody listens on this moment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import IO, Self
 
 import psutil
@@ -47,6 +47,20 @@ class Child:
     record: Record
     process: subprocess.Popen[bytes]
     log: Path
+
+
+class Terminated(BaseException):
+    """TERM or HUP arrived. Like KeyboardInterrupt: blocks are left in order, and nobody catches it by mistake."""
+
+
+def raise_on_term() -> None:
+    """From now on let TERM and HUP end this process the way Ctrl-C does."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Terminated(signal.Signals(number).name)
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGHUP, stop)
 
 
 class Supervisor:
@@ -115,12 +129,14 @@ class Supervisor:
             pipe.write(stdin.encode())
         return child
 
+    def ended(self) -> list[Child]:
+        """The children that are no longer running."""
+        return [child for child in self._children if child.process.poll() is not None]
+
     def check(self) -> None:
         """Raise ProcessFailed, with the end of its log, if any child has ended."""
-        for child in self._children:
-            code = child.process.poll()
-            if code is not None:
-                raise ProcessFailed(f"{child.record.name} ended with code {code}:\n{_tail(child.log)}")
+        for child in self.ended():
+            raise ProcessFailed(f"{child.record.name} ended with code {child.process.returncode}:\n{_tail(child.log)}")
 
     def wait_until(self, child: Child, answers: Callable[[], bool], *, deadline_s: float = START_S) -> None:
         """Wait until `answers()` is true. Raises ProcessFailed as soon as any child ends, or at the deadline."""

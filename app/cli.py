@@ -1,0 +1,331 @@
+"""The command line `p2d`: parses, calls one function, prints. Runs the service, talks to one, or uses the engine alone.
+
+    p2d up                       the whole service on this machine, until Ctrl-C
+    p2d submit | watch | download    a job of a running service (P2D_URL)
+    p2d run | apply | models     the engine on this machine, without a service
+
+torch is imported by `run`, `apply` and `models add` only, inside of them.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from pydantic import ValidationError
+from rich.console import Console
+from rich.table import Table
+
+from app.errors import JobFailure, ProcessFailed
+from app.processes import Terminated, raise_on_term
+from app.progress import watching
+from app.schemas import JobBody
+from app.settings import Settings
+from p2d.client import Client, DownloadCorrupt, Job, ServiceProblem, ServiceUnreachable
+from p2d.config import JobConfig, check
+from p2d.errors import P2DError
+
+MOST_ERRORS = 20
+"""Bad lines shown on the terminal; the service lists more."""
+
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+cli = typer.Typer(
+    help="Adapt a language model through its attention heads.", no_args_is_help=True, add_completion=False
+)
+models = typer.Typer(help="The base models on this machine.", no_args_is_help=True)
+cli.add_typer(models, name="models")
+
+Url = Annotated[str, typer.Option(envvar="P2D_URL", help="Address of the service.")]
+DEFAULT_URL = "http://127.0.0.1:8321"
+
+Data = Annotated[str, typer.Option(help="Dataset file, or the id of one that the service has.")]
+Validation = Annotated[
+    str, typer.Option(help="Held-out rows likewise; without them, rows are held out of the dataset.")
+]
+Kind = Annotated[str, typer.Option(help="identify_heads, select_data or adapt.")]
+Recipe = Annotated[str, typer.Option(help="default, or paper as published.")]
+Set = Annotated[
+    list[str],
+    typer.Option(
+        "--set",
+        help="Any other field of the job, for example --set heads.ratio=0.2; repeatable.",
+        metavar="FIELD=VALUE",
+    ),
+]
+
+
+def main() -> None:
+    """The door: what users did wrong, or a server did, is told in words; our own mistakes keep their traceback."""
+    try:
+        cli(prog_name="p2d")
+    except (P2DError, ServiceProblem) as error:
+        _explain(error)
+        sys.exit(2 if error.fault == "user" else 1)
+    except (ServiceUnreachable, DownloadCorrupt) as error:
+        err.print(f"[red]{type(error).__name__}[/]: {error}")
+        sys.exit(1)
+    except Terminated:
+        sys.exit(143)
+
+
+# --- the service ------------------------------------------------------------------------------------------------------
+
+
+@cli.command()
+def up(port: Annotated[int | None, typer.Option(help="Port of the API; 0 = a free one.")] = None) -> None:
+    """Run the whole service on this machine until Ctrl-C: embedded servers, API and one worker."""
+    from app.service import running
+
+    raise_on_term()
+    settings = Settings() if port is None else Settings(port=port)
+    try:
+        with running(settings, say=err.print) as service:
+            out.print(f"P2D answers at [bold]{service.url}[/] (data in {service.settings.home}). Ctrl-C stops it.")
+            service.wait()
+    except (KeyboardInterrupt, Terminated):
+        raise typer.Exit(0) from None
+
+
+@cli.command()
+def api() -> None:
+    """Run the HTTP API alone, on servers named by P2D_DATABASE_URL, P2D_BROKER_URL and P2D_STORE_URL."""
+    import uvicorn
+
+    from app.main import create_app
+
+    settings = _with_servers()
+    uvicorn.run(
+        create_app(settings),
+        host=settings.host,
+        port=settings.port,
+        timeout_graceful_shutdown=5,
+        server_header=False,
+        access_log=False,
+    )
+
+
+@cli.command()
+def worker() -> None:
+    """Run one worker alone, on the same servers."""
+    from workers.celery_app import run_worker
+
+    run_worker(_with_servers())
+
+
+@cli.command()
+def migrate() -> None:
+    """Bring the schema of P2D_DATABASE_URL up to date."""
+    from app.db.engine import make_engine
+    from migrations import upgrade
+
+    engine = make_engine(_with_servers("database_url").url("database_url"))
+    upgrade(engine)
+    engine.dispose()
+    out.print("The schema is up to date.")
+
+
+# --- jobs of a running service ----------------------------------------------------------------------------------------
+
+
+@cli.command()
+def submit(
+    data: Data,
+    base_model: Annotated[str, typer.Option(help="A model that the service has installed.")],
+    validation: Validation = "",
+    kind: Kind = "adapt",
+    recipe: Recipe = "default",
+    set_: Set = [],  # noqa: B006 - typer reads it, nobody writes it
+    watch: Annotated[bool, typer.Option("--watch", help="Follow the job to its end.")] = False,
+    url: Url = DEFAULT_URL,
+) -> None:
+    """Send a job; prints its id."""
+    body = _body(kind, recipe, set_) | {"base_model": base_model}
+    with Client(url) as client:
+        job = client.submit(
+            body, dataset=_dataset(data), validation_dataset=_dataset(validation) if validation else None
+        )
+        out.print(job.id)
+        if watch:
+            _follow(client, job)
+
+
+@cli.command()
+def watch(job_id: str, url: Url = DEFAULT_URL) -> None:
+    """Follow a job to its end."""
+    with Client(url) as client:
+        _follow(client, client.job(job_id))
+
+
+@cli.command()
+def download(
+    job_id: str,
+    to: Annotated[Path, typer.Option("--out", help="Directory for the files.")],
+    name: Annotated[list[str], typer.Option(help="Only these files; repeatable.")] = [],  # noqa: B006
+    url: Url = DEFAULT_URL,
+) -> None:
+    """Fetch a job's files, verified; a download that was cut goes on where it stopped."""
+    with Client(url) as client:
+        for path in client.download(job_id, to, names=name or None):
+            out.print(str(path))
+
+
+# --- the engine, without a service -------------------------------------------------------------------------------------
+
+
+@cli.command()
+def run(
+    model: Annotated[Path, typer.Option(help="Directory of the base model.")],
+    data: Annotated[Path, typer.Option(help="Dataset file.")],
+    to: Annotated[Path, typer.Option("--out", help="Directory for the result.")],
+    validation: Annotated[Path | None, typer.Option(help="File of held-out rows.")] = None,
+    kind: Kind = "adapt",
+    recipe: Recipe = "default",
+    set_: Set = [],  # noqa: B006
+) -> None:
+    """Run a job in this process: same steps, same files, no service."""
+    import p2d
+
+    config = _config(_body(kind, recipe, set_))
+    job: Callable[..., Any] = getattr(p2d, config.kind)  # adapt, identify_heads, select_data
+    job(model=model, data=data, out=to, validation=validation, config=config)
+    out.print(f"The result is in {to}.")
+
+
+@cli.command()
+def apply(model: Path, adapter: Path, to: Path) -> None:
+    """Write base model + head adapter as an ordinary safetensors model directory."""
+    from p2d.adapters import merge
+
+    merge(model, adapter, to)
+    out.print(f"The adapted model is in {to}.")
+
+
+@models.command("add")
+def models_add(
+    name: str,
+    directory: Annotated[Path | None, typer.Argument(help="A safetensors model directory to copy.")] = None,
+    gguf: Annotated[Path | None, typer.Option(help="A GGUF file to convert instead.")] = None,
+) -> None:
+    """Install a base model under a name."""
+    from app.models import install_directory, model_place
+
+    models_dir = Settings().models_dir
+    if (directory is None) == (gguf is None):
+        raise typer.BadParameter("give a directory, or --gguf FILE")
+    if directory is not None:
+        info = install_directory(models_dir, name, directory)
+    elif gguf is not None:
+        from p2d.models import convert_gguf
+
+        info = convert_gguf(gguf, model_place(models_dir, name))
+    out.print(f"{name}: {info.model_type}, {info.parameters / 1e6:.0f} M parameters, digest {info.digest[:12]}")
+
+
+@models.command("list")
+def models_list() -> None:
+    """Show the installed base models."""
+    from p2d.model_info import list_models
+
+    table = Table("name", "family", "parameters", "heads", "digest")
+    for name, info in list_models(Settings().models_dir):
+        if isinstance(info, P2DError):
+            table.add_row(name, f"not usable: {info.text}")
+        else:
+            heads = f"{info.n_layers} x {info.n_heads}"
+            table.add_row(name, info.model_type, f"{info.parameters / 1e6:.0f} M", heads, info.digest[:12])
+    out.print(table)
+
+
+# --- both -------------------------------------------------------------------------------------------------------------
+
+
+@cli.command()
+def demo(to: Annotated[Path, typer.Option("--out", help="Directory for the result.")] = Path("demo-output")) -> None:
+    """Run the main job on this machine: SmolLM2-135M-Instruct on a GSM8K sample."""
+    from app.demo import demo as run_demo
+
+    raise_on_term()
+    run_demo(Settings(), to, out)
+
+
+@cli.command()
+def doctor() -> None:
+    """Check what this machine has, and say what is missing."""
+    from app.doctor import examine
+
+    if not examine(Settings(), out):
+        raise typer.Exit(1)
+
+
+def _with_servers(*names: str) -> Settings:
+    settings = Settings()
+    for name in names or ("database_url", "broker_url", "store_url"):
+        if getattr(settings, name) is None:
+            raise ProcessFailed(f"P2D_{name.upper()} is not set. `p2d up` starts everything by itself.")
+    return settings
+
+
+def _dataset(given: str) -> Path | str:
+    return given if given.startswith("ds_") and not Path(given).exists() else Path(given)
+
+
+def _body(kind: str, recipe: str, fields: list[str]) -> dict[str, Any]:
+    """A job's JSON body from options. Names and types are checked where the body is read."""
+    body: dict[str, Any] = {"kind": kind, "recipe": recipe}
+    for field in fields:
+        name, equals, text = field.partition("=")
+        if not equals:
+            raise typer.BadParameter(f"{field!r}: expected FIELD=VALUE", param_hint="--set")
+        try:
+            value = json.loads(text)
+        except ValueError:
+            value = text
+        *groups, leaf = name.split(".")
+        place = body
+        for group in groups:
+            place = place.setdefault(group, {})
+        place[leaf] = value
+    return body
+
+
+def _config(body: dict[str, Any]) -> JobConfig:
+    """The same checks as POST /jobs makes. Raises RequestInvalid, ConfigError."""
+    from app.problems import body_faults, invalid
+
+    try:
+        config = JobBody.model_validate({**body, "base_model": "local"}).config()
+    except ValidationError as error:
+        raise invalid(body_faults(error.errors())) from None
+    check(config)
+    return config
+
+
+def _follow(client: Client, job: Job) -> None:
+    with watching(out) as show:
+        job = client.wait(job.id, on_event=show)
+    if job.status == "failed":
+        error = job.error or {}
+        raise JobFailure(f"The job failed: {error.get('detail')} {error.get('hint', '')}")
+    out.print(f"{job.id} {job.status}. `p2d download {job.id} --out DIR` fetches its files.")
+
+
+def _explain(error: P2DError | ServiceProblem) -> None:
+    err.print(f"[red]{error.code}[/]: ", end="")
+    err.print(str(error), markup=False)
+    for detail in error.errors[:MOST_ERRORS]:
+        where = f"line {detail.line}" if detail.line is not None else detail.pointer or ""
+        err.print(f"  {where}: {detail.message}", markup=False)
+    if len(error.errors) > MOST_ERRORS:
+        err.print(f"  ... and {len(error.errors) - MOST_ERRORS} more")
+    if error.hint:
+        err.print(error.hint, markup=False, style="dim")
+
+
+if __name__ == "__main__":
+    main()

