@@ -17,7 +17,7 @@ MiB = 1 << 20
 class Settings(BaseSettings):
     """The service's settings. Each is read from the environment as P2D_ + the upper-case name."""
 
-    model_config = SettingsConfigDict(env_prefix="P2D_", frozen=True, extra="forbid")
+    model_config = SettingsConfigDict(env_prefix="P2D_", frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     database_url: SecretStr | None = None
     """PostgreSQL >= 14, as `postgresql://user:password@host:port/name`. Absent: embedded."""
