@@ -55,10 +55,13 @@ def _services(request: Request) -> Services:
 Context = Annotated[Services, Depends(_services)]
 
 
+PathId = Annotated[str, Path(description="An id: prefix, underscore, 26 characters.")]
+
+
 def _id(prefix: str, error: type[NotFound]) -> Callable[[str], str]:
     """A path parameter that is an id of this prefix; anything else names nothing: 404, before the database is asked."""
 
-    def check(id: Annotated[str, Path(description=f"Id, `{prefix}_...`.", max_length=64)]) -> str:
+    def check(id: PathId) -> str:
         if not (re.fullmatch(ID_PATTERN, id) and id.startswith(prefix + "_")):
             raise error(id=id)
         return id

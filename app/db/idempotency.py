@@ -33,14 +33,17 @@ def take_key(conn: Connection, *, route: str, key: str, request_hash: str, wait_
     conn.execute(text(f"set local lock_timeout = {int(wait_s * 1000)}"))
     try:
         taken = conn.execute(
-            insert(keys).values(route=route, key=key, request_hash=request_hash).on_conflict_do_nothing()
-        )
+            insert(keys)
+            .values(route=route, key=key, request_hash=request_hash)
+            .on_conflict_do_nothing()
+            .returning(keys.c.key)
+        ).first()
     except OperationalError as error:
         if isinstance(error.orig, LockNotAvailable):
             raise IdempotencyInFlight() from error
         raise
     conn.execute(text("set local lock_timeout = 0"))
-    if taken.rowcount == 1:
+    if taken is not None:
         return None
     # READ COMMITTED: this new statement sees the row that the twin has just committed.
     row = conn.execute(select(keys).where(keys.c.route == route, keys.c.key == key)).one()
