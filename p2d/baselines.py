@@ -1,0 +1,195 @@
+"""What the alternatives would cost here: full fine-tuning, and LoRA on all linear layers, over all rows.
+
+Projected, not run: a few real optimizer steps are timed on this device, at the training's own batch size, precision and
+sequence lengths, and scaled to all rows and epochs. The base weights are never written: full fine-tuning's AdamW works on
+fp32 copies, and LoRA's layers are taken out again.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import psutil
+import torch
+from torch import Tensor, nn
+
+from p2d.batches import Batch, answer_nll, collate, row_length
+from p2d.models import BaseModel
+from p2d.rendering import RenderedRow
+
+WARM_STEPS, TIMED_STEPS = 1, 3
+LORA_RANK = 8
+"""Of the baseline. LoRA's cost hardly depends on it."""
+
+FULL_BYTES_PER_WEIGHT = 2 + 4 + 4 + 8
+"""Gradient (bf16; 4 for fp32), fp32 copy, fp32 gradient, AdamW's two moments: what full fine-tuning needs beside the model."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Projection:
+    """Seconds that a whole training would take, from a few measured steps."""
+
+    seconds: float | None
+    """None where it cannot be measured here; `reason` says why."""
+    step_s: float | None
+    steps: int
+    measured_steps: int
+    trained_parameters: int
+    projected: bool = True
+    reason: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """All rows for all epochs, cut into batches as training cuts them: at random."""
+
+    batches: list[list[int]]
+    """Of one epoch."""
+    padded_tokens: list[int]
+    epochs: int
+
+    @property
+    def steps(self) -> int:
+        return len(self.batches) * self.epochs
+
+
+def workload(lengths: Sequence[int], *, batch_size: int, epochs: int, seed: int) -> Workload:
+    """The batches of full training over rows of these lengths."""
+    order = random.Random(seed).sample(range(len(lengths)), len(lengths))  # noqa: S311 - not a secret
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    return Workload(batches, [len(batch) * max(lengths[row] for row in batch) for batch in batches], epochs)
+
+
+def project_full_fine_tuning(
+    base: BaseModel, rendered: Sequence[RenderedRow], *, batch_size: int, epochs: int, seed: int, on_step: Callable[[], None]
+) -> Projection:
+    """Time full fine-tuning: AdamW on fp32 copies of all weights, which is what mixed precision training keeps."""
+    work = _workload(base, rendered, batch_size, epochs, seed)
+    count = sum(weight.numel() for weight in base.module.parameters())
+    needed, free = count * FULL_BYTES_PER_WEIGHT, free_memory_bytes(base.device)
+    if needed > free:
+        reason = f"full fine-tuning needs {needed} bytes beside the model; {free} are free here"
+        return Projection(
+            seconds=None, step_s=None, steps=work.steps, measured_steps=0, trained_parameters=count, reason=reason
+        )
+    weights = list(base.module.parameters())
+    masters = [nn.Parameter(weight.detach().float().clone()) for weight in weights]
+    optimizer = torch.optim.AdamW(masters, lr=1e-5, fused=True)
+
+    def update() -> None:
+        for master, weight in zip(masters, weights, strict=True):
+            assert weight.grad is not None
+            master.grad = weight.grad.float()
+        optimizer.step()
+        for master, weight in zip(masters, weights, strict=True):
+            assert weight.grad is not None
+            weight.grad.copy_(master)  # the bytes of writing weights back, into a place that nobody reads
+            weight.grad = None
+
+    try:
+        for weight in weights:
+            weight.requires_grad_(True)
+        return _timed(base, rendered, work, update, trained=count, on_step=on_step)
+    finally:
+        for weight in weights:
+            weight.requires_grad_(False)
+            weight.grad = None
+
+
+def project_lora(
+    base: BaseModel, rendered: Sequence[RenderedRow], *, batch_size: int, epochs: int, seed: int, on_step: Callable[[], None]
+) -> Projection:
+    """Time peft's LoRA on all linear layers."""
+    work = _workload(base, rendered, batch_size, epochs, seed)
+    with _lora_layers(base) as weights:
+        optimizer = torch.optim.AdamW(weights, lr=1e-4, fused=True)
+
+        def update() -> None:
+            optimizer.step()
+            optimizer.zero_grad()
+
+        trained = sum(weight.numel() for weight in weights)
+        return _timed(base, rendered, work, update, trained=trained, on_step=on_step)
+
+
+@contextmanager
+def _lora_layers(base: BaseModel) -> Iterator[list[nn.Parameter]]:
+    from peft import LoraConfig, get_peft_model  # a second to import, and only here
+
+    config = LoraConfig(
+        r=LORA_RANK, lora_alpha=2 * LORA_RANK, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        wrapped = get_peft_model(base.module, config)
+    try:
+        yield [weight for weight in wrapped.parameters() if weight.requires_grad]
+    finally:
+        wrapped.unload()
+        vars(base.module).pop("peft_config", None)
+        base.module.requires_grad_(False).eval()
+
+
+def _workload(base: BaseModel, rendered: Sequence[RenderedRow], batch_size: int, epochs: int, seed: int) -> Workload:
+    lengths = [row_length(base.renderer, row) for row in rendered]
+    return workload(lengths, batch_size=batch_size, epochs=epochs, seed=seed)
+
+
+def _timed(
+    base: BaseModel,
+    rendered: Sequence[RenderedRow],
+    work: Workload,
+    update: Callable[[], None],
+    *,
+    trained: int,
+    on_step: Callable[[], None],
+) -> Projection:
+    """Time steps on batches of typical size; forward and backward scale with tokens, the update with steps."""
+    typical = statistics.median(work.padded_tokens)
+    near = sorted(range(len(work.batches)), key=lambda i: abs(work.padded_tokens[i] - typical))
+    chosen = [near[i % len(near)] for i in range(WARM_STEPS + TIMED_STEPS)]
+    token_s: list[float] = []
+    update_s: list[float] = []
+    for index in chosen:
+        batch = collate(base.renderer, rendered, work.batches[index])
+        started = _now(base.device)
+        _loss(base, batch).backward()
+        middle = _now(base.device)
+        update()
+        ended = _now(base.device)
+        token_s.append((middle - started) / work.padded_tokens[index])
+        update_s.append(ended - middle)
+        on_step()
+    per_token, per_update = statistics.median(token_s[WARM_STEPS:]), statistics.median(update_s[WARM_STEPS:])
+    seconds = work.epochs * (per_token * sum(work.padded_tokens) + per_update * len(work.batches))
+    return Projection(
+        seconds=seconds,
+        step_s=seconds / work.steps,
+        steps=work.steps,
+        measured_steps=TIMED_STEPS,
+        trained_parameters=trained,
+    )
+
+
+def _loss(base: BaseModel, batch: Batch) -> Tensor:
+    nll_B, tokens_B = answer_nll(base, batch)
+    return nll_B.sum() / tokens_B.sum()
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def free_memory_bytes(device: torch.device) -> int:
+    """Memory that a new allocation may use on the device."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
