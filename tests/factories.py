@@ -32,12 +32,12 @@ def tiny_model_dir(
     n_layers: int = 3,
     n_heads: int = 6,
     n_kv_groups: int = 2,
-    head_dim: int = 8,
+    head_dim: int = 16,
     context_length: int = 512,
     chat: bool = True,
     dtype: torch.dtype = torch.float32,
 ) -> Path:
-    """Write a random Llama of some 40,000 weights, with its tokenizer, and return its directory."""
+    """Write a random Llama of some 250,000 weights, with its tokenizer, and return its directory."""
     tokenizer = tiny_tokenizer(chat=chat)
     torch.manual_seed(seed)
     config = LlamaConfig(
