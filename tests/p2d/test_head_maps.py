@@ -1,0 +1,93 @@
+"""A head map ranks, keeps its facts through a file, and says how reproducible it is."""
+
+from __future__ import annotations
+
+import csv
+import io
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import pytest
+
+from p2d.errors import ModelError
+from p2d.head_maps import HeadMap, ProxyFacts, overlap, reproducibility, spearman
+
+SCORES = ((0.5, 0.1, 0.5), (0.9, -0.2, 0.1))
+
+
+def a_map(scores: tuple[tuple[float, ...], ...] = SCORES) -> HeadMap:
+    return HeadMap(
+        scores=scores,
+        scorer="attribution",
+        projections=("v", "o"),
+        model_name="tiny",
+        model_digest="d",
+        dataset_hash="h",
+        seed=0,
+        precision="fp32",
+        reproducibility=reproducibility(scores, scores, ratio=0.5),
+        proxy=ProxyFacts(
+            rows_per_half=2,
+            steps_per_half=1,
+            learning_rate=1e-3,
+            guide_rows=4,
+            guide_loss_before=2.0,
+            guide_loss_after=(1.5, 1.25),
+            tokens=100,
+            explained_decrease=(0.1 + 0.2, 0.7),
+        ),
+    )
+
+
+def test_a_ratio_takes_the_best_heads_rounded_up_and_ties_go_by_layer_then_head() -> None:
+    assert a_map().ranked() == [(1, 0), (0, 0), (0, 2), (0, 1), (1, 2), (1, 1)]
+    assert a_map().top(0.34) == [(1, 0), (0, 0), (0, 2)]
+    assert a_map().top(0.01) == [(1, 0)]
+    assert len(a_map().top(1.0)) == 6
+
+
+def test_a_map_comes_back_from_its_file_equal(tmp_path: Path) -> None:
+    a_map().save(tmp_path / "head_map.json")
+
+    assert HeadMap.load(tmp_path / "head_map.json") == a_map()
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"format": 2}', '{"format": 1, "scores": 3}'])
+def test_a_file_that_is_no_map_is_refused(tmp_path: Path, content: str) -> None:
+    (tmp_path / "head_map.json").write_text(content)
+
+    with pytest.raises(ModelError):
+        HeadMap.load(tmp_path / "head_map.json")
+
+
+def test_reproducibility_compares_ranks_and_top_heads_with_chance() -> None:
+    other = ((0.5, 0.1, 0.4), (-0.9, 0.2, 0.1))
+
+    found = reproducibility(SCORES, other, ratio=1 / 3)
+
+    assert (found.top_k_overlap, found.k) == (1, 2)
+    assert found.chance == pytest.approx(4 / 6)
+    assert reproducibility(SCORES, SCORES, ratio=0.5).rank_correlation == pytest.approx(1.0)
+    assert overlap([(0, 1), (2, 3)], [(2, 3)]) == 1
+
+
+def test_rank_correlation_shares_ties_and_is_zero_for_a_constant() -> None:
+    assert spearman([1, 2, 3, 4], [10, 30, 20, 40]) == pytest.approx(0.8)
+    assert spearman([1, 2, 3], [-1, -2, -3]) == pytest.approx(-1.0)
+    assert spearman([1, 1, 2], [1, 1, 2]) == pytest.approx(1.0)
+    assert spearman([1, 2, 3], [5, 5, 5]) == 0.0
+
+
+def test_the_table_lists_every_head_best_first() -> None:
+    lines = list(csv.DictReader(io.StringIO(a_map().to_csv())))
+
+    assert lines[0] == {"rank": "1", "layer": "1", "head": "0", "score": "0.9"}
+    assert len(lines) == 6
+
+
+def test_the_picture_is_well_formed_and_marks_the_chosen_heads() -> None:
+    picture = ElementTree.fromstring(a_map().to_svg(0.34))
+
+    cells = [cell for cell in picture.iter("{http://www.w3.org/2000/svg}rect") if len(cell)]
+    assert len(cells) == 6
+    assert sum(cell.get("stroke") == "#000" for cell in cells) == 3
