@@ -89,9 +89,7 @@ class Rig:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_rows(path, data)
         blob = self.store.put_file(path)
-        config = JobConfig(
-            kind=kind, heads=HeadsConfig(proxy_rows=8), limits=Limits(max_seconds=max_seconds)
-        )
+        config = JobConfig(kind=kind, heads=HeadsConfig(proxy_rows=8), limits=Limits(max_seconds=max_seconds))
         with self.db.begin() as conn:
             dataset = insert_dataset(
                 conn,
@@ -142,7 +140,8 @@ class Rig:
 
     def ended(self, job_id: str) -> Job:
         """Wait for the job's end."""
-        return wait_for(lambda: job if (job := self.job(job_id)).is_final else None, f"the end of {job_id}")
+        wait_for(lambda: self.job(job_id).is_final, f"the end of {job_id}")
+        return self.job(job_id)
 
     # --- the stub engine --------------------------------------------------------------------------------------------
 
@@ -178,7 +177,8 @@ class Rig:
         finally:
             for worker in workers:
                 worker.stop()
-            assert all([worker.join(30) for worker in workers]), "a worker did not stop"
+            for worker in workers:
+                assert worker.join(30), "a worker did not stop"
 
     def worker(self) -> subprocess.Popen[bytes]:
         """A worker as in production: a process of Celery's, in a session of its own."""

@@ -1,9 +1,9 @@
 """The engine without a model: the same steps and files as `p2d.pipeline.run_step`, pure Python, in milliseconds.
 
-Fault tests steer it through files in the folder $STUB_DIR:
+Fault tests steer it through files in the folder $STUB_DIR; each may name the batch (default 0) at which it strikes:
     hold-STEP    the step says `reached-STEP` and goes on only when the file is gone, with progress (so it hears a cancel)
     deaf-STEP    the same without progress: it hears nothing and looks hung
-    crash-STEP   a number n: the step kills its own process, n times
+    crash-STEP   a number n: the step kills its own process, n times; or two numbers, n and the batch
     fail-STEP    the step raises; `user` in the file: a P2DError, else an exception that quotes a row
 `runs` collects one line per run of a step. Same inputs, same bytes, however often a step was disturbed.
 """
@@ -37,8 +37,8 @@ def run_step(call: StepCall, *, progress: Progress, models: ModelCache, on_check
     _note("runs", f"{call.step} {call.shard} {os.getpid()} {'resumed' if call.checkpoint else 'fresh'}\n")
     call.out.mkdir(parents=True, exist_ok=True)
     progress(0, BATCHES, {})
-    _disturb(call, progress)
-    for batch in range(1, BATCHES + 1):
+    _disturb(call, progress, 0)
+    for batch in range(_done_before(call) + 1, BATCHES + 1):
         if call.step == "train":
             folder = call.out / "checkpoint" / "latest"
             folder.mkdir(parents=True, exist_ok=True)
@@ -46,6 +46,7 @@ def run_step(call: StepCall, *, progress: Progress, models: ModelCache, on_check
             if on_checkpoint is not None:
                 on_checkpoint(folder)
         progress(batch, BATCHES, {"loss": 1 / batch} if call.step == "train" else {})
+        _disturb(call, progress, batch)
     _BODIES[call.step](call)
     name = f"accounting-{call.step}" + (f"-{call.shard:05d}" if call.step == "respond" else "")
     cost = {
@@ -60,21 +61,30 @@ def run_step(call: StepCall, *, progress: Progress, models: ModelCache, on_check
     write_json(call.out / f"{name}.json", cost | {"peak_memory_bytes": 1, "device": "stub"})
 
 
-def _disturb(call: StepCall, progress: Progress) -> None:
+def _done_before(call: StepCall) -> int:
+    if call.checkpoint is None:
+        return 0
+    done: int = json.loads((call.checkpoint / "state.json").read_bytes())["batch"]
+    return done
+
+
+def _disturb(call: StepCall, progress: Progress, batch: int) -> None:
     folder = os.environ.get("STUB_DIR")
     if not folder:
         return
     root = Path(folder)
     for kind in ("hold", "deaf"):
-        if (root / f"{kind}-{call.step}").exists():
-            (root / f"reached-{call.step}").write_text(str(os.getpid()))
-            while (root / f"{kind}-{call.step}").exists():
+        path = root / f"{kind}-{call.step}"
+        if (_text(path, "none") or "0") == str(batch):
+            write_json(root / f"reached-{call.step}", os.getpid())
+            while path.exists():
                 time.sleep(0.01)
                 if kind == "hold":
-                    progress(1, BATCHES, {})
+                    progress(batch, BATCHES, {})
     crash = root / f"crash-{call.step}"
-    if crash.exists() and (left := int(crash.read_text())) > 0:
-        crash.write_text(str(left - 1))
+    left, at = (int(number) for number in (_text(crash, "0") + " 0").split()[:2])
+    if left > 0 and at == batch:
+        crash.write_text(f"{left - 1} {at}")
         os.kill(os.getpid(), signal.SIGKILL)
     fail = root / f"fail-{call.step}"
     if fail.exists():
@@ -172,6 +182,13 @@ def _package(call: StepCall) -> None:
 
 def _counts(rows: list[Row]) -> RowCounts:
     return RowCounts(rows=len(rows), tokens=10 * len(rows), answer_tokens=5 * len(rows), longest=10)
+
+
+def _text(path: Path, default: str) -> str:
+    try:
+        return path.read_text()
+    except FileNotFoundError:
+        return default
 
 
 def _note(name: str, line: str) -> None:

@@ -9,24 +9,32 @@ without it: a worker polls. TERM and INT: claim nothing more, stop the child, gi
 from __future__ import annotations
 
 import os
+import signal
 import threading
+import warnings
+from types import FrameType
 from typing import Any
 
-import structlog
 from celery import signals
+from celery.platforms import SecurityWarning
 
 from app.core.wake import TASK, celery_app
+from app.logs import configure_logs
 from app.settings import Settings
 from workers.loop import Worker
 
 EXIT_S = 25.0
 """Longest time from TERM to the end of the process: orchestrators kill after 30 s."""
 
-log = structlog.get_logger()
+CELERY_S = 2.0
+"""Seconds that Celery gets to end by itself after the step was given back."""
 
 
 def run_worker(settings: Settings) -> None:
     """Work until told to stop; returns, or ends the process, after everything was given back."""
+    configure_logs()
+    # It warns root of pickled messages; this one takes JSON alone.
+    warnings.simplefilter("ignore", SecurityWarning)
     worker = Worker(settings)
     app = celery_app(settings.url("broker_url"), queue=settings.worker_queue)
 
@@ -34,16 +42,25 @@ def run_worker(settings: Settings) -> None:
     def wake(queue: str) -> None:
         worker.wake()
 
-    # Named functions, kept alive here: Celery holds its receivers weakly.
-    def on_stop(**_: Any) -> None:
+    def leave() -> None:
         worker.stop()
         threading.Thread(target=_leave, args=(worker,), daemon=True).start()
 
-    signals.worker_shutting_down.connect(on_stop)
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        leave()
+
+    # Named and kept alive here: Celery holds its receivers weakly.
+    def on_shutdown(**_: Any) -> None:
+        leave()
+
+    for name in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(name, on_signal)  # until Celery puts its own in place, after it has found its broker
+    signals.worker_shutting_down.connect(on_shutdown)
     worker.start()
     try:
         app.worker_main(
             [
+                "--quiet",
                 "worker",
                 "--pool=solo",
                 "--loglevel=WARNING",
@@ -61,7 +78,7 @@ def run_worker(settings: Settings) -> None:
 def _leave(worker: Worker) -> None:
     """End the process once the step is given back, even if Celery hangs on a broker that is away."""
     worker.join(EXIT_S)
-    threading.Event().wait(1.0)  # time for Celery to end by itself
+    threading.Event().wait(CELERY_S)
     os._exit(0)
 
 

@@ -6,7 +6,6 @@ Knows no Celery: `wake` may be called by anything, any number of times, and only
 from __future__ import annotations
 
 import fcntl
-import os
 import random
 import shutil
 import threading
@@ -51,6 +50,7 @@ class Worker:
             folder=self._folder,
         )
         self._warm: str | None = None
+        self._closing, self._closed = threading.Lock(), False
         self._loop = threading.Thread(target=self._run, name="loop", daemon=True)
         self._sweeper = threading.Thread(target=self._sweep, name="sweeper", daemon=True)
 
@@ -70,20 +70,25 @@ class Worker:
         self._woken.set()
 
     def join(self, timeout_s: float) -> bool:
-        """Wait until everything has been given back; False if it took longer."""
+        """Wait until everything has been given back; False if it took longer. May be called by several threads."""
         deadline = time.monotonic() + timeout_s
         for thread in (self._loop, self._sweeper):
             if thread.ident is not None:
                 thread.join(max(deadline - time.monotonic(), 0.0))
-        ended = not self._loop.is_alive()
-        if ended:
-            self._process.kill()
-            self._waker.close()
-            self._db.dispose()
-            shutil.rmtree(self._folder, ignore_errors=True)
-            self._lock.close()
-            log.info("worker.stopped", worker=self.id)
-        return ended
+        with self._closing:
+            if not self._loop.is_alive() and not self._closed:
+                self._closed = True
+                self._close()
+        return self._closed
+
+    def _close(self) -> None:
+        self._process.kill()
+        self._waker.close()
+        self._db.dispose()
+        shutil.rmtree(self._folder, ignore_errors=True)
+        self._folder.with_suffix(".lock").unlink(missing_ok=True)
+        self._lock.close()
+        log.info("worker.stopped", worker=self.id)
 
     def _run(self) -> None:
         while not self._stopping.is_set():
@@ -131,10 +136,11 @@ def _own_folder(parent: Path, worker_id: str) -> tuple[Path, IO[bytes]]:
             shutil.rmtree(other.with_suffix(""), ignore_errors=True)
             other.unlink(missing_ok=True)
     path = parent / f"{worker_id}.lock"
-    temporary = path.with_suffix(f".{os.getpid()}")
+    # Named `.lock` only once it is locked, so that nobody takes it for a dead worker's.
+    temporary = path.with_suffix(".new")
     lock = temporary.open("wb")
     fcntl.flock(lock, fcntl.LOCK_EX)
-    temporary.rename(path)  # locked before anybody can see it
+    temporary.rename(path)
     folder = parent / worker_id
     folder.mkdir()
     return folder, lock

@@ -33,6 +33,7 @@ def celery_app(broker_url: str, *, queue: str) -> Celery:
         worker_enable_remote_control=False,
         worker_send_task_events=False,
         worker_hijack_root_logger=False,
+        worker_redirect_stdouts=False,
         worker_pool="solo",
         worker_prefetch_multiplier=1,
         broker_connection_retry_on_startup=True,

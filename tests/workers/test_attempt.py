@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import pytest
-
-from tests.rig import Rig, wait_for
+from tests.rig import Rig
 
 
 def test_a_job_runs_from_its_dataset_to_its_report(rig: Rig) -> None:

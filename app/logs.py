@@ -1,0 +1,32 @@
+"""How processes of the service log: one JSON object a line on stderr, UTC, structlog. What to log is each caller's choice.
+
+Never log row text, prompts, answers or anything else that a dataset holds.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import structlog
+
+
+def configure_logs() -> None:
+    """Set up structlog for this process; on a terminal the lines are for people."""
+    # Tracebacks without the values of variables: those may be rows.
+    if sys.stderr.isatty():
+        render: list[structlog.types.Processor] = [
+            structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)
+        ]
+    else:
+        transform = structlog.tracebacks.ExceptionDictTransformer(show_locals=False)
+        render = [structlog.processors.ExceptionRenderer(transform), structlog.processors.JSONRenderer()]
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            *render,
+        ],
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        cache_logger_on_first_use=True,
+    )
