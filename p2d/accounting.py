@@ -91,7 +91,7 @@ def bill(costs: Iterable[StepCost], attempts: Iterable[Attempt], *, full_s: floa
                 continue
             rest = cost.work_s
             for part, part_s in cost.parts.items():
-                line = f"{name}: {part}" if step not in ("heads",) else f"heads: {part}"
+                line = f"{name}: {part}"
                 seconds[line] = seconds.get(line, 0.0) + part_s
                 rest -= part_s
             seconds[name] = seconds.get(name, 0.0) + max(rest, 0.0)

@@ -7,7 +7,6 @@ fp32 copies, and LoRA's layers are taken out again.
 
 from __future__ import annotations
 
-import random
 import statistics
 import time
 import warnings
@@ -19,11 +18,15 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from p2d.batches import Batch, answer_nll, collate, row_length
+from p2d.batches import TOKEN_BUDGET, Batch, answer_nll, collate, row_length, token_budget_batches
+from p2d.config import TrainingConfig
+from p2d.device import memory_guard
 from p2d.models import BaseModel
+from p2d.optimization import epoch_order
 from p2d.rendering import RenderedRow
 
 WARM_STEPS, TIMED_STEPS = 1, 3
+MEASURED_STEPS = WARM_STEPS + TIMED_STEPS
 LORA_RANK = 8
 """Of the baseline. LoRA's cost hardly depends on it."""
 
@@ -32,7 +35,7 @@ FULL_BYTES_PER_WEIGHT = 2 + 4 + 4 + 8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Projection:
+class Baseline:
     """Seconds that a whole training would take, from a few measured steps."""
 
     seconds: float | None
@@ -47,35 +50,30 @@ class Projection:
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """All rows for all epochs, cut into batches as training cuts them: at random."""
+    """All rows for all epochs, cut as training cuts them: the baselines get the same care."""
 
-    batches: list[list[int]]
-    """Of one epoch."""
+    batches: list[list[list[int]]]
+    """Of one epoch: optimizer steps, each of one or more forward batches."""
     padded_tokens: list[int]
+    """Of each step."""
     epochs: int
 
     @property
     def steps(self) -> int:
+        """Optimizer steps of all epochs."""
         return len(self.batches) * self.epochs
 
 
-def workload(lengths: Sequence[int], *, batch_size: int, epochs: int, seed: int) -> Workload:
-    """The batches of full training over rows of these lengths."""
-    order = random.Random(seed).sample(range(len(lengths)), len(lengths))  # noqa: S311 - not a secret
-    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    return Workload(batches, [len(batch) * max(lengths[row] for row in batch) for batch in batches], epochs)
-
-
 def project_full_fine_tuning(
-    base: BaseModel, rendered: Sequence[RenderedRow], *, batch_size: int, epochs: int, seed: int, on_step: Callable[[], None]
-) -> Projection:
+    base: BaseModel, rendered: Sequence[RenderedRow], settings: TrainingConfig, *, on_step: Callable[[], None]
+) -> Baseline:
     """Time full fine-tuning: AdamW on fp32 copies of all weights, which is what mixed precision training keeps."""
-    work = _workload(base, rendered, batch_size, epochs, seed)
+    work = _workload(base, rendered, settings)
     count = sum(weight.numel() for weight in base.module.parameters())
     needed, free = count * FULL_BYTES_PER_WEIGHT, free_memory_bytes(base.device)
     if needed > free:
         reason = f"full fine-tuning needs {needed} bytes beside the model; {free} are free here"
-        return Projection(
+        return Baseline(
             seconds=None, step_s=None, steps=work.steps, measured_steps=0, trained_parameters=count, reason=reason
         )
     weights = list(base.module.parameters())
@@ -103,10 +101,10 @@ def project_full_fine_tuning(
 
 
 def project_lora(
-    base: BaseModel, rendered: Sequence[RenderedRow], *, batch_size: int, epochs: int, seed: int, on_step: Callable[[], None]
-) -> Projection:
+    base: BaseModel, rendered: Sequence[RenderedRow], settings: TrainingConfig, *, on_step: Callable[[], None]
+) -> Baseline:
     """Time peft's LoRA on all linear layers."""
-    work = _workload(base, rendered, batch_size, epochs, seed)
+    work = _workload(base, rendered, settings)
     with _lora_layers(base) as weights:
         optimizer = torch.optim.AdamW(weights, lr=1e-4, fused=True)
 
@@ -136,9 +134,17 @@ def _lora_layers(base: BaseModel) -> Iterator[list[nn.Parameter]]:
         base.module.requires_grad_(False).eval()
 
 
-def _workload(base: BaseModel, rendered: Sequence[RenderedRow], batch_size: int, epochs: int, seed: int) -> Workload:
+def _workload(base: BaseModel, rendered: Sequence[RenderedRow], settings: TrainingConfig) -> Workload:
+    """The batches that training makes: rows at random, each batch cut again so that little is padding."""
     lengths = [row_length(base.renderer, row) for row in rendered]
-    return workload(lengths, batch_size=batch_size, epochs=epochs, seed=seed)
+    order = epoch_order(len(rendered), str(settings.seed), 0)
+    steps: list[list[list[int]]] = []
+    for start in range(0, len(order), settings.batch_size):
+        rows = order[start : start + settings.batch_size]
+        cut = token_budget_batches([lengths[row] for row in rows], TOKEN_BUDGET)
+        steps.append([[rows[place] for place in places] for places in cut])
+    padded = [sum(len(batch) * max(lengths[row] for row in batch) for batch in step) for step in steps]
+    return Workload(steps, padded, settings.epochs)
 
 
 def _timed(
@@ -149,17 +155,18 @@ def _timed(
     *,
     trained: int,
     on_step: Callable[[], None],
-) -> Projection:
+) -> Baseline:
     """Time steps on batches of typical size; forward and backward scale with tokens, the update with steps."""
     typical = statistics.median(work.padded_tokens)
     near = sorted(range(len(work.batches)), key=lambda i: abs(work.padded_tokens[i] - typical))
-    chosen = [near[i % len(near)] for i in range(WARM_STEPS + TIMED_STEPS)]
+    chosen = [near[i % len(near)] for i in range(MEASURED_STEPS)]
     token_s: list[float] = []
     update_s: list[float] = []
     for index in chosen:
-        batch = collate(base.renderer, rendered, work.batches[index])
         started = _now(base.device)
-        _loss(base, batch).backward()
+        with memory_guard("timing a baseline"):
+            for indices in work.batches[index]:
+                _loss(base, collate(base.renderer, rendered, indices)).backward()
         middle = _now(base.device)
         update()
         ended = _now(base.device)
@@ -168,7 +175,7 @@ def _timed(
         on_step()
     per_token, per_update = statistics.median(token_s[WARM_STEPS:]), statistics.median(update_s[WARM_STEPS:])
     seconds = work.epochs * (per_token * sum(work.padded_tokens) + per_update * len(work.batches))
-    return Projection(
+    return Baseline(
         seconds=seconds,
         step_s=seconds / work.steps,
         steps=work.steps,

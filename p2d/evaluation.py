@@ -1,35 +1,40 @@
-"""What a set of weights is worth on held-out rows: answer loss, exact match by greedy generation, and the difference
-between two sets with its uncertainty. Measures the model as it stands; who changes the weights is `p2d.steps`' business.
+"""What an adapter is worth on held-out rows, before against after on the same rows, and against its controls.
 
-Legend: R row, B batch, T token.
+Loss on answer tokens with its uncertainty, exact match by greedy generation, and what full fine-tuning and LoRA would cost
+here (`p2d.baselines`). The base model is left bit-identical.
+
+Legend: R row, B batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import random
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
-from transformers import DynamicCache
 
-from p2d.batches import answer_nll, collate, row_length, token_budget_batches
+from p2d.adapters import Adapter
+from p2d.baselines import MEASURED_STEPS, Baseline, project_full_fine_tuning, project_lora
+from p2d.batches import TOKEN_BUDGET, answer_nll, collate, row_length, token_budget_batches
+from p2d.config import Control, JobConfig, Projection
+from p2d.device import memory_guard
 from p2d.errors import Diverged
-from p2d.metrics import METRICS
+from p2d.generation import answer_limit, task_metric
 from p2d.models import BaseModel
+from p2d.pipeline import Progress, no_progress
 from p2d.rendering import RenderedRow
 from p2d.rows import Row
+from p2d.slices import Head, HeadSlices, all_heads
+from p2d.training import train
 
-TOKENS = 4096
-"""Tokens of one forward batch, padding counted."""
-
-GENERATE_ROWS = 64
-"""Most rows generated side by side."""
-
-ANSWER_ROOM = 1.25
-"""Generated answers may be this much longer than the longest reference. A guess that stops endless answers early."""
+METRIC = "exact_match"
+METRIC_ROWS = 200
+"""Most rows answered by generation, which costs some hundred times the loss of the same row. A guess."""
 
 Floats = npt.NDArray[np.float64]
 
@@ -53,8 +58,9 @@ def row_losses(base: BaseModel, rendered: Sequence[RenderedRow]) -> RowLosses:
     nll_R, tokens_R = np.zeros(len(rendered)), np.zeros(len(rendered))
     lengths = [row_length(base.renderer, row) for row in rendered]
     with torch.no_grad():
-        for indices in token_budget_batches(lengths, TOKENS):
-            nll_B, tokens_B = answer_nll(base, collate(base.renderer, rendered, indices))
+        for indices in token_budget_batches(lengths, TOKEN_BUDGET):
+            with memory_guard("evaluating"):
+                nll_B, tokens_B = answer_nll(base, collate(base.renderer, rendered, indices))
             nll_R[indices] = nll_B.double().cpu().numpy()
             tokens_R[indices] = tokens_B.cpu().numpy()
     if not np.isfinite(nll_R).all():
@@ -82,62 +88,165 @@ def paired_bootstrap(before: RowLosses, after: RowLosses, *, seed: int, draws: i
     return Change(difference=after.mean - before.mean, low=float(low), high=float(high))
 
 
-def task_metric(
-    base: BaseModel, rows: Sequence[Row], *, metric: str = "exact_match", on_batch: Callable[[int], None] | None = None
-) -> float:
-    """Mean of a task metric over rows, each answered by greedy generation from its prompt alone."""
-    rendered = [base.renderer.render(row) for row in rows]
-    limit = int(ANSWER_ROOM * max(len(row.answer_ids) for row in rendered)) + 1
-    score = METRICS[metric]
-    total = 0.0
-    order = sorted(range(len(rows)), key=lambda index: len(rendered[index].prompt_ids))
-    for start in range(0, len(order), GENERATE_ROWS):
-        indices = order[start : start + GENERATE_ROWS]
-        answers = generate(base, [rendered[index].prompt_ids for index in indices], limit=limit, on_token=on_batch)
-        for index, ids in zip(indices, answers, strict=True):
-            total += score(base.renderer.decode(ids), rows[index].answer)
-    return total / len(rows)
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Arm:
+    """A control: the same training with random heads or random rows, at the same size."""
+
+    control: Control
+    heads: int
+    rows: int
+    trained_parameters: int
+    learning_rate: float
+    loss: float
+    against_job: Change
+    """The job's loss minus the control's; below 0 = the job's choice was worth something."""
 
 
-@torch.no_grad()
-def generate(
-    base: BaseModel, prompts: Sequence[list[int]], *, limit: int, on_token: Callable[[int], None] | None = None
-) -> list[list[int]]:
-    """Greedy answers to prompts (without the shared prefix, which is put first), each up to its stop token or `limit`.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Evaluation:
+    """evaluation.json. Losses are nats per answer token."""
 
-    One batch with a key-value cache; rows that have stopped leave it. Prompts are padded on the left, so that all rows
-    write their next token at the same place.
+    rows: int
+    loss_before: float
+    loss_after: float
+    change: Change
+    metric: str
+    metric_rows: int
+    metric_before: float
+    metric_after: float
+    full_fine_tuning: Baseline
+    lora: Baseline
+    controls: tuple[Arm, ...]
+
+
+@dataclass(slots=True)
+class Judge:
+    """One evaluation: what it may look at, and what it cost."""
+
+    base: BaseModel
+    rows: Sequence[Row]
+    """Held-out rows that nothing was chosen by."""
+    train: Sequence[Row]
+    guide: Sequence[Row]
+    kept: Sequence[Row]
+    heads: Sequence[Head]
+    config: JobConfig
+    progress: Progress = no_progress
+    parts: dict[str, float] = field(default_factory=dict)
+    """Seconds by name."""
+    tokens: int = 0
+    _done: int = 0
+    _total: int = 0
+
+    def evaluate(self, adapter: Adapter) -> Evaluation:
+        """Measure everything. Raises AdapterMismatch, Diverged, whatever `progress` raises."""
+        rendered = [self.base.renderer.render(row) for row in self.rows]
+        asked = self.rows[:METRIC_ROWS]
+        self._total = 2 + 2 * answer_limit(rendered[: len(asked)]) + 2 * MEASURED_STEPS + len(self.config.controls)
+        with self._part("loss"):
+            before = self._losses(rendered)
+        with self._part("generation"):
+            metric_before = task_metric(self.base, asked, metric=METRIC, on_token=self._tick)
+        previous = adapter.apply(self.base)
+        try:
+            with self._part("loss"):
+                after = self._losses(rendered)
+            with self._part("generation"):
+                metric_after = task_metric(self.base, asked, metric=METRIC, on_token=self._tick)
+        finally:
+            adapter.revert(self.base, previous)
+        with self._part("controls"):
+            controls = tuple(self._control(name, rendered, after) for name in self.config.controls)
+        with self._part("timing the baselines"):
+            full, lora = self._baselines()
+        return Evaluation(
+            rows=len(rendered),
+            loss_before=before.mean,
+            loss_after=after.mean,
+            change=paired_bootstrap(before, after, seed=self.config.training.seed),
+            metric=METRIC,
+            metric_rows=len(asked),
+            metric_before=metric_before,
+            metric_after=metric_after,
+            full_fine_tuning=full,
+            lora=lora,
+            controls=controls,
+        )
+
+    def _losses(self, rendered: Sequence[RenderedRow]) -> RowLosses:
+        losses = row_losses(self.base, rendered)
+        self.tokens += sum(row_length(self.base.renderer, row) for row in rendered)
+        self._tick()
+        return losses
+
+    def _tick(self) -> None:
+        self._done = min(self._done + 1, self._total)  # answers of several batches tick more often than was foreseen
+        self.progress(self._done, self._total, {})
+
+    @contextmanager
+    def _part(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.parts[name] = self.parts.get(name, 0.0) + time.perf_counter() - started
+
+    def _control(self, name: Control, rendered: Sequence[RenderedRow], job: RowLosses) -> Arm:
+        rng = random.Random(f"{self.config.training.seed}:{name}")  # noqa: S311 - not a secret
+        heads, kept = self.heads, self.kept
+        if name == "random_heads":
+            heads = random_heads(self.base, self.config, self._parameters(self.heads), rng)
+        else:
+            kept = rng.sample(self.train, len(self.kept))
+        render = self.base.renderer.render
+        result = train(
+            self.base,
+            [render(row) for row in kept],
+            [render(row) for row in self.guide],
+            heads,
+            self.config,
+            lambda done, total, metrics: self.progress(self._done, self._total, {}),
+        )
+        with HeadSlices(self.base, heads, self._slices()) as slices:
+            slices.load_masters(result.state)
+            losses = self._losses(rendered)
+        return Arm(
+            control=name,
+            heads=len(heads),
+            rows=len(kept),
+            trained_parameters=result.n_parameters,
+            learning_rate=result.learning_rate,
+            loss=losses.mean,
+            against_job=paired_bootstrap(losses, job, seed=self.config.training.seed),
+        )
+
+    def _parameters(self, heads: Sequence[Head]) -> int:
+        return HeadSlices(self.base, heads, self._slices()).n_parameters
+
+    def _slices(self) -> Sequence[Projection]:
+        assert self.config.training.slices != "auto", "resolve the config first"
+        return self.config.training.slices
+
+    def _baselines(self) -> tuple[Baseline, Baseline]:
+        settings = self.config.training
+        rendered = [self.base.renderer.render(row) for row in self.train]
+        return (
+            project_full_fine_tuning(self.base, rendered, settings, on_step=self._tick),
+            project_lora(self.base, rendered, settings, on_step=self._tick),
+        )
+
+
+def random_heads(base: BaseModel, config: JobConfig, parameters: int, rng: random.Random) -> list[Head]:
+    """Heads at random, as many as come nearest to this number of trained parameters.
+
+    Heads of one KV group share its slices, so sets of equal head count differ in parameters.
     """
-    prefix, stop = base.renderer.prefix_ids, base.renderer.stop_ids
-    width = len(prefix) + max(len(ids) for ids in prompts)
-    limit = min(limit, base.info.context_length - width)
-    input_ids_BT = torch.full((len(prompts), width), base.renderer.pad_id, device=base.device)
-    mask_BT = torch.zeros_like(input_ids_BT)
-    for b, ids in enumerate(prompts):
-        sequence = [*prefix, *ids]
-        input_ids_BT[b, width - len(sequence) :] = torch.tensor(sequence, device=base.device)
-        mask_BT[b, width - len(sequence) :] = 1
-    answers: list[list[int]] = [[] for _ in prompts]
-    alive = list(range(len(prompts)))
-    cache = DynamicCache(config=base.module.config)
-    position_BT = (mask_BT.cumsum(1) - 1).clamp(min=0)
-    for step in range(limit):
-        h_BTD = base.hidden(input_ids_BT, mask_BT, position_ids=position_BT, past_key_values=cache)
-        next_B: Tensor = base.logits(h_BTD[:, -1]).argmax(-1)
-        tokens = next_B.tolist()
-        going = [place for place, token in enumerate(tokens) if token not in stop]
-        for place in going:
-            answers[alive[place]].append(tokens[place])
-        if on_token is not None:
-            on_token(step)
-        if not going:
+    assert config.training.slices != "auto", "resolve the config first"
+    order = all_heads(base)
+    rng.shuffle(order)
+    best, miss = order[:1], float("inf")
+    for count in range(1, len(order) + 1):
+        size = HeadSlices(base, order[:count], config.training.slices).n_parameters
+        if abs(size - parameters) < miss:
+            best, miss = order[:count], abs(size - parameters)
+        if size > parameters:
             break
-        if len(going) < len(alive):
-            keep = torch.tensor(going, device=base.device)
-            alive = [alive[place] for place in going]
-            cache.batch_select_indices(keep)
-            mask_BT, position_BT, next_B = mask_BT[keep], position_BT[keep], next_B[keep]
-        input_ids_BT = next_B[:, None]
-        position_BT = position_BT[:, -1:] + 1
-        mask_BT = torch.cat([mask_BT, torch.ones_like(input_ids_BT)], dim=1)
-    return answers
+    return best

@@ -1,0 +1,88 @@
+"""Greedy answers of the model as it stands, many rows side by side, and what they are worth by a task metric.
+
+Legend: B row of a batch, T token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from p2d.metrics import METRICS
+from p2d.models import BaseModel
+from p2d.rendering import RenderedRow
+from p2d.rows import Row
+
+GENERATE_ROWS = 64
+"""Most rows generated side by side."""
+
+ANSWER_ROOM = 1.25
+"""Generated answers may be this much longer than the longest reference. A guess that stops endless answers early."""
+
+
+def answer_limit(rendered: Sequence[RenderedRow]) -> int:
+    """Most tokens of a generated answer to rows like these."""
+    return int(ANSWER_ROOM * max(len(row.answer_ids) for row in rendered)) + 1
+
+
+def task_metric(
+    base: BaseModel, rows: Sequence[Row], *, metric: str = "exact_match", on_token: Callable[[], None]
+) -> float:
+    """Mean of a task metric over rows, each answered by greedy generation from its prompt alone."""
+    rendered = [base.renderer.render(row) for row in rows]
+    limit = answer_limit(rendered)
+    score = METRICS[metric]
+    total = 0.0
+    order = sorted(range(len(rows)), key=lambda index: len(rendered[index].prompt_ids))
+    for start in range(0, len(order), GENERATE_ROWS):
+        indices = order[start : start + GENERATE_ROWS]
+        answers = generate(base, [rendered[index].prompt_ids for index in indices], limit=limit, on_token=on_token)
+        for index, ids in zip(indices, answers, strict=True):
+            total += score(base.renderer.decode(ids), rows[index].answer)
+    return total / len(rows)
+
+
+@torch.no_grad()
+def generate(
+    base: BaseModel, prompts: Sequence[list[int]], *, limit: int, on_token: Callable[[], None]
+) -> list[list[int]]:
+    """Greedy answers to prompts (without the shared prefix, which is put first), each up to its stop token or `limit`.
+
+    One batch with a key-value cache; rows that have stopped leave it. Prompts are padded on the left, so that all rows
+    write their next token at the same place.
+    """
+    prefix, stop = base.renderer.prefix_ids, base.renderer.stop_ids
+    width = len(prefix) + max(len(ids) for ids in prompts)
+    limit = min(limit, base.info.context_length - width)
+    input_ids_BT = torch.full((len(prompts), width), base.renderer.pad_id, device=base.device)
+    mask_BT = torch.zeros_like(input_ids_BT)
+    for b, ids in enumerate(prompts):
+        sequence = [*prefix, *ids]
+        input_ids_BT[b, width - len(sequence) :] = torch.tensor(sequence, device=base.device)
+        mask_BT[b, width - len(sequence) :] = 1
+    answers: list[list[int]] = [[] for _ in prompts]
+    alive = list(range(len(prompts)))
+    cache = DynamicCache(config=base.module.config)
+    position_BT = (mask_BT.cumsum(1) - 1).clamp(min=0)
+    for _ in range(limit):
+        h_BTD = base.hidden(input_ids_BT, mask_BT, position_ids=position_BT, past_key_values=cache)
+        next_B: Tensor = base.logits(h_BTD[:, -1]).argmax(-1)
+        tokens = next_B.tolist()
+        going = [place for place, token in enumerate(tokens) if token not in stop]
+        for place in going:
+            answers[alive[place]].append(tokens[place])
+        on_token()
+        if not going:
+            break
+        if len(going) < len(alive):
+            keep = torch.tensor(going, device=base.device)
+            alive = [alive[place] for place in going]
+            cache.batch_select_indices(keep)
+            mask_BT, position_BT, next_B = mask_BT[keep], position_BT[keep], next_B[keep]
+        input_ids_BT = next_B[:, None]
+        position_BT = position_BT[:, -1:] + 1
+        mask_BT = torch.cat([mask_BT, torch.ones_like(input_ids_BT)], dim=1)
+    return answers

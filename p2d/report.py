@@ -1,0 +1,92 @@
+"""report.json: the whole job on one page: what was asked and decided, what was found, what it is worth, what it cost.
+
+Made from the files of the other steps; holds no row text. Says of every number whether it was measured or projected.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from p2d.accounting import Bill, StepCost, attempts_of, bill, step_cost
+from p2d.config import config_json
+from p2d.files import read_json, write_json
+from p2d.head_maps import HeadMap
+from p2d.plans import Plan, load_plan
+
+FORMAT = 1
+"""Of report.json."""
+
+
+def write_report(inputs: Path, path: Path, *, started: float, device: str) -> None:
+    """Write report.json from what stands in `inputs`.
+
+    Args:   started: `time.perf_counter()` when the package step began, so that the report's own seconds count too.
+    """
+    plan = load_plan(inputs / "plan.json")
+    training = _optional(inputs / "training.json")
+    evaluation = _optional(inputs / "evaluation.json")
+    report: dict[str, Any] = {
+        "format": FORMAT,
+        "kind": plan.config.kind,
+        "config": config_json(plan.config),
+        "reasons": plan.reasons,
+        "warnings": plan.warnings,
+        "base_model": asdict(plan.model),
+        "device": plan.device,
+        "dtype": plan.dtype,
+        "rows": {"train": asdict(plan.train), "guide": asdict(plan.guide), "evaluation": asdict(plan.evaluation)},
+        "heads": _heads(inputs, plan, training),
+        "selection": _optional(inputs / "selection_summary.json"),
+        "training": None if training is None else {key: training[key] for key in training if key != "log"},
+        "evaluation": evaluation,
+    }
+    report["cost"] = _cost(inputs, evaluation, started=started, device=device)
+    write_json(path, report)
+
+
+def _optional(path: Path) -> Any:
+    return read_json(path) if path.is_file() else None
+
+
+def _heads(inputs: Path, plan: Plan, training: Any) -> dict[str, Any] | None:
+    if not (inputs / "head_map.json").is_file():
+        return None
+    head_map = HeadMap.load(inputs / "head_map.json")
+    chosen = head_map.top(plan.config.heads.ratio)
+    return {
+        "scorer": head_map.scorer,
+        "projections": list(head_map.projections),
+        "total": head_map.n_layers * head_map.n_heads,
+        "kept": len(chosen),
+        "chosen": [[layer, head] for layer, head in sorted(chosen)],
+        "trained_parameters": None if training is None else training["n_parameters"],
+        "trained_share": None if training is None else training["n_parameters"] / plan.model.parameters,
+        "reproducibility": asdict(head_map.reproducibility),
+        "proxy": None if head_map.proxy is None else asdict(head_map.proxy),
+        "earlier_head_map": plan.config.heads.head_map,
+    }
+
+
+def _cost(inputs: Path, evaluation: Any, *, started: float, device: str) -> dict[str, Any]:
+    costs = [step_cost(read_json(path)) for path in sorted(inputs.glob("accounting-*.json"))]
+    costs = [cost for cost in costs if cost.step != "package"]
+    own = StepCost(
+        step="package",
+        load_s=0.0,
+        work_s=time.perf_counter() - started,
+        tokens=0,
+        rows=0,
+        peak_memory_bytes=0,
+        device=device,
+    )
+    full = evaluation["full_fine_tuning"]["seconds"] if evaluation else None
+    lora = evaluation["lora"]["seconds"] if evaluation else None
+    total: Bill = bill([*costs, own], attempts_of(_optional(inputs / "steps.json")), full_s=full, lora_s=lora)
+    return {
+        **asdict(total),
+        "baselines": "projected from a few measured steps, see evaluation" if evaluation else None,
+        "steps": [asdict(cost) for cost in costs],
+    }

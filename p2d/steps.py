@@ -1,0 +1,319 @@
+"""The body of every step: read files, call the part that knows how, write files, account. No decisions of its own.
+
+Which files those are and in which order steps run is `p2d.pipeline`. Imports stand inside the functions: `select` and
+`package` run without torch, and whoever only plans a job imports nothing heavy.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from p2d.accounting import StepCost, peak_memory_bytes
+from p2d.config import DATA_SCORERS, JobConfig, Precision, resolve
+from p2d.errors import ConfigError, ErrorDetail, RowTooLong
+from p2d.files import write_json
+from p2d.model_info import read_model_info
+from p2d.pipeline import ModelCache, Progress, StepCall, shard_range
+from p2d.plans import Plan, RowCounts, Split, leaked, load_plan, save_plan, split_rows
+from p2d.registry import load
+from p2d.rows import Row, content_hash, load_rows, write_rows
+
+if TYPE_CHECKING:
+    from p2d.head_maps import Head, HeadMap
+    from p2d.models import BaseModel
+    from p2d.rendering import RenderedRow, Renderer
+
+OnCheckpoint = Callable[[Path], None] | None
+
+MAX_LISTED = 10_000
+"""Over-long rows listed in an error at most."""
+
+
+@dataclass(slots=True)
+class _Meter:
+    """Measures the step that it was made at the beginning of."""
+
+    call: StepCall
+    started: float = field(default_factory=time.perf_counter)
+    load_s: float = 0.0
+    parts: dict[str, float] = field(default_factory=dict)
+
+    def base(self, models: ModelCache, plan: Plan) -> BaseModel:
+        """The base model, warm or loaded now."""
+        # The precision that `validate` found, not this worker's own choice: one job, one kind of numbers.
+        precision = plan.config.training.precision
+        base, seconds = models.get(self.call.model_dir, precision=precision, device=self.call.device)
+        self.load_s += seconds
+        return base
+
+    def write(self, *, tokens: int, rows: int, device: str, peak_bytes: int | None = None) -> None:
+        """Write accounting-*.json: the last act of a step."""
+        call = self.call
+        cost = StepCost(
+            step=call.step,
+            shard=call.shard,
+            load_s=self.load_s,
+            work_s=time.perf_counter() - self.started - self.load_s,
+            parts=self.parts,
+            tokens=tokens,
+            rows=rows,
+            peak_memory_bytes=peak_memory_bytes() if peak_bytes is None else peak_bytes,
+            device=device,
+        )
+        shard = f"-{call.shard:05d}" if call.step == "respond" else ""
+        write_json(call.out / f"accounting-{call.step}{shard}.json", cost)
+
+
+# --- validate --------------------------------------------------------------------------------------------------------
+
+
+def validate(call: StepCall, progress: Progress, models: ModelCache, on_checkpoint: OnCheckpoint) -> None:
+    """Set held-out rows apart, count tokens, decide what `"auto"` stands for, and say how long it will take."""
+    import torch
+
+    from p2d.device import pick_device, pick_dtype
+    from p2d.estimate import calibrate, estimate_seconds
+    from p2d.rendering import load_renderer
+
+    meter = _Meter(call)
+    info, renderer = read_model_info(call.model_dir), load_renderer(call.model_dir)
+    rows = load_rows(call.inputs / "dataset.jsonl")
+    apart = call.inputs / "validation.jsonl"
+    split = split_rows(
+        rows,
+        load_rows(apart) if apart.is_file() else None,
+        seed=call.config.training.seed,
+        proxy_rows=call.config.heads.proxy_rows if call.config.heads.head_map is None else 0,
+    )
+    resolution = resolve(call.config, rows=len(split.train), context_length=info.context_length)
+    config, reasons, warnings = resolution.config, dict(resolution.reasons), list(resolution.warnings)
+    train, guide, evaluation = _count_tokens(renderer, split, config, info.context_length, progress)
+    if repeated := leaked(split):
+        warnings.append(f"{repeated} held-out rows stand in the training rows too: the evaluation flatters the result.")
+    device = pick_device(call.device)
+    dtype: Precision = "bf16" if pick_dtype(config.training.precision, device) is torch.bfloat16 else "fp32"
+    if config.training.precision == "auto":
+        reasons["/training/precision"] = f"{dtype} is the fastest that this device computes in hardware"
+        config = replace(config, training=replace(config.training, precision=dtype))
+    speed = calibrate(info, device=str(device), dtype=dtype)
+    plan = Plan(
+        config=config,
+        reasons=reasons,
+        warnings=warnings,
+        model=info,
+        train=train,
+        guide=guide,
+        evaluation=evaluation,
+        content_hash=content_hash(split.train),
+        device=str(device),
+        dtype=dtype,
+        estimate_s=estimate_seconds(info, config, speed, train=train, guide=guide, evaluation=evaluation),
+    )
+    write_rows(call.out / "rows.jsonl", split.train)
+    write_rows(call.out / "guide.jsonl", split.guide)
+    write_rows(call.out / "evaluation.jsonl", split.evaluation)
+    save_plan(call.out / "plan.json", plan)
+    meter.write(tokens=0, rows=len(rows), device=str(device))
+
+
+def _count_tokens(
+    renderer: Renderer, split: Split, config: JobConfig, context_length: int, progress: Progress
+) -> tuple[RowCounts, RowCounts, RowCounts]:
+    """Sizes of the three sets. Raises RowTooLong with every line that does not fit."""
+    assert config.training.max_length != "auto"
+    limit = min(config.training.max_length, context_length)
+    sets: list[tuple[str, Sequence[Row]]] = [("train", split.train), ("guide", split.guide), ("eval", split.evaluation)]
+    total = sum(len(rows) for _, rows in sets)
+    counts: list[RowCounts] = []
+    errors: list[ErrorDetail] = []
+    done = too_long = 0
+    for _, rows in sets:
+        tokens = answers = longest = 0
+        for row in rows:
+            rendered = renderer.render(row)
+            length = len(renderer.prefix_ids) + len(rendered.prompt_ids) + len(rendered.answer_ids)
+            tokens, answers, longest = tokens + length, answers + len(rendered.answer_ids), max(longest, length)
+            if length > limit:
+                too_long += 1
+                if len(errors) < MAX_LISTED:
+                    message = f"The row has {length} tokens; at most {limit} fit."
+                    errors.append(ErrorDetail(code=RowTooLong.code, message=message, line=row.line))
+            done += 1
+            if done % 500 == 0 or done == total:
+                progress(done, total, {})
+        counts.append(RowCounts(rows=len(rows), tokens=tokens, answer_tokens=answers, longest=longest))
+    if too_long:
+        raise RowTooLong(
+            f"{too_long} row(s) are longer than {limit} tokens.", errors=errors, errors_total=too_long, limit=limit
+        )
+    return counts[0], counts[1], counts[2]
+
+
+# --- heads -----------------------------------------------------------------------------------------------------------
+
+
+def heads(call: StepCall, progress: Progress, models: ModelCache, on_checkpoint: OnCheckpoint) -> None:
+    """Stage 1: the head map."""
+    from p2d.identify import identify_heads
+
+    meter, plan = _Meter(call), load_plan(call.inputs / "plan.json")
+    rows, guide = load_rows(call.inputs / "rows.jsonl"), load_rows(call.inputs / "guide.jsonl")
+    base = meter.base(models, plan)
+    head_map = identify_heads(base, rows, guide, plan.config, progress)
+    head_map.save(call.out / "head_map.json")
+    tokens = head_map.proxy.tokens if head_map.proxy else 0
+    _write_cost(meter, base, tokens=tokens, rows=plan.config.heads.proxy_rows)
+
+
+# --- respond, select -------------------------------------------------------------------------------------------------
+
+
+def respond(call: StepCall, progress: Progress, models: ModelCache, on_checkpoint: OnCheckpoint) -> None:
+    """Stage 2, first half, one shard: how every head responds to each row of a range."""
+    from p2d.response_matrix import save_shard
+    from p2d.responses import DataScorer, ResponseInput
+
+    meter, plan = _Meter(call), load_plan(call.inputs / "plan.json")
+    rows, guide = load_rows(call.inputs / "rows.jsonl"), load_rows(call.inputs / "guide.jsonl")
+    scorer: DataScorer = load(DATA_SCORERS, plan.config.data.scorer, what="data scorer", pointer="/data/scorer")
+    assert plan.config.training.slices != "auto"
+    base = meter.base(models, plan)
+    span = shard_range(len(rows), call.shard, call.shards)
+    responses = scorer(
+        ResponseInput(
+            base=base,
+            rows=rows,
+            guide=guide,
+            span=span,
+            slices=plan.config.training.slices,
+            config=plan.config,
+            progress=progress,
+        )
+    )
+    save_shard(call.out / f"responses-{call.shard:05d}.safetensors", responses.shard)
+    _write_cost(meter, base, tokens=responses.tokens, rows=len(span))
+
+
+def select(call: StepCall, progress: Progress, models: ModelCache, on_checkpoint: OnCheckpoint) -> None:
+    """Stage 2, second half: keep the rows that the chosen heads respond to. No torch."""
+    from p2d.response_matrix import load_shards
+    from p2d.selection import select_rows, summarise, write_selection
+
+    meter, plan = _Meter(call), load_plan(call.inputs / "plan.json")
+    rows = load_rows(call.inputs / "rows.jsonl")
+    chosen = _chosen_heads(call, plan)
+    shards = load_shards(sorted(call.inputs.glob("responses-*.safetensors")))
+    assert plan.config.data.ratio != "auto"
+    selection = select_rows(shards, chosen, plan.config.data.ratio)
+    write_selection(call.out / "selection.jsonl", selection, rows)
+    write_json(call.out / "selection_summary.json", summarise(selection))
+    progress(1, 1, {"kept": float(selection.kept)})
+    meter.write(tokens=0, rows=len(rows), device="cpu")
+
+
+def _chosen_heads(call: StepCall, plan: Plan) -> list[Head]:
+    """The view that the job's ratio takes of the head map. Raises ConfigError if the map is of another model."""
+    from p2d.head_maps import HeadMap
+
+    head_map: HeadMap = HeadMap.load(call.inputs / "head_map.json")
+    if head_map.model_digest != plan.model.digest:
+        text = f"The head map is of {head_map.model_name!r}; the job's base model is {plan.model.name!r}."
+        detail = ErrorDetail(code="config.head_map", message=text, pointer="/heads/head_map")
+        raise ConfigError(text, errors=[detail])
+    return head_map.top(plan.config.heads.ratio)
+
+
+# --- train -----------------------------------------------------------------------------------------------------------
+
+
+def train(call: StepCall, progress: Progress, models: ModelCache, on_checkpoint: OnCheckpoint) -> None:
+    """Stage 3: the chosen heads' slices on the chosen rows."""
+    from p2d.adapters import save_adapter
+    from p2d.selection import load_kept
+    from p2d.training import train as train_slices
+
+    meter, plan = _Meter(call), load_plan(call.inputs / "plan.json")
+    chosen = _chosen_heads(call, plan)
+    kept, guide = load_kept(call.inputs / "selection.jsonl"), load_rows(call.inputs / "guide.jsonl")
+    base = meter.base(models, plan)
+    result = train_slices(
+        base,
+        _render(base, kept),
+        _render(base, guide),
+        chosen,
+        plan.config,
+        progress,
+        checkpoint_dir=call.out / "checkpoint",
+        resume_from=call.checkpoint,
+        on_checkpoint=on_checkpoint or _ignore,
+    )
+    assert plan.config.training.slices != "auto"
+    save_adapter(
+        call.out,
+        base=base,
+        heads=chosen,
+        projections=plan.config.training.slices,
+        state=result.state,
+        config=plan.config,
+        learning_rate=result.learning_rate,
+    )
+    facts = asdict(replace(result, state={})) | {"heads": len(chosen), "rows": len(kept)}
+    facts.pop("state")  # the weights have a file of their own
+    write_json(call.out / "training.json", facts)
+    meter.parts["learning-rate search"] = result.search_seconds
+    _write_cost(meter, base, tokens=result.tokens, rows=len(kept))
+
+
+def _ignore(directory: Path) -> None:
+    """For callers that do not keep checkpoints."""
+
+
+def _render(base: BaseModel, rows: Iterable[Row]) -> list[RenderedRow]:
+    return [base.renderer.render(row) for row in rows]
+
+
+def _write_cost(meter: _Meter, base: BaseModel, *, tokens: int, rows: int) -> None:
+    from p2d.device import peak_memory_bytes as device_peak_bytes
+
+    meter.write(tokens=tokens, rows=rows, device=str(base.device), peak_bytes=device_peak_bytes(base.device))
+
+
+# --- evaluate, package -----------------------------------------------------------------------------------------------
+
+
+def evaluate(call: StepCall, progress: Progress, models: ModelCache, on_checkpoint: OnCheckpoint) -> None:
+    """Judge the adapter on rows that chose nothing, and price the alternatives."""
+    from p2d.adapters import load_adapter
+    from p2d.evaluation import Judge
+    from p2d.selection import load_kept
+
+    meter, plan = _Meter(call), load_plan(call.inputs / "plan.json")
+    base = meter.base(models, plan)
+    judge = Judge(
+        base=base,
+        rows=load_rows(call.inputs / "evaluation.jsonl"),
+        train=load_rows(call.inputs / "rows.jsonl"),
+        guide=load_rows(call.inputs / "guide.jsonl"),
+        kept=load_kept(call.inputs / "selection.jsonl"),
+        heads=_chosen_heads(call, plan),
+        config=plan.config,
+        progress=progress,
+    )
+    evaluation = judge.evaluate(load_adapter(call.inputs))
+    write_json(call.out / "evaluation.json", asdict(evaluation))
+    meter.parts |= judge.parts
+    _write_cost(meter, base, tokens=judge.tokens, rows=len(judge.rows))
+
+
+def package(call: StepCall, progress: Progress, models: ModelCache, on_checkpoint: OnCheckpoint) -> None:
+    """Write the report. No torch."""
+    from p2d.report import write_report
+
+    meter = _Meter(call)
+    write_report(call.inputs, call.out / "report.json", started=meter.started, device="cpu")
+    progress(1, 1, {})
+    meter.write(tokens=0, rows=0, device="cpu")
