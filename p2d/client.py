@@ -37,8 +37,6 @@ RETRY_STATUS = frozenset({429, 502, 503, 504})
 STREAM_SILENCE_S = 60.0
 """A stream silent for so long is cut: the service writes a comment line every 15 s."""
 
-CHUNK_BYTES = 1 << 20
-
 
 class ServiceProblem(Exception):
     """The service refused or failed a request: the problem+json as attributes, its text as message."""
@@ -244,7 +242,7 @@ class Client:
             _raise_for(answer)
             # A server that ignores Range answers 200 with the whole file: begin again.
             with partial.open("ab" if answer.status_code == 206 else "wb") as handle:
-                for chunk in answer.iter_bytes(CHUNK_BYTES):
+                for chunk in answer.iter_raw():  # as it arrives: what a cut leaves is kept
                     handle.write(chunk)
 
     def _stream(self, job_id: str, after: int) -> Iterator[Event]:
