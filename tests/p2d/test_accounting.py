@@ -1,0 +1,82 @@
+"""The bill leaves nothing out of the numerator and puts nothing foreign into it."""
+
+from __future__ import annotations
+
+import pytest
+
+from p2d.accounting import Attempt, Bill, StepCost, attempts_of, bill
+
+
+def cost(
+    step: str, work_s: float, *, load_s: float = 0.0, shard: int = 0, parts: dict[str, float] | None = None
+) -> StepCost:
+    return StepCost(
+        step=step,
+        shard=shard,
+        load_s=load_s,
+        work_s=work_s,
+        parts=parts or {},
+        tokens=1,
+        rows=1,
+        peak_memory_bytes=1,
+        device="cpu",
+    )
+
+
+COSTS = [
+    cost("validate", 1),
+    cost("heads", 10, load_s=2),
+    cost("respond", 20, load_s=3),
+    cost("respond", 30, shard=1),
+    cost("select", 1),
+    cost("train", 40, parts={"learning-rate search": 15}),
+    cost("evaluate", 500, load_s=7),
+    cost("package", 1),
+]
+
+
+def seconds(total: Bill, name: str) -> float:
+    return next(line.seconds for line in total.lines if line.name == name)
+
+
+def test_evaluation_is_shown_but_not_counted() -> None:
+    total = bill(COSTS, [], full_s=216.0, lora_s=54.0)
+
+    assert total.counted_s == 1 + 12 + 53 + 1 + 40 + 1
+    assert seconds(total, "evaluate") == 507
+    assert total.aer == pytest.approx(0.5)
+    assert total.aer_lora == pytest.approx(2.0)
+
+
+def test_the_lines_that_count_add_up_to_the_numerator() -> None:
+    total = bill(COSTS, [Attempt(step="heads", status="done", seconds=14)], full_s=None, lora_s=None)
+
+    assert sum(line.seconds for line in total.lines if line.counted) == pytest.approx(total.counted_s)
+    assert total.aer is None
+
+
+def test_the_search_is_a_line_of_its_own_and_part_of_training() -> None:
+    total = bill(COSTS, [], full_s=None, lora_s=None)
+
+    assert (seconds(total, "train: learning-rate search"), seconds(total, "train")) == (15, 25)
+
+
+def test_failed_attempts_and_process_starts_count() -> None:
+    attempts = [
+        Attempt(step="heads", attempt=1, status="failed", seconds=9),
+        Attempt(step="heads", attempt=2, status="done", seconds=12.5),  # 12 of them measured by the step itself
+        Attempt(step="train", attempt=1, status="lost", seconds=4),
+        Attempt(step="evaluate", attempt=1, status="failed", seconds=1000),
+    ]
+    total = bill(COSTS, attempts, full_s=None, lora_s=None)
+
+    assert seconds(total, "attempts that failed") == 13
+    assert seconds(total, "start processes, move files") == 0.5
+    assert total.counted_s == 108 + 13 + 0.5
+
+
+def test_attempts_come_as_whoever_ran_the_steps_wrote_them() -> None:
+    entry = {"step": "heads", "shard": 0, "attempt": 2, "status": "done", "seconds": 1.5}
+
+    assert attempts_of({"steps": [entry]}) == [Attempt(step="heads", shard=0, attempt=2, status="done", seconds=1.5)]
+    assert attempts_of(None) == []

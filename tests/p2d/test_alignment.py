@@ -1,0 +1,63 @@
+"""Alignment is the cosine that autograd would give, without ever forming a row's gradient."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from p2d.batches import answer_nll, collate
+from p2d.config import JobConfig, Projection
+from p2d.models import BaseModel
+from p2d.responses import ResponseInput
+from p2d.responses.alignment import alignment, gradient_squares
+from p2d.rows import Row
+from p2d.slices import HeadSlices
+from tests.factories import some_rows
+
+ROWS, GUIDE = some_rows(6), some_rows(3, first=40)
+
+
+def given(base: BaseModel, slices: tuple[Projection, ...], span: range = range(6)) -> ResponseInput:
+    return ResponseInput(base=base, rows=ROWS, guide=GUIDE, span=span, slices=slices, config=JobConfig())
+
+
+def gradients(base: BaseModel, rows: list[Row], head: tuple[int, int], slices: tuple[Projection, ...]) -> list[Tensor]:
+    """Each row's gradient for one head's slices, one backward pass a row, flattened."""
+    found = []
+    for row in rows:
+        with HeadSlices(base, [head], slices) as sliced:
+            nll_B, tokens_B = answer_nll(base, collate(base.renderer, [base.renderer.render(row)], [0]))
+            (nll_B / tokens_B).sum().backward()
+            found.append(torch.cat([g.flatten() for g in sliced.gradients().values()]))
+    return found
+
+
+@pytest.mark.parametrize("slices", [("v", "o"), ("q", "k", "v"), ("o",)])
+def test_a_response_is_the_cosine_of_autograds_gradients(tiny: BaseModel, slices: tuple[Projection, ...]) -> None:
+    response_RN = alignment(given(tiny, slices)).shard.response_RN
+
+    for layer, head in [(0, 0), (1, 4), (2, 5)]:
+        mean = torch.stack(gradients(tiny, GUIDE, (layer, head), slices)).mean(0)
+        for row, gradient in enumerate(gradients(tiny, ROWS, (layer, head), slices)):
+            expected = float(torch.nn.functional.cosine_similarity(gradient, mean, dim=0))
+            assert response_RN[row, layer * tiny.info.n_heads + head] == pytest.approx(expected, abs=2e-3)  # fp16
+
+
+def test_responses_do_not_depend_on_how_rows_are_sharded(tiny: BaseModel) -> None:
+    whole = alignment(given(tiny, ("v", "o"))).shard.response_RN
+    parts = [alignment(given(tiny, ("v", "o"), span)).shard.response_RN for span in (range(2), range(2, 6))]
+
+    np.testing.assert_allclose(np.concatenate(parts).astype(float), whole.astype(float), atol=2e-3)
+
+
+@pytest.mark.parametrize("tokens", [3, 40])  # pairs of tokens; one unit at a time
+def test_both_ways_to_a_squared_norm_agree_with_forming_the_gradient(tokens: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    cut_BTUE = torch.randn(2, tokens, 3, 4, generator=generator)
+    other_BTD = torch.randn(2, tokens, 5, generator=generator)
+
+    expected_BU = torch.einsum("btue,btd->bued", cut_BTUE, other_BTD).square().sum((2, 3))
+
+    torch.testing.assert_close(gradient_squares(cut_BTUE, other_BTD), expected_BU, rtol=1e-4, atol=1e-4)
