@@ -100,7 +100,7 @@ def _validate(call: StepCall) -> None:
         load_rows(call.inputs / "dataset.jsonl"),
         load_rows(validation) if validation.exists() else None,
         seed=call.config.training.seed,
-        proxy_rows=call.config.heads.proxy_rows,
+        proxy_rows=call.config.heads.proxy_rows if call.config.heads.head_map is None else 0,
     )
     for name, rows in (("rows", split.train), ("guide", split.guide), ("evaluation", split.evaluation)):
         write_rows(call.out / f"{name}.jsonl", rows)
