@@ -24,6 +24,11 @@ from app.errors import BlobCorrupt, BlobMissing, StoreUnavailable
 CHUNK_BYTES = 1 << 20
 """Bytes held at once while an object goes by."""
 
+SMALL_BYTES = 8 << 20
+"""Largest object that is written in one piece."""
+
+PART_BYTES = 5 << 20  # S3's least
+
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -71,16 +76,27 @@ class BlobStore:
     def put_file(self, path: Path) -> Blob:
         """Store the file under its hash. Storing the same bytes again is success and writes nothing."""
         with path.open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-            size = file.tell()
+            blob = Blob(hashlib.file_digest(file, "sha256").hexdigest(), file.tell())
             file.seek(0)
             try:
-                obstore.put(self._store, key(sha256), file, mode="create")
+                if blob.size_bytes <= SMALL_BYTES:
+                    obstore.put(self._store, key(blob.sha256), file, mode="create")
+                elif not self._has(blob):
+                    # Not `create`: that reads the whole file into memory. Racing writers write the same bytes, and
+                    # both stores show an object only when it is whole.
+                    obstore.put(
+                        self._store,
+                        key(blob.sha256),
+                        file,
+                        use_multipart=True,
+                        chunk_size=PART_BYTES,
+                        max_concurrency=2,
+                    )
             except AlreadyExistsError:
-                self._check_size(sha256, size)
+                self._has(blob)
             except (BaseError, OSError) as error:
                 raise StoreUnavailable() from error
-        return Blob(sha256, size)
+        return blob
 
     def fetch(self, sha256: str, path: Path) -> Blob:
         """Copy the object to `path`, appearing there only whole and with the right hash. Raises BlobMissing, BlobCorrupt."""
@@ -139,9 +155,12 @@ class BlobStore:
         """Raise StoreUnavailable unless the store answers."""
         self.exists("0" * 64)
 
-    def _check_size(self, sha256: str, size: int) -> None:
-        if self.size(sha256) != size:
-            raise BlobCorrupt(sha256=sha256)
+    def _has(self, blob: Blob) -> bool:
+        """Whether the object is there; BlobCorrupt if it has another size than it should."""
+        size = self.size(blob.sha256)
+        if size is not None and size != blob.size_bytes:
+            raise BlobCorrupt(sha256=blob.sha256)
+        return size is not None
 
 
 def key(sha256: str) -> str:

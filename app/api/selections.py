@@ -33,7 +33,7 @@ def get_selection_rows(
 ) -> Page[dict[str, JsonValue]]:
     """The rows in file order: line, score, rank and whether each was kept; the text of kept rows only."""
     found = _find(services, selection_id)
-    start = _offset(cursor, found)
+    start = _offset(services.blobs, cursor, found)
     rows: list[dict[str, Any]] = []
     for offset, line in _lines(services.blobs, found.sha256, start, found.size_bytes):
         row = json.loads(line)
@@ -59,15 +59,16 @@ def _lines(blobs: BlobStore, sha256: str, start: int, size: int) -> Iterator[tup
         yield offset, rest
 
 
-def _offset(cursor: str | None, found: SelectionRecord) -> int:
+def _offset(blobs: BlobStore, cursor: str | None, found: SelectionRecord) -> int:
     if cursor is None:
         return 0
     value = read_cursor(cursor)
-    if not (
-        isinstance(value, list) and len(value) == 1 and type(value[0]) is int and 0 <= value[0] <= found.size_bytes
-    ):
+    if not (isinstance(value, list) and len(value) == 1 and type(value[0]) is int):
         raise CursorInvalid()
-    return int(value[0])
+    offset = int(value[0])
+    if not 0 < offset < found.size_bytes or b"".join(blobs.stream(found.sha256, offset - 1, offset)) != b"\n":
+        raise CursorInvalid()
+    return offset
 
 
 def _find(services: Services, selection_id: str) -> SelectionRecord:

@@ -1,0 +1,160 @@
+"""A real server over real servers, one for each test module, and what its tests send to it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import uvicorn
+
+from app.blobs import BlobStore
+from app.db.engine import Engine, make_engine
+from app.main import create_app
+from app.settings import Settings
+from tests.rig import FAST, wait_for, write_stub_model
+from workers.loop import Worker
+
+MODEL = "stub"
+
+
+@dataclass(frozen=True, slots=True)
+class Api:
+    """A running service, and the servers behind it for looking at."""
+
+    http: httpx.Client
+    settings: Settings
+    engine: Engine
+    blobs: BlobStore
+
+    @property
+    def url(self) -> str:
+        """Where it listens."""
+        return str(self.http.base_url).rstrip("/")
+
+    def count(self, table: str) -> int:
+        """Rows of a table."""
+        with self.engine.connect() as conn:
+            return int(conn.exec_driver_sql(f"select count(*) from {table}").scalar_one())
+
+    def stored(self) -> set[str]:
+        """Names of all objects in the (local) store."""
+        root = Path(self.settings.url("store_url").removeprefix("file://"))
+        return {path.name for path in root.rglob("*") if path.is_file()}
+
+    def uploading(self) -> list[Path]:
+        """What uploads have left on the disk."""
+        uploads = self.settings.work_dir / "uploads"
+        return sorted(uploads.rglob("*")) if uploads.is_dir() else []
+
+    def upload(self, content: bytes, name: str = "data.jsonl") -> httpx.Response:
+        """POST /datasets."""
+        return self.http.post("/datasets", files={"file": (name, content)})
+
+    def dataset(self, count: int = 60, *, start: int = 0) -> str:
+        """The id of a stored dataset of so many rows."""
+        answer = self.upload(rows(count, start=start))
+        assert answer.is_success, answer.text
+        return str(answer.json()["id"])
+
+    def post(self, body: Mapping[str, Any], **headers: str) -> httpx.Response:
+        """POST /jobs with JSON."""
+        return self.http.post("/jobs", json=body, headers=headers)
+
+    def send(self, body: Mapping[str, Any], content: bytes, **more: bytes) -> httpx.Response:
+        """POST /jobs with the dataset's file."""
+        files = {"dataset": ("data.jsonl", content)} | {name: (f"{name}.jsonl", data) for name, data in more.items()}
+        return self.http.post("/jobs", files={**files, "job": (None, json.dumps(body), "application/json")})
+
+    def job(self, **fields: Any) -> str:
+        """The id of a queued job."""
+        answer = self.post(a_job(dataset=self.dataset(), **fields))
+        assert answer.status_code == 202, answer.text
+        return str(answer.json()["id"])
+
+    def finish(self, *job_ids: str) -> None:
+        """Let a worker with the stub engine run until these jobs have ended."""
+        worker = Worker(self.settings)
+        worker.start()
+        try:
+            for job_id in job_ids:
+                final = {"succeeded", "failed", "cancelled"}
+                wait_for(lambda: self.http.get(f"/jobs/{job_id}").json()["status"] in final, f"the end of {job_id}")  # noqa: B023
+        finally:
+            worker.stop()
+            assert worker.join(30)
+
+
+def a_job(**fields: Any) -> dict[str, Any]:
+    """A job that the stub model's service accepts once it has a dataset."""
+    return {"kind": "adapt", "base_model": MODEL, "heads": {"proxy_rows": 8}, **fields}
+
+
+def rows(count: int, *, start: int = 0) -> bytes:
+    """A dataset file in JSON Lines."""
+    lines = [json.dumps({"question": f"What is {i} + 1?", "answer": str(i + 1)}) for i in range(start, start + count)]
+    return ("\n".join(lines) + "\n").encode()
+
+
+@contextlib.contextmanager
+def serving(settings: Settings) -> Iterator[Api]:
+    """The service on a free port, in a thread."""
+    write_stub_model_once(settings.models_dir / MODEL)
+    listener = socket.socket()
+    listener.bind(("127.0.0.1", 0))
+    app = create_app(settings)
+    config = uvicorn.Config(app, log_config=None, ws="none", timeout_graceful_shutdown=3, access_log=False)
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name="uvicorn")
+    thread.start()
+    wait_for(lambda: server.started or not thread.is_alive(), "the server")
+    engine = make_engine(settings.url("database_url"))
+    url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    try:
+        with httpx.Client(base_url=url, timeout=30, trust_env=False) as http:
+            yield Api(http, settings, engine, BlobStore.open(settings.url("store_url")))
+    finally:
+        server.should_exit = True
+        thread.join(30)
+        listener.close()
+        engine.dispose()
+    assert not thread.is_alive(), "the server did not stop"
+
+
+def write_stub_model_once(directory: Path) -> None:
+    """The stub's model; a module's servers share it."""
+    if not directory.exists():
+        write_stub_model(directory)
+
+
+@pytest.fixture(scope="module")
+def module_settings(
+    database_url: str, broker_url: str, store_url: str, tmp_path_factory: pytest.TempPathFactory
+) -> Settings:
+    """The service's settings for a whole module, with short time constants and a small upload limit."""
+    home = tmp_path_factory.mktemp("home")
+    servers = {"database_url": database_url, "broker_url": broker_url, "store_url": store_url, "home": home}
+    limits = {"max_upload_bytes": 3_000_000, "max_row_bytes": 100_000, "max_json_bytes": 50_000}
+    return Settings.model_validate({**servers, **FAST, **limits, "sse_poll_s": 0.05, "sse_ping_s": 0.5})
+
+
+@pytest.fixture(scope="module")
+def api(module_settings: Settings) -> Iterator[Api]:
+    """The module's service."""
+    with serving(module_settings) as api:
+        yield api
+
+
+def memory_bytes() -> int:
+    """Resident memory of this process, where the server runs too."""
+    import psutil
+
+    return int(psutil.Process(os.getpid()).memory_info().rss)

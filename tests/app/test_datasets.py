@@ -1,0 +1,213 @@
+"""Laws of datasets over HTTP: stored whole or not at all, the same content once, never held in memory."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import socket
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.app.conftest import Api, memory_bytes, rows, serving
+from tests.rig import wait_for
+
+
+def test_a_dataset_is_stored_described_and_reported(api: Api) -> None:
+    answer = api.upload(rows(30, start=100), "sums.jsonl")
+
+    assert answer.status_code == 201
+    dataset = answer.json()
+    assert answer.headers["Location"] == f"/datasets/{dataset['id']}"
+    assert (dataset["name"], dataset["format"], dataset["rows"]) == ("sums.jsonl", "jsonl", 30)
+    assert api.http.get(f"/datasets/{dataset['id']}").json() == dataset
+    report = api.http.get(f"/datasets/{dataset['id']}/report").json()
+    assert (report["rows"], report["duplicates"], report["warnings"]) == (30, 0, [])
+
+
+def test_the_same_content_in_another_format_is_the_same_dataset(api: Api) -> None:
+    first = api.upload(rows(20, start=300)).json()
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow(["question", "answer"])
+    for line in rows(20, start=300).splitlines():
+        writer.writerow(json.loads(line).values())
+
+    again = api.upload(text.getvalue().encode(), "sums.csv")
+
+    assert again.status_code == 200
+    assert again.json() == {**first, "deduplicated": True}
+
+
+def test_equal_uploads_at_once_make_one_dataset(api: Api) -> None:
+    before, content = api.count("datasets"), rows(50, start=700)
+
+    with ThreadPoolExecutor(10) as pool:
+        answers = list(pool.map(lambda _: api.upload(content), range(20)))
+
+    assert len({answer.json()["id"] for answer in answers}) == 1
+    assert sorted(answer.status_code for answer in answers) == [200] * 19 + [201]
+    assert api.count("datasets") == before + 1
+
+
+def test_row_text_reaches_the_store_alone(api: Api) -> None:
+    secret = "correct horse battery staple"
+    line = json.dumps({"question": secret, "answer": "a"}) + "\n"
+    dataset_id = api.upload(line.encode() + rows(5)).json()["id"]
+    refused = api.upload((line + json.dumps({"question": secret, "answer": ""})).encode())
+
+    assert secret not in refused.text
+    with api.engine.connect() as conn:
+        kept = conn.exec_driver_sql("select d::text from datasets d where id = %s", (dataset_id,)).scalar_one()
+    assert secret not in kept
+
+
+def test_all_bad_lines_of_a_large_file_are_listed(api: Api) -> None:
+    lines = rows(20_000).splitlines(keepends=True)
+    bad = list(range(100, 20_000, 400))
+    for number in bad:
+        lines[number - 1] = b'{"question": "q"}\n'
+
+    answer = api.upload(b"".join(lines))
+
+    assert answer.status_code == 422
+    assert [fault["line"] for fault in answer.json()["errors"]] == bad
+    assert answer.json()["errors_total"] == len(bad) == 50
+
+
+def test_a_deleted_dataset_is_gone_and_can_come_back(api: Api) -> None:
+    dataset_id = api.dataset(12, start=900)
+
+    assert api.http.delete(f"/datasets/{dataset_id}").status_code == 204
+
+    assert api.http.get(f"/datasets/{dataset_id}").status_code == 404
+    assert api.http.delete(f"/datasets/{dataset_id}").status_code == 404
+    assert api.dataset(12, start=900) != dataset_id
+
+
+def test_a_dataset_that_a_job_still_needs_cannot_be_deleted(api: Api) -> None:
+    job = api.http.get(f"/jobs/{api.job()}").json()
+
+    answer = api.http.delete(f"/datasets/{job['dataset_id']}")
+    assert (answer.status_code, answer.json()["code"]) == (409, "dataset.in_use")
+
+    api.http.post(f"/jobs/{job['id']}/cancel")
+    assert api.http.delete(f"/datasets/{job['dataset_id']}").status_code == 204
+
+
+def test_datasets_are_paged_newest_first(api: Api) -> None:
+    made = [api.dataset(3 + number, start=4000 + 100 * number) for number in range(3)]
+
+    first = api.http.get("/datasets", params={"limit": 2}).json()
+    second = api.http.get("/datasets", params={"limit": 2, "cursor": first["next_cursor"]}).json()
+
+    assert [entry["id"] for entry in (*first["data"], *second["data"])][:3] == made[::-1]
+
+
+@pytest.mark.parametrize("cursor", ["x", "é", "bnVsbA", "W10", "Im5vIgo", "a" * 300])
+def test_a_made_up_cursor_is_refused(api: Api, cursor: str) -> None:
+    for path in ("/datasets", "/jobs"):
+        assert api.http.get(path, params={"cursor": cursor}).status_code == 422
+
+
+# --- bodies ----------------------------------------------------------------------------------------------------------
+
+
+def form(*parts: bytes) -> dict[str, object]:
+    """A multipart request made by hand."""
+    body = b"".join(b"--b\r\n" + part + b"\r\n" for part in parts) + b"--b--\r\n"
+    return {"content": body, "headers": {"Content-Type": "multipart/form-data; boundary=b"}}
+
+
+FILE = b'Content-Disposition: form-data; name="file"; filename="x.jsonl"\r\n\r\n{"question": "q", "answer": "a"}'
+
+BAD_FORMS = {
+    "no part": (form(), 422),
+    "another part": (form(b'Content-Disposition: form-data; name="data"\r\n\r\nx'), 400),
+    "a part without a name": (form(b"Content-Type: text/plain\r\n\r\nx"), 400),
+    "a part sent twice": (form(FILE, FILE), 400),
+    "a header without an end": (form(b"Content-Disposition: " + b"x" * 100_000), 400),
+    "no boundary": ({"content": b"", "headers": {"Content-Type": "multipart/form-data"}}, 415),
+    "no multipart at all": ({"content": b"{}", "headers": {"Content-Type": "application/json"}}, 415),
+    "a body of another boundary": ({**form(FILE), "headers": {"Content-Type": "multipart/form-data; boundary=c"}}, 400),
+    "a body that is cut off": ({**form(FILE), "content": b"--b\r\n" + FILE[:80]}, 400),
+}
+
+
+@pytest.mark.parametrize("what", BAD_FORMS)
+def test_a_form_is_refused_with(api: Api, what: str) -> None:
+    request, status = BAD_FORMS[what]
+
+    answer = api.http.post("/datasets", **request)  # type: ignore[arg-type]
+
+    assert answer.status_code == status, answer.text
+    assert answer.headers["content-type"] == "application/problem+json"
+    assert api.uploading() == []
+
+
+@pytest.mark.parametrize("name", ["../../etc/passwd", "C:\\x\\y.jsonl", "\x00.jsonl", "x" * 5000, ""])
+def test_a_file_name_is_a_label_and_never_a_path(api: Api, name: str) -> None:
+    part = b'Content-Disposition: form-data; name="file"; filename="' + name.encode() + b'"\r\n\r\n' + rows(4)
+
+    answer = api.http.post("/datasets", **form(part))  # type: ignore[arg-type]
+
+    assert answer.status_code in (200, 201, 400), answer.text
+    if answer.is_success:
+        assert "/" not in answer.json()["name"]
+
+
+def test_a_stream_without_a_length_is_cut_off_at_the_limit(api: Api) -> None:
+    def endless() -> Iterator[bytes]:
+        yield b'--b\r\nContent-Disposition: form-data; name="file"; filename="x"\r\n\r\n'
+        for _ in range(80):
+            yield b"x" * 100_000
+
+    answer = api.http.post("/datasets", content=endless(), headers={"Content-Type": "multipart/form-data; boundary=b"})
+
+    assert (answer.status_code, answer.json()["code"]) == (413, "dataset.too_large")
+    assert api.uploading() == []
+
+
+def test_an_upload_cut_at_any_place_leaves_nothing(api: Api) -> None:
+    head = b"POST /datasets HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; boundary=b\r\nContent-Length: 2000000\r\n\r\n"
+    body = b"--b\r\n" + FILE + b"\n" + rows(20_000)
+    before = (api.count("datasets"), api.stored())
+
+    for cut in (0, 3, 60, 65_536, 700_000, 1_048_577):
+        with socket.create_connection((api.http.base_url.host, api.http.base_url.port or 80)) as client:
+            client.sendall(head + body[:cut])
+
+    wait_for(lambda: api.uploading() == [], "the uploads to be swept")
+    assert (api.count("datasets"), api.stored()) == before
+    assert api.http.get("/healthz").status_code == 200
+
+
+def test_a_large_upload_does_not_fill_the_memory(api: Api, tmp_path: Path) -> None:
+    settings = api.settings.model_copy(update={"max_upload_bytes": 200 << 20})
+    path, line = tmp_path / "large.jsonl", {"question": "x" * 20_000, "answer": ""}
+    with path.open("w") as file:
+        for number in range(5000):
+            file.write(json.dumps({**line, "answer": str(number)}) + "\n")
+    with serving(settings) as large:
+        before, peak, done = memory_bytes(), 0, threading.Event()
+
+        def watch() -> None:
+            nonlocal peak
+            while not done.wait(0.02):
+                peak = max(peak, memory_bytes())
+
+        watching = threading.Thread(target=watch)
+        watching.start()
+        with path.open("rb") as file:
+            answer = large.http.post("/datasets", files={"file": file}, timeout=httpx.Timeout(120))
+        done.set()
+        watching.join()
+
+    assert answer.status_code == 201, answer.text
+    assert path.stat().st_size > 100_000_000
+    assert peak - before < 60 << 20, f"memory grew by {(peak - before) >> 20} MiB"

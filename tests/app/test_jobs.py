@@ -1,0 +1,260 @@
+"""Laws of POST /jobs and of reading jobs: accepted whole, or refused with every fault and nothing left behind."""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.app.conftest import Api, a_job, rows
+
+
+def codes(answer: httpx.Response) -> dict[str, str]:
+    """Pointer -> code of all faults."""
+    return {fault.get("pointer", ""): fault["code"] for fault in answer.json()["errors"]}
+
+
+def test_a_job_is_accepted_with_its_place_and_with_every_auto_explained(api: Api) -> None:
+    answer = api.post(a_job(dataset=api.dataset(), name="sums", metadata={"team": "blue"}))
+
+    assert answer.status_code == 202
+    job = answer.json()
+    assert answer.headers["Location"] == f"/jobs/{job['id']}"
+    assert answer.headers["Retry-After"] == "2"
+    assert (job["status"], job["name"], job["metadata"]) == ("queued", "sums", {"team": "blue"})
+    assert job["config"]["heads"]["scorer"] == "auto"
+    assert job["resolved"]["heads"]["scorer"] == "attribution"
+    assert set(job["reasons"]) >= {"/heads/scorer", "/data/scorer", "/data/ratio", "/training/slices"}
+    assert api.http.get(f"/jobs/{job['id']}").json() == job
+
+
+def test_a_job_with_its_files_stores_both_datasets(api: Api) -> None:
+    answer = api.send(a_job(), rows(40, start=1000), validation_dataset=rows(10, start=2000))
+
+    assert answer.status_code == 202, answer.text
+    job = answer.json()
+    assert api.http.get(f"/datasets/{job['dataset_id']}").json()["rows"] == 40
+    assert api.http.get(f"/datasets/{job['validation_dataset_id']}").json()["rows"] == 10
+    assert api.uploading() == []
+
+
+REFUSED: dict[str, tuple[dict[str, Any], int, dict[str, str]]] = {
+    "a ratio of 0": ({"heads": {"ratio": 0, "proxy_rows": 8}}, 422, {"/heads/ratio": "config.ratio"}),
+    "a ratio of 2": ({"data": {"ratio": 2.0}}, 422, {"/data/ratio": "config.ratio"}),
+    "an unknown field": ({"heads": {"proxy_rows": 8, "rato": 1}}, 422, {"/heads/rato": "field.extra_forbidden"}),
+    "a number as text": ({"training": {"epochs": "3"}}, 422, {"/training/epochs": "field.int_type"}),
+    "an unknown scorer": ({"data": {"scorer": "alignmend"}}, 422, {"/data/scorer": "config.unknown_name"}),
+    "an unknown recipe": ({"recipe": "papper"}, 422, {"/recipe": "config.unknown_name"}),
+    "a model that is not there": ({"base_model": "stubb"}, 404, {"/base_model": "model.not_found"}),
+    "a path as model": ({"base_model": "../models/stub"}, 404, {"/base_model": "model.not_found"}),
+    "another revision": ({"revision": "0" * 64}, 404, {"/revision": "model.not_found"}),
+    "too few rows for the proxy": ({"heads": {"proxy_rows": 100}}, 422, {"/heads/proxy_rows": "dataset.too_small"}),
+    "a head map that is not there": ({"heads": {"head_map": "hm_x"}}, 404, {"/heads/head_map": "head_map.not_found"}),
+    "a selection that is not there": ({"data": {"selection": "s"}}, 404, {"/data/selection": "selection.not_found"}),
+    "no such dataset": ({"dataset": "ds_x"}, 404, {"/dataset": "dataset.not_found"}),
+    "a NUL in the name": ({"name": "a\x00b"}, 422, {"/name": "field.value_error"}),
+    "infinite learning rate": ({"training": {"learning_rate": -1.0}}, 422, {"/training/learning_rate": "config.learning_rate"}),
+    "a seed beyond the database": ({"training": {"seed": 2**70}}, 422, {"/training/seed": "field.less_than_equal"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_a_job_is_refused_for(api: Api, what: str) -> None:
+    fields, status, faults = REFUSED[what]
+    before = api.count("jobs")
+
+    answer = api.post(a_job(**{"dataset": api.dataset(), **fields}))
+
+    assert answer.status_code == status, answer.text
+    assert answer.headers["content-type"] == "application/problem+json"
+    assert codes(answer) == faults
+    assert api.count("jobs") == before
+
+
+def test_a_model_of_another_family_is_refused_by_name(api: Api) -> None:
+    directory = api.settings.models_dir / "mamba"
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps({"model_type": "mamba"}))
+
+    answer = api.post(a_job(dataset=api.dataset(), base_model="mamba"))
+
+    assert (answer.status_code, answer.json()["code"]) == (422, "model.unsupported")
+    assert "llama" in answer.json()["detail"]
+
+
+def test_every_fault_of_a_request_is_listed_at_once(api: Api) -> None:
+    body = a_job(base_model="nobody", heads={"ratio": 2.0, "proxy_rows": 0}, recipe="best")
+    lines = rows(10).splitlines(keepends=True)
+    lines[3] = b'{"question": "q", "answer": ""}\n'
+
+    answer = api.send(body, b"".join(lines))
+
+    assert answer.status_code == 422
+    assert codes(answer) == {
+        "/recipe": "config.unknown_name",
+        "/heads/ratio": "config.ratio",
+        "/heads/proxy_rows": "config.too_small",
+        "/base_model": "model.not_found",
+        "/dataset/answer": "row.empty",
+    }
+    assert answer.json()["errors_total"] == 5
+
+
+BAD_FILES: dict[str, tuple[bytes, int, str]] = {
+    "an empty file": (b"", 422, "dataset.empty"),
+    "only blank lines": (b"\n\n\n", 422, "dataset.empty"),
+    "a wrong field": (b'{"question": "q", "solution": "a"}\n', 422, "dataset.invalid"),
+    "too large a file": (b"x" * 3_000_001, 413, "dataset.too_large"),
+    "not a dataset at all": (bytes(range(256)) * 10, 422, "dataset.invalid"),
+    "Parquet that is none": (b"PAR1" + b"\0" * 100, 422, "dataset.invalid"),
+}
+
+
+@pytest.mark.parametrize("what", BAD_FILES)
+def test_a_job_leaves_nothing_behind_when_its_file_is(api: Api, what: str) -> None:
+    content, status, code = BAD_FILES[what]
+    before = (api.count("jobs"), api.count("datasets"), api.stored())
+
+    answer = api.send(a_job(), content)
+
+    assert (answer.status_code, answer.json()["code"]) == (status, code), answer.text
+    assert (api.count("jobs"), api.count("datasets"), api.stored()) == before
+    assert api.uploading() == []
+
+
+def test_broken_line_317_and_all_other_bad_lines_are_named(api: Api) -> None:
+    lines = rows(400).splitlines(keepends=True)
+    lines[316] = b'{"question": "q", "answer": "a"\n'
+    lines[340] = b'{"question": 5, "answer": "a"}\n'
+
+    answer = api.send(a_job(), b"".join(lines))
+
+    assert answer.status_code == 422
+    assert [(fault["line"], fault["code"]) for fault in answer.json()["errors"]] == [
+        (317, "row.not_json"),
+        (341, "row.wrong_type"),
+    ]
+
+
+def test_too_few_rows_in_a_sent_file_leave_nothing_behind(api: Api) -> None:
+    before = (api.count("datasets"), api.stored())
+
+    answer = api.send(a_job(), rows(9, start=5000))
+
+    assert (answer.status_code, answer.json()["code"]) == (422, "dataset.too_small")
+    assert (api.count("datasets"), api.stored()) == before
+
+
+def test_a_dataset_given_twice_or_not_at_all_is_refused(api: Api) -> None:
+    assert codes(api.post(a_job())) == {"/dataset": "field.missing"}
+    assert codes(api.send(a_job(dataset=api.dataset()), rows(20))) == {"/dataset": "field.given_twice"}
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"null", b'"\xff"', b"[" * 40_000, b'{"kind": NaN}'])
+def test_a_body_that_is_no_job_is_refused(api: Api, body: bytes) -> None:
+    answer = api.http.post("/jobs", content=body, headers={"Content-Type": "application/json"})
+
+    assert answer.status_code in (400, 422), answer.text
+    assert answer.headers["content-type"] == "application/problem+json"
+
+
+def test_a_body_too_large_or_of_another_type_is_refused(api: Api) -> None:
+    json_type = {"Content-Type": "application/json"}
+    assert api.http.post("/jobs", content=b" " * 60_000, headers=json_type).status_code == 413
+    assert api.http.post("/jobs", content=b"a=1", headers={"Content-Type": "text/plain"}).status_code == 415
+    assert api.http.post("/jobs").status_code == 415
+
+
+def test_jobs_are_paged_newest_first_without_drift(api: Api) -> None:
+    made = [api.job(name=f"page {number}", kind="select_data") for number in range(5)]
+
+    seen: list[str] = []
+    cursor: str | None = None
+    while True:
+        params: dict[str, str] = {"limit": "2", "kind": "select_data"} | ({"cursor": cursor} if cursor else {})
+        page = api.http.get("/jobs", params=params).json()
+        seen += [job["id"] for job in page["data"]]
+        cursor = page["next_cursor"]
+        assert page["has_more"] == (cursor is not None)
+        if cursor is None:
+            break
+        api.job(kind="identify_heads")  # what comes in between shifts nothing
+
+    assert seen[:5] == made[::-1]
+    assert len(seen) == len(set(seen))
+
+
+def test_cancelling_again_is_harmless_and_a_queued_job_ends_at_once(api: Api) -> None:
+    job_id = api.job()
+
+    first, second = api.http.post(f"/jobs/{job_id}/cancel"), api.http.post(f"/jobs/{job_id}/cancel")
+
+    assert (first.status_code, first.json()["status"]) == (202, "cancelled")
+    assert second.json() == first.json()
+
+
+@pytest.mark.parametrize(
+    "id", ["0", "job_", "ds_01jd8m4q6t0000000000000000", "job_01jd8m4q6t0000000000000000", "a%00b", "%ff"]
+)
+def test_an_id_that_names_no_job_is_404(api: Api, id: str) -> None:
+    for method, path in [
+        ("GET", ""),
+        ("POST", "/cancel"),
+        ("GET", "/events"),
+        ("GET", "/artifacts"),
+        ("GET", "/report"),
+    ]:
+        answer = api.http.request(method, f"/jobs/{id}{path}")
+        assert (answer.status_code, answer.json()["code"]) == (404, "job.not_found")
+
+
+# --- Idempotency-Key -------------------------------------------------------------------------------------------------
+
+
+def test_fifty_equal_posts_with_one_key_make_one_job(api: Api) -> None:
+    body, before = a_job(dataset=api.dataset()), api.count("jobs")
+
+    with ThreadPoolExecutor(25) as pool:
+        answers = list(pool.map(lambda _: api.post(body, **{"Idempotency-Key": "fifty"}), range(50)))
+
+    assert {answer.status_code for answer in answers} == {202}
+    assert all(answer.json() == answers[0].json() for answer in answers)
+    assert [answer.headers.get("Idempotency-Replayed") for answer in answers].count(None) == 1
+    assert api.count("jobs") == before + 1
+
+
+def test_a_key_with_another_request_is_refused(api: Api) -> None:
+    body = a_job(dataset=api.dataset())
+    api.post(body, **{"Idempotency-Key": "once"})
+
+    answer = api.post({**body, "name": "other"}, **{"Idempotency-Key": "once"})
+
+    assert (answer.status_code, answer.json()["code"]) == (422, "idempotency.mismatch")
+
+
+def test_a_refused_request_does_not_use_up_its_key(api: Api) -> None:
+    body = a_job(dataset=api.dataset())
+    assert api.post({**body, "recipe": "none"}, **{"Idempotency-Key": "mend"}).status_code == 422
+
+    assert api.post(body, **{"Idempotency-Key": "mend"}).status_code == 202
+
+
+def test_a_key_must_be_printable(api: Api) -> None:
+    assert api.post(a_job(), **{"Idempotency-Key": "x" * 256}).status_code == 422
+
+
+def test_the_first_answer_is_replayed_even_when_the_model_is_gone(api: Api, tmp_path: Path) -> None:
+    from tests.rig import write_stub_model
+
+    write_stub_model(api.settings.models_dir / "passing")
+    body = a_job(dataset=api.dataset(), base_model="passing")
+    first = api.post(body, **{"Idempotency-Key": "gone"})
+    (api.settings.models_dir / "passing").rename(tmp_path / "away")
+
+    again = api.post(body, **{"Idempotency-Key": "gone"})
+
+    assert (again.status_code, again.json()) == (202, first.json())
