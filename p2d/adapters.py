@@ -10,7 +10,6 @@ import hashlib
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from p2d import __version__
 from p2d.arch import ARCHS
 from p2d.arch.spec import ArchSpec, axis, head_rows, units_of
 from p2d.config import JobConfig, Projection
@@ -136,7 +136,7 @@ def save_adapter(
         sha256=_sha256(directory / WEIGHTS),
         learning_rate=learning_rate,
         config=asdict(config),
-        p2d_version=_version(),
+        p2d_version=__version__,
     )
     write_json(directory / MANIFEST, {"format": FORMAT, **asdict(manifest)})
     return manifest
@@ -232,10 +232,3 @@ def _manifest(value: dict[str, Any]) -> Manifest:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _version() -> str:
-    try:
-        return version("p2d")
-    except PackageNotFoundError:  # run from a source tree that is not installed
-        return "0+source"

@@ -226,7 +226,7 @@ def _header(directory: Path, path: Path) -> list[dict[str, Any]]:
 
 
 def _digested_files(directory: Path) -> list[Path]:
-    names = ["config.json", "tokenizer.json", "tokenizer_config.json"]
+    names = ["config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"]
     paths = [directory / name for name in names if (directory / name).is_file()]
     return sorted([*paths, *directory.glob("*.safetensors")], key=lambda path: path.name)
 
