@@ -34,7 +34,7 @@ from app.db.jobs import Job, get_job
 from app.db.steps import Step, list_steps
 from app.service import environment
 from app.settings import Settings
-from p2d.config import HeadsConfig, JobConfig, Kind, Limits
+from p2d.config import DataConfig, HeadsConfig, JobConfig, Kind, Limits
 from p2d.model_info import read_model_info
 from p2d.pipeline import STEPS
 from p2d.rows import Row, content_hash, write_rows
@@ -82,14 +82,27 @@ class Rig:
 
     # --- jobs -------------------------------------------------------------------------------------------------------
 
-    def submit(self, *, kind: Kind = "adapt", rows: int = 60, max_seconds: int | None = None) -> str:
+    def submit(
+        self,
+        *,
+        kind: Kind = "adapt",
+        rows: int = 60,
+        max_seconds: int | None = None,
+        head_map: str | None = None,
+        selection: str | None = None,
+    ) -> str:
         """A queued job over made-up rows; nobody is woken."""
         data = [Row(f"What is {i} + {i}?", str(2 * i), i + 1) for i in range(rows)]
         path = self.settings.work_dir / "dataset.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         write_rows(path, data)
         blob = self.store.put_file(path)
-        config = JobConfig(kind=kind, heads=HeadsConfig(proxy_rows=8), limits=Limits(max_seconds=max_seconds))
+        config = JobConfig(
+            kind=kind,
+            heads=HeadsConfig(proxy_rows=8, head_map=head_map),
+            data=DataConfig(selection=selection),
+            limits=Limits(max_seconds=max_seconds),
+        )
         with self.db.begin() as conn:
             dataset = insert_dataset(
                 conn,

@@ -39,6 +39,9 @@ from workers.wire import (
 PROGRESS_EVERY_S = 0.1
 """Fewest seconds between two progress lines; the last batch is always told."""
 
+CANCEL_LOOK_S = 0.1
+"""Seconds between two looks for a cancel while a checkpoint is being stored."""
+
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -67,7 +70,7 @@ class Child:
         self._in, self._out = pipe_in, pipe_out
         self._models = ModelCache()
         self._steps: queue.SimpleQueue[RunStep] = queue.SimpleQueue()
-        self._kept = threading.Semaphore(0)
+        self._kept = threading.Event()
         self._cancelled = threading.Event()
         self._told_at = 0.0
 
@@ -76,20 +79,18 @@ class Child:
         threading.Thread(target=self._read, daemon=True).start()
         self._tell(Ready())
         while True:
-            message = self._steps.get()
-            self._cancelled.clear()
-            self._tell(self._run(message))
+            self._tell(self._run(self._steps.get()))
 
     def _read(self) -> None:
         for line in self._in:
             message = decode(line)
             if isinstance(message, RunStep):
+                self._cancelled.clear()  # here, so that a cancel right behind it is not wiped away
                 self._steps.put(message)
             elif isinstance(message, CancelStep):
                 self._cancelled.set()
-                self._kept.release()
             elif isinstance(message, CheckpointKept):
-                self._kept.release()
+                self._kept.set()
         os._exit(0)
 
     def _run(self, message: RunStep) -> Message:
@@ -104,21 +105,24 @@ class Child:
         return StepDone()
 
     def _progress(self, done: int, total: int, metrics: Mapping[str, float], /) -> None:
-        if self._cancelled.is_set():
-            raise Cancelled("The job was cancelled.")
+        self._heed_cancel()
         now = time.monotonic()
         if done >= total or now - self._told_at >= PROGRESS_EVERY_S:
             self._told_at = now
-            self._tell(
-                Progressed(done=done, total=total, metrics={name: float(value) for name, value in metrics.items()})
-            )
+            values = {name: float(value) for name, value in metrics.items()}
+            self._tell(Progressed(done=done, total=total, metrics=values))
 
     def _on_checkpoint(self, folder: Path) -> None:
         """Hand a checkpoint over and wait until it is stored, so that the engine may then replace the folder."""
+        self._heed_cancel()
+        self._kept.clear()
+        self._tell(Checkpointed(folder=str(folder)))
+        while not self._kept.wait(CANCEL_LOOK_S):
+            self._heed_cancel()
+
+    def _heed_cancel(self) -> None:
         if self._cancelled.is_set():
             raise Cancelled("The job was cancelled.")
-        self._tell(Checkpointed(folder=str(folder)))
-        self._kept.acquire()
 
     def _tell(self, message: Message) -> None:
         self._out.write(encode(message))

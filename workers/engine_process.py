@@ -12,7 +12,7 @@ import threading
 import time
 from typing import IO
 
-from workers.wire import CancelStep, Message, decode, encode
+from workers.wire import CancelStep, Message, RunStep, StepDone, StepFailed, decode, encode
 
 TERM_SHARE = 0.5
 """Share of the grace that a child gets after TERM, before KILL."""
@@ -33,6 +33,7 @@ class EngineProcess:
         self._engine = engine
         self._process: subprocess.Popen[bytes] | None = None
         self._inbox: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
+        self._busy = False
 
     @property
     def pid(self) -> int | None:
@@ -65,6 +66,7 @@ class EngineProcess:
         try:
             process.stdin.write(encode(message))
             process.stdin.flush()
+            self._busy = self._busy or isinstance(message, RunStep)
         except (BrokenPipeError, ValueError) as error:
             raise ChildDied(process.poll()) from error
 
@@ -77,19 +79,26 @@ class EngineProcess:
         if message is None:
             self._inbox.put(None)
             raise ChildDied(self._reap())
+        if isinstance(message, StepDone | StepFailed):
+            self._busy = False
         return message
 
     def stop_step(self, grace_s: float) -> None:
-        """Ask the child to stop its step; after the grace TERM, then KILL the group. Its messages are dropped."""
+        """Ask the child to stop its step, if it runs one; after the grace TERM, then KILL the group.
+
+        Messages are dropped. A child that stopped when asked stays warm.
+        """
         deadline = time.monotonic() + grace_s
         try:
-            self.send(CancelStep())
-            while (left_s := deadline - time.monotonic()) > 0:
-                message = self.receive(left_s)
-                if message is not None and type(message).__name__ in {"StepDone", "StepFailed"}:
-                    return
+            if self._busy:
+                self.send(CancelStep())
+            while self._busy and (left_s := deadline - time.monotonic()) > 0:
+                self.receive(left_s)
         except ChildDied:
             pass
+        else:
+            if not self._busy:
+                return
         self._signal(signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
             if self._process is not None:
@@ -107,6 +116,7 @@ class EngineProcess:
                 with contextlib.suppress(BrokenPipeError):
                     pipe.close()
         self._process = None
+        self._busy = False
 
     def _reap(self) -> int | None:
         assert self._process is not None

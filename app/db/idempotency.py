@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from psycopg.errors import LockNotAvailable
-from sqlalchemy import select, text, update
+from sqlalchemy import delete, func, select, text, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.exc import OperationalError
 
@@ -71,3 +71,9 @@ def store_answer(conn: Connection, *, route: str, key: str, status_code: int, he
         .where(keys.c.route == route, keys.c.key == key)
         .values(status_code=status_code, headers=headers, body=body)
     )
+
+
+def forget_keys(conn: Connection, *, older_than_h: int) -> int:
+    """Delete keys of that age; returns how many. A client that retries later than that makes a new thing."""
+    old = keys.c.created_at < func.now() - func.make_interval(0, 0, 0, 0, older_than_h)
+    return conn.execute(delete(keys).where(old)).rowcount

@@ -69,6 +69,20 @@ def test_no_step_is_claimed_twice_by_16_threads(rig: Rig) -> None:
     assert max(Counter(taken).values()) == 1
 
 
+def test_a_claim_does_not_wait_for_another_claim(rig: Rig) -> None:
+    rig.submit()
+    rig.submit()
+    with rig.db.begin() as slow:
+        first = claim(slow, queue=rig.settings.worker_queue, worker="worker-1", lease_s=60)
+        second = take(rig, by="worker-2")
+        third = take(rig, by="worker-3")
+
+    assert first is not None
+    assert second is not None
+    assert first.job_id != second.job_id
+    assert third is None
+
+
 def test_a_worker_that_lost_its_lease_can_write_nothing(rig: Rig) -> None:
     job_id = rig.submit()
     late = begin(rig)
