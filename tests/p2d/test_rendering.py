@@ -1,0 +1,115 @@
+"""Rows become ids as the model's own template writes them, with a prefix that belongs to no row."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from p2d.errors import ModelError
+from p2d.rendering import Renderer, load_renderer
+from p2d.rows import Row
+from tests.factories import some_rows, tiny_model_dir, tiny_tokenizer
+
+ROW = Row(prompt="What is 1+1?", answer="It is 2", line=1)
+
+
+def text(tokenizer: Any, ids: list[int]) -> str:
+    """Special tokens included."""
+    return str(tokenizer.decode(ids, skip_special_tokens=False))
+
+
+def test_with_a_template_a_row_reads_as_the_template_writes_it() -> None:
+    tokenizer: Any = tiny_tokenizer(chat=True)
+    renderer = Renderer(tokenizer)
+    row = renderer.render(ROW)
+
+    assert text(tokenizer, renderer.prefix_ids) == "<|im_start|>system\nBe brief.<|im_end|>\n"
+    assert text(tokenizer, row.prompt_ids) == "<|im_start|>user\nWhat is 1+1?<|im_end|>\n<|im_start|>assistant\n"
+    assert text(tokenizer, row.answer_ids) == "It is 2<|im_end|>"
+    assert text(tokenizer, renderer.separator_ids) == "\n"
+    messages = [{"role": "user", "content": ROW.prompt}]
+    asked = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True)["input_ids"]
+    assert renderer.prefix_ids + row.prompt_ids == asked
+
+
+def test_without_a_template_a_row_is_prompt_newline_answer_eos_after_a_first_token() -> None:
+    tokenizer: Any = tiny_tokenizer(chat=False)
+    renderer = Renderer(tokenizer)
+    row = renderer.render(ROW)
+
+    assert text(tokenizer, renderer.prefix_ids) == "<|endoftext|>"
+    assert text(tokenizer, row.prompt_ids) == "What is 1+1?\n"
+    assert text(tokenizer, row.answer_ids) == "It is 2<|endoftext|>"
+    assert not renderer.has_chat_template
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_an_answer_ends_with_a_token_that_stops_generation(chat: bool) -> None:
+    renderer = Renderer(tiny_tokenizer(chat=chat))
+
+    for row in some_rows(6):
+        rendered = renderer.render(row)
+        assert rendered.answer_ids[-1] in renderer.stop_ids
+        assert renderer.decode(rendered.answer_ids) == row.answer
+        assert renderer.token_count(row) == len(renderer.prefix_ids + rendered.prompt_ids + rendered.answer_ids)
+
+
+@pytest.mark.parametrize("content", [" spaced ", "\nline\n", "\u00e4\u4e2d\U0001f600", "a\tb", "<|im_end|>"])
+def test_odd_text_survives_and_the_prompt_stays_the_beginning(content: str) -> None:
+    renderer = Renderer(tiny_tokenizer(chat=True))
+
+    rendered = renderer.render(Row(prompt=content, answer=content, line=1))
+
+    assert rendered.prompt_ids == renderer.render(Row(prompt=content, answer="other", line=1)).prompt_ids
+    assert rendered.answer_ids[-1] in renderer.stop_ids
+    if "<" not in content:
+        assert renderer.decode(rendered.answer_ids) == content
+
+
+def test_a_template_that_starts_every_turn_alike_still_gets_a_first_token() -> None:
+    tokenizer: Any = tiny_tokenizer(chat=True)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m['role'] == 'user' %}[{{ m['content'] }}]{% else %}{{ m['content'] }}<|im_end|>"
+        "{% endif %}{% endfor %}"
+    )
+    renderer = Renderer(tokenizer)
+    row = renderer.render(ROW)
+
+    assert text(tokenizer, renderer.prefix_ids) == "<|endoftext|>"
+    assert text(tokenizer, row.prompt_ids + row.answer_ids) == "[What is 1+1?]It is 2<|im_end|>"
+    assert renderer.separator_ids == []
+
+
+def test_a_template_without_an_end_of_turn_gets_eos() -> None:
+    tokenizer: Any = tiny_tokenizer(chat=True)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+
+    row = Renderer(tokenizer).render(ROW)
+
+    assert row.answer_ids[-1] == tokenizer.eos_token_id
+
+
+def test_a_template_whose_prompt_is_no_beginning_is_refused() -> None:
+    tokenizer: Any = tiny_tokenizer(chat=True)
+    tokenizer.chat_template = "{{ messages | length }}{{ messages[0]['content'] }}"
+
+    with pytest.raises(ModelError):
+        Renderer(tokenizer)
+
+
+def test_a_directory_without_a_tokenizer_is_refused_and_weights_are_not_needed(tmp_path: Path) -> None:
+    directory = tiny_model_dir(tmp_path / "tiny")
+    (directory / "model.safetensors").unlink()
+    assert load_renderer(directory).has_chat_template
+
+    (directory / "tokenizer.json").write_text("{")
+    with pytest.raises(ModelError):
+        load_renderer(directory)
+    (directory / "tokenizer.json").unlink()
+    with pytest.raises(ModelError, match=r"tokenizer\.json"):
+        load_renderer(directory)
