@@ -1,6 +1,6 @@
 """Makes tiny things for tests in a second: a random Llama with grouped queries as a safetensors directory, and rows.
 
-No network, no files from outside. The tokenizer knows bytes alone, so every text is tokenisable and ids are predictable.
+No network, no files from outside. The tokenizer knows all bytes and one merge, so every text is tokenisable.
 """
 
 from __future__ import annotations
@@ -63,10 +63,10 @@ def tiny_model_dir(
 
 
 def tiny_tokenizer(*, chat: bool) -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer without merges, with or without a chat template."""
+    """A byte-level tokenizer with one merge, with or without a chat template."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {token: number for number, token in enumerate([*SPECIAL_TOKENS, *alphabet])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    vocab = {token: number for number, token in enumerate([*SPECIAL_TOKENS, *alphabet, "at"])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[("a", "t")]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     wrapped = PreTrainedTokenizerFast(

@@ -1,0 +1,159 @@
+"""Loading a model: every weight is accounted for, nothing is executed, GGUF is converted once."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import gguf
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from p2d.config import Precision
+from p2d.device import pick_device, pick_dtype
+from p2d.errors import ConfigError, ModelError, ModelNotFound, ModelUnsupported
+from p2d.models import convert_gguf, load_base_model
+from p2d.rendering import load_renderer
+from tests.factories import CHAT_TEMPLATE, some_rows, tiny_model_dir
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_a_loaded_model_is_frozen_in_the_asked_type(tiny_dir: Path, precision: Precision, dtype: torch.dtype) -> None:
+    base = load_base_model(tiny_dir, precision=precision, device="cpu")
+
+    assert {weight.dtype for weight in base.module.parameters()} == {dtype}
+    assert not any(weight.requires_grad for weight in base.module.parameters())
+    assert not base.module.training
+    assert (base.info.n_heads, base.info.n_kv_groups) == (6, 2)
+    assert base.projection(2, "k").weight.shape == (32, 96)
+    assert base.load_s > 0
+
+
+def test_a_missing_weight_is_refused_rather_than_drawn_at_random(tmp_path: Path) -> None:
+    directory = tiny_model_dir(tmp_path / "tiny")
+    tensors = load_file(directory / "model.safetensors")
+    del tensors["model.layers.1.self_attn.v_proj.weight"]
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+
+    with pytest.raises(ModelError, match=r"layers\.1\.self_attn\.v_proj"):
+        load_base_model(directory, device="cpu")
+
+
+def test_a_misshapen_weight_is_refused(tmp_path: Path) -> None:
+    directory = tiny_model_dir(tmp_path / "tiny")
+    tensors = load_file(directory / "model.safetensors")
+    tensors["model.norm.weight"] = torch.ones(7)
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+
+    with pytest.raises(ModelError):
+        load_base_model(directory, device="cpu")
+
+
+def test_pickled_weights_and_code_from_the_model_are_never_used(tmp_path: Path) -> None:
+    directory = tiny_model_dir(tmp_path / "tiny")
+    torch.save(load_file(directory / "model.safetensors"), directory / "pytorch_model.bin")
+    (directory / "model.safetensors").unlink()
+    with pytest.raises(ModelError):
+        load_base_model(directory, device="cpu")
+
+    directory = tiny_model_dir(tmp_path / "coded")
+    config = json.loads((directory / "config.json").read_text())
+    config["auto_map"] = {"AutoModelForCausalLM": "evil.Model", "AutoConfig": "evil.Config"}
+    (directory / "config.json").write_text(json.dumps(config))
+    (directory / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    load_base_model(directory, device="cpu")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_an_unsupported_family_is_named(tmp_path: Path) -> None:
+    directory = tiny_model_dir(tmp_path / "tiny")
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"model_type": "mamba"}))
+
+    with pytest.raises(ModelUnsupported, match="mamba"):
+        load_base_model(directory, device="cpu")
+
+
+def test_a_device_that_is_not_there_is_the_users_fault() -> None:
+    for name in ("cuda:99", "no-such-device"):
+        with pytest.raises(ConfigError):
+            pick_device(name)
+    assert pick_dtype("fp32", pick_device("cpu")) == torch.float32
+    assert pick_dtype("auto", pick_device("cpu")) in (torch.float32, torch.bfloat16)
+
+
+def write_gguf(path: Path, directory: Path) -> None:
+    """The tiny model as llama.cpp would store it: other names, rotary halves of q and k interleaved."""
+    config = json.loads((directory / "config.json").read_text())
+    tensors = load_file(directory / "model.safetensors")
+    writer: Any = gguf.GGUFWriter(str(path), "llama")
+    heads, groups = config["num_attention_heads"], config["num_key_value_heads"]
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(groups)
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
+    writer.add_vocab_size(config["vocab_size"])
+    tokenizer = json.loads((directory / "tokenizer.json").read_text())
+    tokens = sorted(tokenizer["model"]["vocab"], key=tokenizer["model"]["vocab"].get)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3 if token.startswith("<|") else 1 for token in tokens])
+    writer.add_token_merges(["a t"])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(2)
+    writer.add_chat_template(CHAT_TEMPLATE)
+    names = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v"}
+    names |= {"self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up"}
+    names |= {"mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
+    for name, tensor in tensors.items():
+        stored = name.replace("model.layers", "blk").replace("model.embed_tokens", "token_embd")
+        stored = stored.replace("model.norm", "output_norm")
+        for theirs, gguf_name in names.items():
+            stored = stored.replace(theirs, gguf_name)
+        for part, count in (("attn_q.", heads), ("attn_k.", groups)):
+            if part in stored:
+                rows, columns = tensor.shape
+                tensor = tensor.reshape(count, 2, rows // count // 2, columns).transpose(1, 2).reshape(rows, columns)
+        writer.add_tensor(stored, tensor.contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_a_gguf_file_becomes_the_same_model_in_safetensors(tmp_path: Path) -> None:
+    directory = tiny_model_dir(tmp_path / "tiny", dtype=torch.bfloat16)
+    as_fp32 = tiny_model_dir(tmp_path / "fp32")
+    rounded = {name: tensor.bfloat16().float() for name, tensor in load_file(as_fp32 / "model.safetensors").items()}
+    save_file(rounded, as_fp32 / "model.safetensors", metadata={"format": "pt"})
+    write_gguf(tmp_path / "tiny.gguf", as_fp32)
+
+    info = convert_gguf(tmp_path / "tiny.gguf", tmp_path / "models" / "converted")
+
+    converted = load_file(tmp_path / "models" / "converted" / "model.safetensors")
+    original = load_file(directory / "model.safetensors")
+    assert [name for name in original if not torch.equal(original[name], converted[name])] == []
+    assert (info.name, info.dtype, info.model_type) == ("converted", "bf16", "llama")
+    source = json.loads((tmp_path / "models" / "converted" / "p2d-conversion.json").read_text())
+    assert len(source["source_sha256"]) == 64
+    assert convert_gguf(tmp_path / "gone.gguf", tmp_path / "models" / "converted") == info  # once
+    theirs, ours = (load_renderer(path) for path in (tmp_path / "models" / "converted", directory))
+    assert theirs.prefix_ids == ours.prefix_ids
+    assert [theirs.render(row) for row in some_rows(5)] == [ours.render(row) for row in some_rows(5)]
+
+
+def test_a_broken_gguf_file_leaves_no_directory(tmp_path: Path) -> None:
+    (tmp_path / "bad.gguf").write_bytes(b"GGUF" + bytes(100))
+
+    with pytest.raises(ModelError):
+        convert_gguf(tmp_path / "bad.gguf", tmp_path / "models" / "bad")
+    with pytest.raises(ModelNotFound):
+        convert_gguf(tmp_path / "none.gguf", tmp_path / "models" / "bad")
+
+    assert list((tmp_path / "models").iterdir()) == []
