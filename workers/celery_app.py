@@ -15,6 +15,7 @@ import warnings
 from types import FrameType
 from typing import Any
 
+import structlog
 from celery import signals
 from celery.platforms import SecurityWarning
 
@@ -28,6 +29,8 @@ EXIT_S = 25.0
 
 CELERY_S = 2.0
 """Seconds that Celery gets to end by itself after the step was given back."""
+
+log = structlog.get_logger()
 
 
 def run_worker(settings: Settings) -> None:
@@ -53,6 +56,7 @@ def run_worker(settings: Settings) -> None:
     def on_shutdown(**_: Any) -> None:
         leave()
 
+    threading.excepthook = _crash
     for name in (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, on_signal)  # until Celery puts its own in place, after it has found its broker
     signals.worker_shutting_down.connect(on_shutdown)
@@ -73,6 +77,13 @@ def run_worker(settings: Settings) -> None:
     finally:
         worker.stop()
         worker.join(EXIT_S)
+
+
+def _crash(death: threading.ExceptHookArgs) -> None:
+    """A thread that dies of a bug takes the process along: a worker that only looks alive is worse than a dead one."""
+    error = death.exc_value or death.exc_type()
+    log.critical("worker.broken", thread=death.thread.name if death.thread else None, exc_info=error)
+    os._exit(1)
 
 
 def _leave(worker: Worker) -> None:

@@ -40,6 +40,7 @@ def test_kill_9_of_the_child_in_each_step_costs_one_attempt_each(rig: Rig) -> No
 
 
 def test_kill_9_of_the_worker_in_each_step_costs_one_attempt_each(rig: Rig) -> None:
+    rig.settings = rig.settings.model_copy(update={"lease_s": 1.5})  # it is waited for seven times
     reference = undisturbed(rig)
     for step in STEPS:
         rig.steer("hold", step)
@@ -116,6 +117,7 @@ def test_a_hung_step_is_killed_and_ends_as_stalled(rig: Rig) -> None:
 
 def test_a_child_that_holds_the_gil_keeps_its_lease(rig: Rig) -> None:
     """The parent beats, so a step that is silent for longer than a lease is not taken away."""
+    rig.settings = rig.settings.model_copy(update={"lease_s": 1.5})
     rig.steer("deaf", "heads")
     job_id = rig.submit(kind="identify_heads")
 

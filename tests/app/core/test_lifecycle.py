@@ -15,7 +15,7 @@ from app.core import lifecycle
 from app.core.lifecycle import NEXT, STAGES, StepFacts
 from app.db.jobs import FINAL
 from app.db.leases import claim
-from app.db.tables import steps
+from app.db.tables import jobs, steps
 from app.errors import JobAlreadyFinal, LeaseLost
 from app.settings import Settings
 from p2d.errors import Diverged
@@ -126,6 +126,20 @@ def test_a_failed_shard_stops_the_others_and_the_job(rig: Rig) -> None:
     for other in (leases[0], leases[2]):
         with pytest.raises(LeaseLost), rig.db.begin() as conn:
             lifecycle.finish_step(conn, other, [], StepFacts())
+    rig.check_ledger(job_id)
+
+
+def test_a_job_over_its_time_ends_even_with_no_worker_on_it(rig: Rig) -> None:
+    job_id = rig.submit(max_seconds=60)
+    finish(rig)
+    with rig.db.begin() as conn:
+        conn.execute(update(jobs).where(jobs.c.id == job_id).values(started_at="2000-01-01T00:00:00Z"))
+
+    reconcile(rig.db, rig.waker, max_crashes=3)
+
+    error = rig.job(job_id).error
+    assert error is not None
+    assert error["code"] == "job.limit_reached"
     rig.check_ledger(job_id)
 
 
