@@ -17,6 +17,7 @@ from pydantic_core import ErrorDetails
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import app.errors as service_errors
@@ -190,7 +191,10 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     def http(request: Request, error: HTTPException) -> Response:
-        return answer(request, _http_error(request, error), headers=error.headers)
+        headers = dict(error.headers or {})
+        if error.status_code == 405:  # the router names the methods of one route, a path may have several
+            headers["Allow"] = ", ".join(_allowed(request))
+        return answer(request, _http_error(request, error), headers=headers)
 
     @app.exception_handler(DatabaseUnavailable)
     @app.exception_handler(PoolTimeout)
@@ -214,6 +218,16 @@ def _http_error(request: Request, error: HTTPException) -> P2DError:
     if error.status_code == 405:
         return service_errors.MethodNotAllowed(f"This path has no {request.method}.")
     return service_errors.RequestError("The request cannot be read.")
+
+
+def _allowed(request: Request) -> list[str]:
+    methods, scope = ("DELETE", "GET", "HEAD", "PATCH", "POST", "PUT"), request.scope
+    app: FastAPI = request.app
+    return [
+        method
+        for method in methods
+        if any(route.matches({**scope, "method": method})[0] is Match.FULL for route in app.router.routes)
+    ]
 
 
 def _pointer(loc: tuple[int | str, ...]) -> str:

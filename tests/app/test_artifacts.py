@@ -69,9 +69,7 @@ def test_a_range_behind_the_end_is_416(api: Api, files: dict[str, dict[str, Any]
 
 
 @pytest.mark.parametrize("header", ["bytes=0-1,4-5", "bytes=5-2", "rows=0-1", "bytes=-", "bytes=a-b", "bytes", ""])
-def test_a_range_that_is_not_understood_gets_the_whole(
-    api: Api, files: dict[str, dict[str, Any]], header: str
-) -> None:
+def test_a_range_that_is_not_understood_gets_the_whole(api: Api, files: dict[str, dict[str, Any]], header: str) -> None:
     file = files["report.json"]
     answer = api.http.get(f"/artifacts/{file['id']}/content", headers={"Range": header})
     assert (answer.status_code, len(answer.content)) == (200, file["size_bytes"])
@@ -82,7 +80,9 @@ def test_conditions_follow_the_hash(api: Api, files: dict[str, dict[str, Any]]) 
     path, etag, other = f"/artifacts/{file['id']}/content", f'"{file["sha256"]}"', f'"{"0" * 64}"'
 
     def status(**headers: str) -> int:
-        return api.http.get(path, headers={name.replace("_", "-"): value for name, value in headers.items()}).status_code
+        return api.http.get(
+            path, headers={name.replace("_", "-"): value for name, value in headers.items()}
+        ).status_code
 
     assert status(If_None_Match=etag) == 304
     assert status(If_None_Match=f"{other}, W/{etag}") == 304
@@ -110,9 +110,7 @@ def test_the_report_is_the_file_and_404_until_it_is_there(api: Api, job: dict[st
     assert (missing.status_code, missing.json()["code"]) == (404, "artifact.not_found")
 
 
-def test_a_lost_or_changed_object_is_an_error_and_never_wrong_bytes(
-    api: Api, files: dict[str, dict[str, Any]]
-) -> None:
+def test_a_lost_or_changed_object_is_an_error_and_never_wrong_bytes(api: Api, files: dict[str, dict[str, Any]]) -> None:
     file = files["training.json"]
     (path,) = Path(api.settings.url("store_url").removeprefix("file://")).rglob(file["sha256"])
     content = path.read_bytes()

@@ -203,8 +203,8 @@ def test_a_large_upload_does_not_fill_the_memory(api: Api, tmp_path: Path) -> No
 
         watching = threading.Thread(target=watch)
         watching.start()
-        with path.open("rb") as file:
-            answer = large.http.post("/datasets", files={"file": file}, timeout=httpx.Timeout(120))
+        with path.open("rb") as sent:
+            answer = large.http.post("/datasets", files={"file": sent}, timeout=httpx.Timeout(120))
         done.set()
         watching.join()
 

@@ -109,7 +109,12 @@ def test_a_stream_tells_everything_in_order_and_ends_with_end(api: Api) -> None:
 
 def test_a_stream_cut_at_random_places_misses_and_repeats_nothing(api: Api, seed: int) -> None:
     chance, job_id, seen = random.Random(seed), api.job(), list[int]()
-    writing = threading.Thread(target=lambda: (add_events(api, job_id, 150), cancel(api, job_id)))
+
+    def write() -> None:
+        add_events(api, job_id, 150)
+        cancel(api, job_id)
+
+    writing = threading.Thread(target=write)
     writing.start()
     while True:
         part = read_stream(api, job_id, after=seen[-1] if seen else 0, stop=chance.randint(1, 40))

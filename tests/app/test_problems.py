@@ -1,0 +1,128 @@
+"""Laws of errors: one shape, one catalogue, one status for each code, and nothing secret in any of them."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import httpx
+import pytest
+
+from app.problems import STATUS, catalogue, problem_body
+from p2d.errors import ErrorDetail, P2DError
+from tests.app.conftest import Api
+
+
+def subclasses(cls: type[P2DError]) -> list[type[P2DError]]:
+    return [cls, *(found for child in cls.__subclasses__() for found in subclasses(child))]
+
+
+def of_the_product(cls: type[P2DError]) -> bool:
+    return cls.__module__.split(".")[0] in {"p2d", "app", "workers"}
+
+
+def test_every_error_has_a_status_and_every_status_an_error() -> None:
+    codes = {cls.code for cls in subclasses(P2DError) if of_the_product(cls)}
+
+    assert codes == set(STATUS)
+    assert set(catalogue()) >= codes
+
+
+def test_every_error_says_what_it_is_and_what_to_do_next() -> None:
+    for cls in filter(of_the_product, subclasses(P2DError)):
+        assert cls.__doc__, cls
+        assert cls.__doc__.splitlines()[0].endswith("."), cls
+        assert len(cls.hint) > 10, cls
+        assert re.fullmatch(r"[a-z_]+\.[a-z_]+", cls.code), cls
+        status = STATUS[cls.code]
+        if status < 500 and cls.code != "idempotency.in_flight":
+            assert cls.fault in {"user", "service"}, cls
+
+
+def test_a_problem_is_rfc_9457_and_leaves_out_what_is_not_known() -> None:
+    error = P2DError("Text.", errors=[ErrorDetail(code="x.y", message="m", line=3)], count=2)
+
+    assert problem_body(error.to_json(), request_id="r") == {
+        "type": "urn:p2d:problem:internal.error",
+        "title": "Base of all errors that a user may see",
+        "status": 500,
+        "detail": "Text.",
+        "code": "internal.error",
+        "fault": "service",
+        "retryable": True,
+        "hint": "Report this with the request id.",
+        "errors": [{"code": "x.y", "message": "m", "line": 3}],
+        "errors_total": 1,
+        "facts": {"count": 2},
+        "request_id": "r",
+    }
+
+
+def is_problem(answer: httpx.Response) -> bool:
+    body = answer.json()
+    assert answer.headers["content-type"] == "application/problem+json"
+    assert {"type", "title", "status", "detail", "code", "fault", "retryable", "hint", "errors", "request_id"} <= set(
+        body
+    )
+    assert body["status"] == answer.status_code == STATUS[body["code"]]
+    assert body["request_id"] == answer.headers["x-request-id"]
+    return True
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/nowhere", 404),
+        ("GET", "/jobs/", 404),
+        ("GET", "/%00", 404),
+        ("GET", "/%ff/%2e%2e/x", 404),
+        ("DELETE", "/jobs", 405),
+        ("PATCH", "/healthz", 405),
+        ("GET", "/jobs?limit=0", 422),
+        ("GET", "/jobs?limit=x&status=done", 422),
+        ("GET", "/jobs?cursor=%00", 422),
+        ("GET", "/models/..%2f..", 404),
+        ("GET", "/models/%00", 404),
+        ("POST", "/jobs", 415),
+    ],
+)
+def test_whatever_goes_wrong_is_a_problem(api: Api, method: str, path: str, status: int) -> None:
+    answer = api.http.request(method, path)
+
+    assert answer.status_code == status
+    assert is_problem(answer)
+
+
+def test_a_wrong_method_is_told_the_right_ones(api: Api) -> None:
+    assert api.http.delete("/jobs").headers["allow"] == "GET, POST"
+    assert api.http.post("/healthz").headers["allow"] == "GET"
+
+
+def test_a_request_keeps_the_name_that_its_caller_gave(api: Api) -> None:
+    named = api.http.get("/nowhere", headers={"X-Request-Id": "mine-1"})
+    unnamed = api.http.get("/nowhere", headers={"X-Request-Id": "a b\\c"})
+
+    assert named.json()["request_id"] == named.headers["x-request-id"] == "mine-1"
+    assert unnamed.json()["request_id"].startswith("req_")
+
+
+def test_an_error_of_our_own_is_a_problem_without_its_insides(api: Api) -> None:
+    with api.engine.begin() as conn:
+        conn.exec_driver_sql("alter table jobs rename column name to secret_column")
+    try:
+        answer = api.http.get("/jobs")
+    finally:
+        with api.engine.begin() as conn:
+            conn.exec_driver_sql("alter table jobs rename column secret_column to name")
+
+    assert is_problem(answer)
+    assert (answer.status_code, answer.json()["code"]) == (500, "internal.error")
+    assert not re.search(r"secret|column|Traceback|psycopg", answer.text)
+
+
+def test_all_problems_of_a_query_are_listed_without_what_was_sent(api: Api) -> None:
+    answer = api.http.get("/jobs", params={"limit": "secret", "status": "sensitive"})
+
+    assert {fault["pointer"] for fault in answer.json()["errors"]} == {"/query/limit", "/query/status"}
+    assert "secret" not in json.dumps(answer.json())
+    assert "sensitive" not in json.dumps(answer.json())
