@@ -22,7 +22,7 @@ from rich.table import Table
 
 from app.errors import JobFailure, ProcessFailed
 from app.processes import Terminated, raise_on_term
-from app.progress import watching
+from app.progress import watching, watching_steps
 from app.schemas import JobBody
 from app.settings import Settings
 from p2d.client import Client, DownloadCorrupt, Job, ServiceProblem, ServiceUnreachable
@@ -193,7 +193,8 @@ def run(
 
     config = _config(_body(kind, recipe, set_))
     job: Callable[..., Any] = getattr(p2d, config.kind)  # adapt, identify_heads, select_data
-    job(model=model, data=data, out=to, validation=validation, config=config)
+    with watching_steps(out) as show:
+        job(model=model, data=data, out=to, validation=validation, config=config, on_progress=show)
     out.print(f"The result is in {to}.")
 
 

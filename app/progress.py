@@ -6,15 +6,16 @@ Only shows. Where events come from and how a cut stream is resumed is `p2d.clien
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any, Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 from p2d.client import Event
+from p2d.pipeline import STEPS, PlannedStep
 
 STAGES = {
     "validating": "checking the rows",
@@ -137,3 +138,27 @@ def _line(event: Event) -> str:
 def _metrics(values: Mapping[str, Any]) -> str:
     shown = [(name, value) for name, value in values.items() if isinstance(value, int | float)][:3]
     return "  ".join(f"{name} {value:.4g}" for name, value in shown)
+
+
+@contextmanager
+def watching_steps(console: Console) -> Iterator[Callable[[PlannedStep, int, int, Mapping[str, float]], None]]:
+    """The same for a run without the service: one bar a step, or one line where there is no terminal."""
+    columns = (
+        TextColumn("{task.description:<28}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+        TextColumn("[dim]{task.fields[metrics]}"),
+    )
+    bars: dict[tuple[str, int], TaskID] = {}
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+
+        def show(step: PlannedStep, done: int, total: int, metrics: Mapping[str, float]) -> None:
+            key = (step.step, step.shard)
+            if key not in bars:
+                bars[key] = progress.add_task(stage_name({"stage": STEPS[step.step].stage}), metrics="")
+                if not console.is_terminal:
+                    console.print(f"{step.step} ...", highlight=False)
+            progress.update(bars[key], completed=done, total=total, metrics=_metrics(metrics))
+
+        yield show

@@ -52,7 +52,7 @@ class Request(BaseHTTPRequestHandler):
 def server() -> Iterator[ThreadingHTTPServer]:
     handler = type("Scripted", (Request,), {"script": [], "seen": []})
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         yield server
         server.shutdown()
