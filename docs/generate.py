@@ -1,14 +1,20 @@
-"""Write docs/errors.md and docs/settings.md from the code: `.venv/bin/python docs/generate.py`. A test compares them."""
+"""Write docs/errors.md, docs/settings.md and the README's tree from the code: `.venv/bin/python docs/generate.py`.
+
+A test compares them.
+"""
 
 from __future__ import annotations
 
+import ast
 import inspect
+import re
 from pathlib import Path
 
 from app.problems import STATUS, catalogue
 from app.settings import Settings
 
 HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
 HEAD = "<!-- Written by docs/generate.py; do not edit. -->\n"
 
 
@@ -48,6 +54,44 @@ def settings() -> str:
     return "\n".join(lines) + "\n"
 
 
+def tree() -> str:
+    """The README's tree: every source file with the first sentence of its docstring, and what else stands at the top."""
+    lines = ["```"]
+    for folder in ("p2d", "app", "workers", "migrations"):
+        for path in sorted((ROOT / folder).rglob("*.py"), key=lambda path: (len(path.parent.parts), path)):
+            text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+            if text is not None:
+                name = str(path.relative_to(ROOT)).removesuffix("__init__.py")
+                lines.append(f"{name:<40}{_first_sentence(text)}")
+    lines += [f"{name:<40}{text}" for name, text in ELSEWHERE]
+    return "\n".join([*lines, "```"])
+
+
+def readme() -> str:
+    """README.md with its tree as the files now are."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    before, rest = text.split(TREE_FROM)
+    return before + TREE_FROM + tree() + TREE_TO + rest.split(TREE_TO)[1]
+
+
+TREE_FROM, TREE_TO = "<!-- tree: written by docs/generate.py -->\n", "\n<!-- end of tree -->"
+
+ELSEWHERE = (
+    ("tests/", "p2d/ app/ workers/ mirror the source; faults/ e2e/ house/ hold what spans rooms"),
+    ("docs/", "architecture, decisions, errors, settings, and the LOG of what was measured"),
+    ("examples/gsm8k/", "300 training and 60 test rows of GSM8K, with licence and origin"),
+    ("run", "the one script: demo, test, up and every other command"),
+    ("constraints.txt", "the lock: exact versions of everything"),
+    ("Dockerfile docker-compose.yml", "the same parts as containers"),
+)
+
+
+def _first_sentence(docstring: str) -> str:
+    """The docstring up to its first full stop."""
+    first = " ".join(docstring.split("\n\n")[0].split())
+    return re.split(r"\.(?: |$)", first, maxsplit=1)[0]
+
+
 def _cell(text: str) -> str:
     return text.replace("|", "\\|")
 
@@ -55,3 +99,4 @@ def _cell(text: str) -> str:
 if __name__ == "__main__":
     (HERE / "errors.md").write_text(errors(), encoding="utf-8")
     (HERE / "settings.md").write_text(settings(), encoding="utf-8")
+    (ROOT / "README.md").write_text(readme(), encoding="utf-8")

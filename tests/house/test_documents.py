@@ -67,6 +67,12 @@ def test_generated_documents_are_up_to_date(generator: ModuleType, what: str) ->
     assert written == getattr(generator, what)(), "run: .venv/bin/python docs/generate.py"
 
 
+def test_the_tree_of_the_readme_is_up_to_date(generator: ModuleType) -> None:
+    written = (ROOT / "README.md").read_text(encoding="utf-8")
+
+    assert written == generator.readme(), "run: .venv/bin/python docs/generate.py"
+
+
 def test_every_setting_says_what_it_means() -> None:
     lines = (ROOT / "docs" / "settings.md").read_text(encoding="utf-8").splitlines()
     rows = [line for line in lines if line.startswith("| `P2D_")]
