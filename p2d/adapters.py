@@ -121,7 +121,8 @@ def save_adapter(
     entries = tuple(replace(entry, shape=tuple(tensors[entry.key].shape)) for entry in entries)
     directory.mkdir(parents=True, exist_ok=True)
     part = directory / f"{WEIGHTS}.part"
-    save_file(tensors, part, metadata={"format": "p2d-heads", "base_digest": base.info.digest})
+    # One metadata entry alone: safetensors writes several in random order, and equal adapters must be equal files.
+    save_file(tensors, part, metadata={"format": "p2d-heads"})
     part.chmod(0o644)  # safetensors writes for the owner alone
     part.replace(directory / WEIGHTS)
     manifest = Manifest(

@@ -7,6 +7,7 @@ Legend: R row, N head counted through the layers (`layer * n_heads + head`).
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,27 +49,23 @@ def save_shard(path: Path, shard: ResponseShard) -> None:
     tensors: dict[str, npt.NDArray[np.generic]] = {"response": np.ascontiguousarray(shard.response_RN)}
     if shard.quality_R is not None:
         tensors["quality"] = np.ascontiguousarray(shard.quality_R, dtype=np.float32)
-    facts = {
-        "start": str(shard.start),
-        "scorer": shard.scorer,
-        "combine": shard.combine,
-        "n_heads": str(shard.n_heads),
-    }
-    save_file(tensors, str(path), metadata=facts)
+    facts = {"start": shard.start, "scorer": shard.scorer, "combine": shard.combine, "n_heads": shard.n_heads}
+    # One entry alone: safetensors writes several in random order, and equal shards must be equal files.
+    save_file(tensors, str(path), metadata={"facts": json.dumps(facts)})
 
 
 def load_shard(path: Path) -> ResponseShard:
     """Read what `save_shard` wrote."""
     with safe_open(str(path), framework="numpy") as file:
-        facts = file.metadata()
+        facts = json.loads(file.metadata()["facts"])
         names = set(file.keys())
         return ResponseShard(
-            start=int(facts["start"]),
+            start=facts["start"],
             response_RN=file.get_tensor("response"),
             quality_R=file.get_tensor("quality") if "quality" in names else None,
             scorer=facts["scorer"],
             combine=facts["combine"],
-            n_heads=int(facts["n_heads"]),
+            n_heads=facts["n_heads"],
         )
 
 
