@@ -23,6 +23,7 @@ from rich.table import Table
 from app.errors import JobFailure, ProcessFailed
 from app.processes import Terminated, raise_on_term
 from app.progress import watching, watching_steps
+from app.report import headline
 from app.schemas import JobBody
 from app.settings import Settings
 from p2d.client import Client, DownloadCorrupt, Job, ServiceProblem, ServiceUnreachable
@@ -194,8 +195,8 @@ def run(
     config = _config(_body(kind, recipe, set_))
     job: Callable[..., Any] = getattr(p2d, config.kind)  # adapt, identify_heads, select_data
     with watching_steps(out) as show:
-        job(model=model, data=data, out=to, validation=validation, config=config, on_progress=show)
-    out.print(f"The result is in {to}.")
+        result = job(model=model, data=data, out=to, validation=validation, config=config, on_progress=show)
+    out.print(f"{headline(result.report)}\nThe result is in {to}.")
 
 
 @cli.command()

