@@ -24,7 +24,7 @@ from p2d.pipeline import Progress
 from p2d.registry import load
 from p2d.rendering import RenderedRow
 from p2d.rows import Row, content_hash
-from p2d.scorers import WITHOUT_PROXY, PathPoint, Scorer, ScorerInput
+from p2d.scorers import WITH_GRADIENTS, WITHOUT_PROXY, PathPoint, Scorer, ScorerInput
 from p2d.slices import HeadSlices, all_heads
 
 PROXY_RATES = (1e-3, 2.5e-4, 6.25e-5)
@@ -112,6 +112,8 @@ class _Guide:
     base: BaseModel
     rows: Sequence[RenderedRow]
     work: _Work
+    with_gradients: bool
+    """Whether the scorer needs gradients anyway: loss and gradient then come from one pass."""
     batches: list[list[int]] = field(init=False)
     answer_tokens: int = field(init=False)
 
@@ -136,10 +138,12 @@ class _Guide:
         slices.zero_grad()
         return PathPoint(loss, gradients)
 
-    def loss(self) -> float:
-        """Mean loss per answer token."""
+    def measure(self, slices: HeadSlices) -> PathPoint:
+        """The point, or only its loss (no gradients, a third of the cost) for scorers that need no more."""
+        if self.with_gradients:
+            return self.point(slices)
         self.work.tick(sum(row_length(self.base.renderer, row) for row in self.rows), {})
-        return mean_answer_nll(self.base, self.rows)
+        return PathPoint(mean_answer_nll(self.base, self.rows), {})
 
 
 @dataclass(slots=True)
@@ -166,7 +170,7 @@ class _TrainedProxy:
         return site.master.detach() if site else self.base(layer, projection)
 
     def at(self, fraction: float) -> PathPoint:
-        if fraction not in self.points:
+        if fraction not in self.points or not self.points[fraction].gradients:
             self.slices.interpolate(fraction)
             self.points[fraction] = self.guide.point(self.slices)
         return self.points[fraction]
@@ -188,24 +192,23 @@ def _score_halves(
         raise EngineError("Heads cannot be ranked without held-out rows.")
     steps = steps_per_epoch(len(halves[0]), batch_size)
     work = _Work(progress, total=0)
-    guide = _Guide(base, [base.renderer.render(row) for row in guide_rows], work)
-    work.total = 2 * (steps + 1) + 3 * len(guide.batches)
+    guide_rendered = [base.renderer.render(row) for row in guide_rows]
+    guide = _Guide(base, guide_rendered, work, with_gradients=config.heads.scorer in WITH_GRADIENTS)
+    work.total = 2 * steps + 3 * (len(guide.batches) if guide.with_gradients else 1)
     scores: list[Tensor] = []
     after: list[float] = []
-    start: dict[float, PathPoint] = {}  # the base's loss and gradient serve both halves
     rate = PROXY_RATES[0]
     with HeadSlices(base, all_heads(base), projections) as slices:
         untrained = slices.masters()
-        before = guide.loss()
+        before = guide.measure(slices)  # serves both halves
         for half, indices in enumerate(halves):
             rendered = [base.renderer.render(rows[index]) for index in indices]
-            rate, loss = _train_half(guide, slices, rendered, before, rate, f"{seed}:proxy:{half}", batch_size)
-            after.append(loss)
-            proxy = _TrainedProxy(base, slices, guide, dict(start))
+            rate, end = _train_half(guide, slices, rendered, before.loss, rate, f"{seed}:proxy:{half}", batch_size)
+            after.append(end.loss)
+            proxy = _TrainedProxy(base, slices, guide, {0.0: before, 1.0: end})
             scores_LH = scorer(ScorerInput(base.info, proxy, 2 * seed + half)).float().cpu()
             if not torch.isfinite(scores_LH).all():
                 raise Diverged("A head's score is not finite.", scorer=config.heads.scorer)
-            start = {fraction: point for fraction, point in proxy.points.items() if fraction == 0}
             scores.append(scores_LH)
             slices.load_masters(untrained)
     facts = ProxyFacts(
@@ -213,7 +216,7 @@ def _score_halves(
         steps_per_half=steps,
         learning_rate=rate,
         guide_rows=len(guide_rows),
-        guide_loss_before=before,
+        guide_loss_before=before.loss,
         guide_loss_after=tuple(after),
         tokens=work.tokens,
         explained_decrease=tuple(float(s.double().sum()) for s in scores)
@@ -231,8 +234,8 @@ def _train_half(
     first_rate: float,
     seed: str,
     batch_size: int,
-) -> tuple[float, float]:
-    """One epoch at the first rate that lowers held-out loss (else at the last); returns rate and that loss."""
+) -> tuple[float, PathPoint]:
+    """One epoch at the first rate that lowers held-out loss (else at the last); returns that rate and the end point."""
     untrained = slices.masters()
     steps = steps_per_epoch(len(rows), batch_size)
     rates = [rate for rate in PROXY_RATES if rate <= first_rate]
@@ -242,12 +245,10 @@ def _train_half(
             for _ in range(steps):
                 log = trainer.advance(Schedule(rate, steps))
                 guide.work.tick(log.tokens, {"loss": log.loss, "learning_rate": log.learning_rate})
-            loss = guide.loss()
+            end = guide.measure(slices)
         except Diverged:
-            if rate == rates[-1]:
-                raise
-            loss = math.inf
-        if loss < before or (rate == rates[-1] and math.isfinite(loss)):
-            return rate, loss
+            end = PathPoint(math.inf, {})
+        if end.loss < before or (rate == rates[-1] and math.isfinite(end.loss)):
+            return rate, end
         slices.load_masters(untrained)
     raise Diverged("The proxy diverged at every learning rate.", rates=rates)

@@ -23,6 +23,9 @@ Scorer = Callable[["ScorerInput"], Tensor]
 WITHOUT_PROXY = frozenset({"random"})
 """Scorers that look at no trained weights: no proxy is trained for them."""
 
+WITH_GRADIENTS = frozenset({"attribution"})
+"""Scorers that ask for held-out gradients at both ends of the proxy's path: these then come with the losses."""
+
 
 @dataclass(frozen=True, slots=True)
 class PathPoint:
