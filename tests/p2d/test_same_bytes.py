@@ -15,7 +15,7 @@ TIMES = 12
 
 def test_equal_response_shards_are_equal_files(tmp_path: Path) -> None:
     path = tmp_path / "responses-00000.safetensors"
-    shard = a_shard([[0, 1, 2, 3]], [0.5])
+    shard = a_shard([[0, 1, 2, 3]], [0.5], combine="product")
 
     written = set()
     for _ in range(TIMES):
