@@ -50,9 +50,13 @@ def test_probing_changes_no_bit_of_the_output(tiny: BaseModel, rendered: list[Re
 
 
 def test_the_model_gets_its_own_attention_back(tiny: BaseModel) -> None:
-    with pytest.raises(ZeroDivisionError), probe_attention(tiny.module, tiny.info.n_layers):
-        assert tiny.module.config._attn_implementation == NAME
-        raise ZeroDivisionError
+    def fail() -> None:
+        with probe_attention(tiny.module, tiny.info.n_layers):
+            assert tiny.module.config._attn_implementation == NAME
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
 
     assert tiny.module.config._attn_implementation == "sdpa"
 

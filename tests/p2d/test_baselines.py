@@ -1,0 +1,71 @@
+"""Timing the alternatives never changes the base model, and the projection is the measured step times the work."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from p2d import baselines
+from p2d.baselines import Baseline, project_full_fine_tuning, project_lora
+from p2d.config import TrainingConfig
+from p2d.models import BaseModel
+from p2d.rendering import RenderedRow
+
+SETTINGS = TrainingConfig(epochs=3, batch_size=4)
+
+
+def both(base: BaseModel, rendered: list[RenderedRow]) -> list[Baseline]:
+    return [
+        project(base, rendered, SETTINGS, on_step=lambda: None) for project in (project_full_fine_tuning, project_lora)
+    ]
+
+
+def test_the_base_weights_are_bit_identical_afterwards(tiny: BaseModel, rendered: list[RenderedRow]) -> None:
+    before = {key: value.clone() for key, value in tiny.module.state_dict().items()}
+    modules = [type(module) for module in tiny.module.modules()]
+
+    both(tiny, rendered)
+
+    after = tiny.module.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(value.view(torch.int32), before[key].view(torch.int32)) for key, value in after.items())
+    assert [type(module) for module in tiny.module.modules()] == modules
+    assert not any(p.requires_grad or p.grad is not None for p in tiny.module.parameters())
+
+
+def test_a_projection_says_that_it_is_one_and_counts_all_steps(tiny: BaseModel, rendered: list[RenderedRow]) -> None:
+    full, lora = both(tiny, rendered)
+
+    for found in (full, lora):
+        assert found.projected
+        assert found.steps == 3 * 3
+        assert found.seconds is not None
+        assert found.step_s is not None
+        assert found.seconds == pytest.approx(found.steps * found.step_s)
+    assert full.trained_parameters == sum(p.numel() for p in tiny.module.parameters())
+    assert lora.trained_parameters < full.trained_parameters
+
+
+def test_too_little_memory_gives_no_number_but_the_reason(
+    tiny: BaseModel, rendered: list[RenderedRow], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(baselines, "free_memory_bytes", lambda device: 1000)
+
+    full, _ = both(tiny, rendered)
+
+    assert full.seconds is None
+    assert "1000 are free" in (full.reason or "")
+
+
+def test_base_weights_survive_a_cancel_in_the_middle(tiny: BaseModel, rendered: list[RenderedRow]) -> None:
+    before = {key: value.clone() for key, value in tiny.module.state_dict().items()}
+
+    def cancel() -> None:
+        raise KeyboardInterrupt
+
+    for project in (project_full_fine_tuning, project_lora):
+        with pytest.raises(KeyboardInterrupt):
+            project(tiny, rendered, SETTINGS, on_step=cancel)
+        after = tiny.module.state_dict()
+        assert after.keys() == before.keys()
+        assert all(torch.equal(value, before[key]) for key, value in after.items())

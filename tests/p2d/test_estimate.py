@@ -1,0 +1,49 @@
+"""An estimate grows with the work it foresees."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from p2d.config import JobConfig, resolve
+from p2d.estimate import Speed, estimate_seconds
+from p2d.model_info import ModelInfo
+from p2d.plans import RowCounts
+
+SMOLLM2 = ModelInfo(
+    name="m", digest="d", model_type="llama", n_layers=30, n_heads=9, n_kv_groups=3, head_dim=64, hidden_size=576,
+    intermediate_size=1536, vocab_size=49152, context_length=8192, parameters=134_515_008, dtype="bf16",
+)  # fmt: skip
+
+
+def rows(count: int) -> RowCounts:
+    return RowCounts(rows=count, tokens=200 * count, answer_tokens=100 * count, longest=400)
+
+
+def seconds(recipe: str = "default", count: int = 300, flop_per_s: float = 1e11) -> dict[str, float]:
+    config = resolve(JobConfig(recipe=recipe), rows=count, context_length=8192).config
+    return estimate_seconds(SMOLLM2, config, Speed(flop_per_s), train=rows(count), guide=rows(24), evaluation=rows(36))
+
+
+def test_every_step_has_an_estimate() -> None:
+    assert set(seconds()) == {"heads", "respond", "select", "train", "evaluate", "package"}
+    assert all(value > 0 for value in seconds().values())
+
+
+def test_responses_grow_with_the_rows_and_the_proxy_does_not() -> None:
+    small, large = seconds(count=1000), seconds(count=10_000)
+
+    assert 8 < large["respond"] / small["respond"] < 11
+    assert large["heads"] < 1.1 * small["heads"]
+
+
+def test_a_faster_device_needs_less() -> None:
+    assert seconds(flop_per_s=1e12)["train"] * 9 < seconds(flop_per_s=1e11)["train"]
+
+
+def test_a_given_random_scorer_costs_next_to_nothing() -> None:
+    config = resolve(JobConfig(), rows=300, context_length=8192).config
+    config = replace(config, data=replace(config.data, scorer="random"))
+
+    found = estimate_seconds(SMOLLM2, config, Speed(1e11), train=rows(300), guide=rows(24), evaluation=rows(36))
+
+    assert found["respond"] == 0

@@ -1,0 +1,104 @@
+"""Before and after are measured on the same rows, with their uncertainty, and the base model survives every part."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from p2d.config import JobConfig, TrainingConfig
+from p2d.evaluation import RowLosses, paired_bootstrap, random_heads, row_losses
+from p2d.generation import generate
+from p2d.models import BaseModel
+from p2d.rendering import RenderedRow
+from p2d.slices import HeadSlices
+from tests.factories import some_rows
+
+
+def losses(nll: list[float], tokens: list[float]) -> RowLosses:
+    return RowLosses(np.array(nll), np.array(tokens))
+
+
+def test_the_mean_loss_weighs_tokens_not_rows() -> None:
+    assert losses([10.0, 2.0], [9.0, 1.0]).mean == pytest.approx(1.2)
+
+
+def test_a_rows_loss_does_not_depend_on_its_neighbours(tiny: BaseModel, rendered: list[RenderedRow]) -> None:
+    together = row_losses(tiny, rendered)
+    alone = [row_losses(tiny, [row]).nll_R[0] for row in rendered]
+
+    np.testing.assert_allclose(together.nll_R, alone, rtol=1e-4)
+
+
+def test_the_interval_holds_the_difference_and_shrinks_when_rows_agree() -> None:
+    rng = np.random.default_rng(0)
+    before = losses(list(rng.uniform(5, 15, 50)), [10.0] * 50)
+    same_shift = losses(list(before.nll_R - 1.0), [10.0] * 50)
+    mixed = losses(list(before.nll_R - 1.0 + rng.normal(0, 2, 50)), [10.0] * 50)
+
+    sure, unsure = paired_bootstrap(before, same_shift, seed=0), paired_bootstrap(before, mixed, seed=0)
+
+    assert sure.difference == pytest.approx(-0.1)
+    assert sure.high - sure.low < 1e-9  # pairing takes the spread between rows out
+    assert unsure.low < unsure.difference < unsure.high
+    assert unsure == paired_bootstrap(before, mixed, seed=0)
+
+
+def test_random_heads_match_the_number_of_trained_parameters(tiny: BaseModel) -> None:
+    config = JobConfig(training=TrainingConfig(slices=("v", "o")))
+    wanted = HeadSlices(tiny, [(0, 0), (0, 1), (1, 2), (2, 3)], ("v", "o")).n_parameters
+
+    for seed in range(5):
+        heads = random_heads(tiny, config, wanted, random.Random(seed))
+        size = HeadSlices(tiny, heads, ("v", "o")).n_parameters
+        assert abs(size - wanted) <= HeadSlices(tiny, [(0, 0)], ("v", "o")).n_parameters
+
+
+# --- generation ------------------------------------------------------------------------------------------------------
+
+
+def greedy_without_cache(base: BaseModel, prompt_ids: list[int], limit: int) -> list[int]:
+    """The plain definition: the whole sequence again for every token."""
+    sequence, answer = [*base.renderer.prefix_ids, *prompt_ids], list[int]()
+    while len(answer) < limit:
+        with torch.no_grad():
+            token = int(base.logits(base.hidden(torch.tensor([sequence]))[:, -1]).argmax())
+        if token in base.renderer.stop_ids:
+            break
+        answer.append(token)
+        sequence.append(token)
+    return answer
+
+
+def test_a_batch_of_answers_is_what_each_prompt_gives_alone(tiny: BaseModel) -> None:
+    prompts = [tiny.renderer.render(row).prompt_ids for row in some_rows(5, first=97)]
+    assert len({len(ids) for ids in prompts}) > 1
+
+    answers = generate(tiny, prompts, limit=12, on_token=lambda: None)
+
+    assert answers == [greedy_without_cache(tiny, ids, 12) for ids in prompts]
+
+
+def test_an_answer_ends_at_its_stop_token_while_others_go_on(tiny: BaseModel) -> None:
+    prompts = [tiny.renderer.render(row).prompt_ids for row in some_rows(6)]
+    free = generate(tiny, prompts, limit=8, on_token=lambda: None)
+    stop = free[0][2]  # from now on this token ends an answer
+    object.__setattr__(tiny, "renderer", _Stopping(tiny.renderer, stop))
+
+    answers = generate(tiny, prompts, limit=8, on_token=lambda: None)
+
+    expected = [ids[: ids.index(stop)] if stop in ids else ids for ids in free]
+    assert answers == expected
+    assert len(answers[0]) <= 2
+
+
+class _Stopping:
+    """A renderer with another stop token."""
+
+    def __init__(self, renderer: object, stop: int) -> None:
+        self._renderer, self.stop_ids = renderer, frozenset({stop})
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._renderer, name)

@@ -1,0 +1,243 @@
+"""A whole job in one process on a tiny model: both recipes, all kinds, the same files each time."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from p2d import Result, adapt, identify_heads, select_data
+from p2d.adapters import load_adapter
+from p2d.config import Control, DataConfig, HeadsConfig, JobConfig, TrainingConfig
+from p2d.errors import Cancelled, ConfigError, DatasetTooSmall, RowTooLong
+from p2d.evaluation import row_losses
+from p2d.models import load_base_model
+from p2d.pipeline import STEPS, ModelCache, PlannedStep, StepCall, is_input, plan_steps, run_step
+from p2d.plans import split_rows
+from p2d.rows import load_rows, write_rows
+from p2d.selection import read_selection
+from tests.factories import some_rows, tiny_model_dir
+
+RESULTS = {"heads.safetensors", "manifest.json", "head_map.json", "selection.jsonl", "report.json"}
+
+
+def a_config(recipe: str = "default", controls: tuple[Control, ...] = ()) -> JobConfig:
+    return JobConfig(
+        recipe=recipe,
+        heads=HeadsConfig(proxy_rows=8, ratio=0.2),
+        data=DataConfig(ratio=0.3, n_demos=3, n_queries=2),
+        training=TrainingConfig(epochs=2),
+        controls=controls,
+    )
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("rows")
+    write_rows(folder / "train.jsonl", some_rows(24))
+    write_rows(folder / "held_out.jsonl", some_rows(12, first=200))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_dir: Path, files: Path, tmp_path_factory: pytest.TempPathFactory) -> Result:
+    """One finished job that several tests look at."""
+    out = tmp_path_factory.mktemp("whole")
+    held_out = files / "held_out.jsonl"
+    return adapt(
+        model=tiny_dir, data=files / "train.jsonl", validation=held_out, out=out, config=a_config(), device="cpu"
+    )
+
+
+@pytest.mark.parametrize("recipe", ["default", "paper"])
+def test_a_recipe_adapts_the_model_and_reports(recipe: str, tiny_dir: Path, files: Path, tmp_path: Path) -> None:
+    result = adapt(
+        model=tiny_dir,
+        data=files / "train.jsonl",
+        validation=files / "held_out.jsonl",
+        out=tmp_path,
+        config=a_config(recipe),
+        device="cpu",
+    )
+
+    assert {path.name for path in tmp_path.iterdir()} >= RESULTS
+    assert not [path for path in tmp_path.iterdir() if path.is_dir()]  # the scratch folder is gone
+    report = result.report
+    assert report["evaluation"]["loss_after"] < report["evaluation"]["loss_before"]
+    assert report["heads"]["kept"] == 4  # ceil(0.2 * 18)
+    assert report["heads"]["trained_parameters"] == report["training"]["n_parameters"]
+    assert report["selection"]["kept"] == 8
+    assert sum(row.kept for row in read_selection(tmp_path / "selection.jsonl")) == 8
+    assert report["cost"]["aer"] > 0
+    assert report["evaluation"]["full_fine_tuning"]["projected"] is True
+    expected = {"default": ("attribution", "alignment", ["v", "o"]), "paper": ("pad", "icl", ["q", "k", "v"])}[recipe]
+    assert (report["heads"]["scorer"], report["selection"]["scorer"], report["heads"]["projections"]) == expected
+
+
+def test_the_reported_loss_is_that_of_base_and_adapter_loaded_afresh(
+    tiny_dir: Path, files: Path, whole: Result
+) -> None:
+    base = load_base_model(tiny_dir, precision=whole.report["dtype"], device="cpu")
+    load_adapter(whole.out).apply(base)
+    split = split_rows(load_rows(files / "train.jsonl"), load_rows(files / "held_out.jsonl"), seed=0, proxy_rows=8)
+
+    loss = row_losses(base, [base.renderer.render(row) for row in split.evaluation]).mean
+
+    assert loss == whole.report["evaluation"]["loss_after"]
+
+
+def test_earlier_results_take_the_place_of_the_steps_that_make_them(
+    tiny_dir: Path, files: Path, whole: Result, tmp_path: Path
+) -> None:
+    train, held_out = files / "train.jsonl", files / "held_out.jsonl"
+    found = identify_heads(
+        model=tiny_dir, data=train, validation=held_out, out=tmp_path / "heads", config=a_config(), device="cpu"
+    )
+    chosen = select_data(
+        model=tiny_dir,
+        data=train,
+        validation=held_out,
+        out=tmp_path / "rows",
+        config=a_config(),
+        head_map=found.file("head_map.json"),
+        device="cpu",
+    )
+    steps: list[str] = []
+
+    result = adapt(
+        model=tiny_dir,
+        data=train,
+        validation=held_out,
+        out=tmp_path / "again",
+        config=a_config(),
+        head_map=found.file("head_map.json"),
+        selection=chosen.file("selection.jsonl"),
+        device="cpu",
+        on_progress=lambda planned, done, total, metrics: steps.append(planned.step),
+    )
+
+    assert set(steps) == {"validate", "train", "evaluate", "package"}
+    same_bytes(result.out, whole.out)
+
+
+def same_bytes(one: Path, other: Path) -> None:
+    """A job is a pure function of its input: what it makes has one hash."""
+    for name in ("heads.safetensors", "head_map.json", "selection.jsonl"):
+        assert (one / name).read_bytes() == (other / name).read_bytes(), name
+
+
+def test_a_head_map_of_another_model_is_refused(tiny_dir: Path, files: Path, tmp_path: Path) -> None:
+    other = tiny_model_dir(tmp_path / "other", seed=1)
+    found = identify_heads(
+        model=other, data=files / "train.jsonl", out=tmp_path / "heads", config=a_config(), device="cpu"
+    )
+
+    with pytest.raises(ConfigError, match="The head map is of 'other'"):
+        select_data(
+            model=tiny_dir,
+            data=files / "train.jsonl",
+            out=tmp_path / "rows",
+            config=a_config(),
+            head_map=found.file("head_map.json"),
+            device="cpu",
+        )
+
+
+def test_controls_are_trained_at_the_same_size(tiny_dir: Path, files: Path, tmp_path: Path) -> None:
+    config = a_config(controls=("random_heads", "random_data"))
+
+    result = adapt(model=tiny_dir, data=files / "train.jsonl", out=tmp_path, config=config, device="cpu")
+
+    heads, rows = result.report["evaluation"]["controls"]
+    assert (heads["control"], rows["control"]) == ("random_heads", "random_data")
+    assert heads["rows"] == rows["rows"] == result.report["selection"]["kept"]
+    assert rows["trained_parameters"] == result.report["heads"]["trained_parameters"]
+    info = result.report["base_model"]
+    one_head = 2 * info["head_dim"] * info["hidden_size"]  # its v and o slices
+    assert abs(heads["trained_parameters"] - rows["trained_parameters"]) <= one_head
+
+
+@pytest.mark.parametrize("scorers", [("random", "random"), ("shift", "alignment")])
+def test_every_scorer_may_meet_every_other(
+    scorers: tuple[str, str], tiny_dir: Path, files: Path, tmp_path: Path
+) -> None:
+    config = a_config()
+    config = replace(
+        config, heads=replace(config.heads, scorer=scorers[0]), data=replace(config.data, scorer=scorers[1])
+    )
+
+    result = select_data(model=tiny_dir, data=files / "train.jsonl", out=tmp_path, config=config, device="cpu")
+
+    assert (result.report["heads"]["scorer"], result.report["selection"]["scorer"]) == scorers
+
+
+def test_a_failed_job_leaves_nothing_behind(tiny_dir: Path, files: Path, tmp_path: Path) -> None:
+    def cancel(planned: PlannedStep, done: int, total: int, metrics: Mapping[str, float]) -> None:
+        if planned.step == "train":
+            raise Cancelled("asked to stop")
+
+    with pytest.raises(Cancelled):
+        adapt(
+            model=tiny_dir,
+            data=files / "train.jsonl",
+            out=tmp_path / "out",
+            config=a_config(),
+            device="cpu",
+            on_progress=cancel,
+        )
+
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_every_over_long_row_is_listed_before_the_model_loads(tiny_dir: Path, files: Path, tmp_path: Path) -> None:
+    rows = some_rows(24)
+    rows[4] = replace(rows[4], prompt="long " * 200)
+    rows[20] = replace(rows[20], answer="long " * 200)
+    write_rows(tmp_path / "train.jsonl", rows)
+
+    with pytest.raises(RowTooLong) as caught:
+        adapt(
+            model=tiny_dir,
+            data=tmp_path / "train.jsonl",
+            validation=files / "held_out.jsonl",
+            out=tmp_path / "out",
+            config=a_config(),
+            device="cpu",
+        )
+
+    assert [error.line for error in caught.value.errors] == [5, 21]
+    assert "long" not in json.dumps([error.message for error in caught.value.errors]).replace("long ", "")
+
+
+def test_a_proxy_larger_than_the_dataset_is_refused(tiny_dir: Path, files: Path, tmp_path: Path) -> None:
+    config = replace(a_config(), heads=HeadsConfig(proxy_rows=100))
+
+    with pytest.raises(DatasetTooSmall):
+        adapt(model=tiny_dir, data=files / "train.jsonl", out=tmp_path, config=config, device="cpu")
+
+
+def test_steps_on_separate_workers_give_the_bytes_of_one(
+    tiny_dir: Path, files: Path, whole: Result, tmp_path: Path
+) -> None:
+    """Each step gets only the files that STEPS names for it, as a worker would fetch them, and a model of its own."""
+    store = tmp_path / "store"
+    store.mkdir()
+    shutil.copyfile(files / "train.jsonl", store / "dataset.jsonl")
+    shutil.copyfile(files / "held_out.jsonl", store / "validation.jsonl")
+    for number, planned in enumerate(plan_steps(a_config(), 24, shard_rows=100)):
+        inputs, out = tmp_path / f"in-{number}", tmp_path / f"out-{number}"
+        inputs.mkdir()
+        for path in store.iterdir():
+            if is_input(planned.step, path.name):
+                shutil.copyfile(path, inputs / path.name)
+        call = StepCall(step=planned.step, config=a_config(), model_dir=tiny_dir, inputs=inputs, out=out, device="cpu")
+        run_step(call, models=ModelCache())
+        for pattern in STEPS[planned.step].writes:
+            for path in out.glob(pattern):
+                shutil.copyfile(path, store / path.name)
+
+    same_bytes(store, whole.out)
