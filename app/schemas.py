@@ -45,6 +45,9 @@ Id = Annotated[Text, Field(min_length=1, max_length=64)]
 Ratio = Annotated[float, Field(json_schema_extra={"exclusiveMinimum": 0, "maximum": 1})]
 
 
+Count = Annotated[int, Field(le=1_000_000)]
+
+
 class Body(BaseModel):
     """Base of what clients send: unknown fields are refused, and nothing is guessed ("0.1" is not a number)."""
 
@@ -56,7 +59,7 @@ class HeadsBody(Body):
 
     scorer: Text = Field(default="auto", description="Name of a head scorer; `auto` = the recipe's.")
     ratio: Ratio = Field(default=DEFAULT_RATIO, description="Share of query heads kept, above 0 and at most 1.")
-    proxy_rows: int = Field(default=HeadsConfig().proxy_rows, description="Rows of the proxy run.")
+    proxy_rows: Count = Field(default=HeadsConfig().proxy_rows, description="Rows of the proxy run.")
     head_map: Id | None = Field(
         default=None, description="Id of an earlier head map of the same base model: stage 1 is skipped."
     )
@@ -69,8 +72,8 @@ class DataBody(Body):
     ratio: Ratio | Auto = Field(
         default="auto", description=f"Share of rows kept; `auto` = {DEFAULT_RATIO:.0%}, but at least {MIN_ROWS} rows."
     )
-    n_demos: int = Field(default=DataConfig().n_demos, description="`icl`: rows shown as examples in one group.")
-    n_queries: int = Field(
+    n_demos: Count = Field(default=DataConfig().n_demos, description="`icl`: rows shown as examples in one group.")
+    n_queries: Count = Field(
         default=DataConfig().n_queries, description="`icl`: rows answered after the demos of one group."
     )
     selection: Id | None = Field(
@@ -84,12 +87,14 @@ class TrainingBody(Body):
     slices: list[Projection] | Auto = Field(
         default="auto", description="Projections that are sliced; `auto` = the recipe's."
     )
-    epochs: int = Field(default=TrainingConfig().epochs, description="Passes over the selected rows.")
+    epochs: Count = Field(default=TrainingConfig().epochs, description="Passes over the selected rows.")
     learning_rate: float | Auto = Field(
         default="auto", description="Peak rate; `auto` = a short search on held-out rows."
     )
-    batch_size: int = Field(default=TrainingConfig().batch_size, description="Rows per optimizer step.")
-    max_length: int | Auto = Field(default="auto", description="Most tokens of one row; `auto` = the model's context.")
+    batch_size: Count = Field(default=TrainingConfig().batch_size, description="Rows per optimizer step.")
+    max_length: Count | Auto = Field(
+        default="auto", description="Most tokens of one row; `auto` = the model's context."
+    )
     precision: Precision = Field(default="auto", description="Compute type of the frozen weights.")
     seed: int = Field(default=0, le=2**63 - 1, description="Fixes row order, proxies, folds and random controls.")
 

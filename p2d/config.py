@@ -143,7 +143,7 @@ class JobConfig:
 
 def top_count(ratio: float, total: int) -> int:
     """How many of `total` heads or rows a ratio keeps: `ceil(ratio * total)`, safe from float dust (200 / 300 * 300)."""
-    return min(total, math.ceil(ratio * total - 1e-9))
+    return min(total, max(1, math.ceil(ratio * total - 1e-9)))
 
 
 def check(config: JobConfig) -> None:

@@ -50,7 +50,8 @@ def inspect(path: Path, file_name: str, settings: Settings, *, pointer: str = ""
     try:
         report = validate_file(path, sniff_format(path, file_name), limits, normalised=normalised)
     except DatasetError as error:
-        error.errors = tuple(replace(detail, pointer=pointer + (detail.pointer or "")) for detail in error.errors)
+        if pointer:
+            error.errors = tuple(replace(detail, pointer=pointer + (detail.pointer or "")) for detail in error.errors)
         if pointer and not error.errors:
             error.errors = (ErrorDetail(code=error.code, message=error.text, pointer=pointer),)
             error.errors_total = 1

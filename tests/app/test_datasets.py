@@ -76,7 +76,8 @@ def test_all_bad_lines_of_a_large_file_are_listed(api: Api) -> None:
     answer = api.upload(b"".join(lines))
 
     assert answer.status_code == 422
-    assert [fault["line"] for fault in answer.json()["errors"]] == bad
+    expected = [("row.missing_field", "/answer", number) for number in bad]
+    assert [(one["code"], one["pointer"], one["line"]) for one in answer.json()["errors"]] == expected
     assert answer.json()["errors_total"] == len(bad) == 50
 
 
