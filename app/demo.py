@@ -61,6 +61,8 @@ def demo(settings: Settings, out: Path, console: Console) -> None:
         update={"home": settings.home / "demo", "work_dir": settings.home / "demo" / "work", "port": 0}
     )
     with running(settings, say=say) as service, Client(service.url) as client:
+        for unfinished in [job for job in client.jobs() if not job.is_final]:
+            client.cancel(unfinished.id)  # of a demo that was stopped: this worker would finish it first
         job = client.submit(JOB, dataset=data / "train.jsonl", validation_dataset=data / "test.jsonl")
         console.print(
             f"POST {service.url}/jobs -> [bold]{job.id}[/]; first its rows are checked and its time estimated."

@@ -129,6 +129,10 @@ class Supervisor:
             pipe.write(stdin.encode())
         return child
 
+    def child(self, name: str) -> Child:
+        """The child of that name. Raises KeyError if there is none."""
+        return {child.record.name: child for child in self._children}[name]
+
     def ended(self) -> list[Child]:
         """The children that are no longer running."""
         return [child for child in self._children if child.process.poll() is not None]

@@ -55,7 +55,10 @@ def _worth(evaluation: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         f"on {evaluation['metric_rows']} rows",
     )
     for control in evaluation.get("controls") or []:
-        yield f"control {control['name']}", f"held-out loss {control['loss']:.4f}"
+        yield (
+            f"control {control['control']}",
+            f"held-out loss {control['loss']:.4f} at {control['trained_parameters']:,} parameters",
+        )
 
 
 def _seconds(cost: Mapping[str, Any]) -> Table:

@@ -48,6 +48,10 @@ class Service:
     """Why the service cannot go on, once that is so."""
     _restarts: dict[str, list[float]] = field(default_factory=dict)
 
+    def pid(self, name: str) -> int:
+        """Process id of a running part: postgres, valkey, api or worker."""
+        return self.supervisor.child(name).process.pid
+
     def wait(self) -> None:
         """Serve until a signal or a failure ends it. Main thread only."""
         while True:
