@@ -1,0 +1,162 @@
+"""The command line: what it says when something is wrong, and that its words mean what POST /jobs means."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from app.cli import _body, cli, main
+from app.models import install_directory
+from p2d.errors import ConfigError, ModelUnsupported
+from p2d.model_info import read_model_info
+from tests.factories import tiny_model_dir
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model_dir(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("P2D_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+def p2d(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> tuple[int, str]:
+    """Exit status and all that was printed."""
+    monkeypatch.setattr(sys, "argv", ["p2d", *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    printed = capsys.readouterr()
+    status = ended.value.code
+    assert isinstance(status, int)
+    return status, " ".join((printed.out + printed.err).split())
+
+
+def test_a_wrong_field_is_named_with_its_place_and_no_traceback(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    arguments: list[str | Path] = ["run", "--model", tmp_path, "--data", tmp_path, "--out", tmp_path]
+
+    status, said = p2d(capsys, monkeypatch, *arguments, "--set", "heads.ratio=2", "--set", "heads.proxy_rows=many")
+
+    assert status == 2
+    assert "request.invalid" in said
+    assert "/heads/proxy_rows" in said
+    assert "Traceback" not in said
+
+
+def test_bad_rows_are_listed_by_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, model: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / "bad.jsonl"
+    data.write_text('{"prompt": "a", "answer": "b"}\n{"prompt": "a", "answer": ""}\nnot json\n')
+
+    status, said = p2d(capsys, monkeypatch, "run", "--model", model, "--data", data, "--out", tmp_path / "out")
+
+    assert status == 2
+    assert "line 2:" in said
+    assert "line 3:" in said
+
+
+def test_a_service_that_is_not_there_is_said_in_words(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("p2d.client.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("p2d.client._backoff_s", lambda failures: 0.0)
+
+    status, said = p2d(capsys, monkeypatch, "watch", "job_1", "--url", "http://127.0.0.1:1")
+
+    assert status == 1
+    assert "No answer from http://127.0.0.1:1" in said
+
+
+@pytest.mark.parametrize("command", ["api", "worker", "migrate"])
+def test_a_part_alone_asks_for_its_servers(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, home: Path, command: str
+) -> None:
+    status, said = p2d(capsys, monkeypatch, command)
+
+    assert status == 1
+    assert "P2D_DATABASE_URL is not set" in said
+
+
+def test_options_become_the_body_of_a_job() -> None:
+    body = _body("adapt", "paper", ["heads.ratio=0.2", 'training.slices=["v"]', "name=first try", "data.ratio=auto"])
+
+    assert body == {
+        "kind": "adapt",
+        "recipe": "paper",
+        "heads": {"ratio": 0.2},
+        "training": {"slices": ["v"]},
+        "name": "first try",
+        "data": {"ratio": "auto"},
+    }
+
+
+def test_a_model_is_added_listed_and_added_again_without_change(home: Path, model: Path) -> None:
+    runner = CliRunner()
+
+    first = runner.invoke(cli, ["models", "add", "mine", str(model)])
+    second = runner.invoke(cli, ["models", "add", "mine", str(model)])
+    listed = runner.invoke(cli, ["models", "list"])
+
+    assert (first.exit_code, second.exit_code) == (0, 0)
+    assert "mine" in listed.output
+    assert read_model_info(home / "models" / "mine").digest == read_model_info(model).digest
+    assert [path.name for path in (home / "models").iterdir()] == ["mine"]
+
+
+def test_a_name_that_could_leave_the_models_directory_is_refused(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError):
+        install_directory(tmp_path, "../outside", model)
+
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_of_another_family_is_refused_before_it_is_copied(model: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    config = json.loads((model / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"model_type": "mamba"}))
+
+    with pytest.raises(ModelUnsupported):
+        install_directory(tmp_path / "models", "other", other)
+
+    assert not (tmp_path / "models").exists()
+
+
+def test_the_commands_of_a_client_start_without_torch() -> None:
+    script = "import sys; import app.cli, app.demo, app.doctor; print([m for m in ('torch', 'transformers') if m in sys.modules])"
+
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
+
+    assert done.stdout.strip() == "[]"
+
+
+def test_run_finds_its_checkout_from_anywhere(tmp_path: Path) -> None:
+    elsewhere = tmp_path / "app"  # a directory whose name could be taken for ours
+    elsewhere.mkdir()
+    (elsewhere / "__init__.py").write_text("raise SystemExit('wrong app')")
+    if not (ROOT / ".venv" / "installed-engine,embedded,test").exists():
+        pytest.skip("this environment was not made by ./run")
+
+    done = subprocess.run(
+        [ROOT / "run", "models", "list"],
+        cwd=tmp_path,
+        env=os.environ | {"P2D_HOME": str(tmp_path / "home")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert done.returncode == 0, done.stderr
