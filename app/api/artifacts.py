@@ -15,7 +15,7 @@ from app.schemas import ArtifactView, Page
 
 router = APIRouter(tags=["artifacts"])
 
-_BYTES = {"*/*": {"schema": {"type": "string", "format": "binary"}}}
+_BYTES: dict[str, object] = {"*/*": {}}
 
 CONTENT: dict[int | str, dict[str, object]] = {
     200: {"description": "The whole file, of its own media type; `ETag` is its sha256.", "content": _BYTES},
