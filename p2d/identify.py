@@ -169,6 +169,10 @@ class _TrainedProxy:
         site = self.slices.site(layer, projection)
         return site.master.detach() if site else self.base(layer, projection)
 
+    def moved(self, layer: int, projection: Projection) -> Tensor:
+        trained = self.trained(layer, projection).to(self.base_model.dtype).float()
+        return trained - self.base(layer, projection)
+
     def at(self, fraction: float) -> PathPoint:
         if fraction not in self.points or not self.points[fraction].gradients:
             self.slices.interpolate(fraction)

@@ -50,6 +50,9 @@ class Proxy(Protocol):
     def trained(self, layer: int, projection: Projection) -> Tensor:
         """The same after the proxy."""
 
+    def moved(self, layer: int, projection: Projection) -> Tensor:
+        """Trained minus base as the weights hold them: under bf16, rounded. What loss and gradient have seen."""
+
     def at(self, fraction: float) -> PathPoint:
         """Held-out loss and gradient part of the way from base to trained; each point is computed once."""
 
