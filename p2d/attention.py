@@ -1,7 +1,7 @@
-"""Attention mass per head, read inside an ordinary forward pass.
+"""The attention function of every loaded model: SDPA, a faster way for short rows on CPUs, and a probe of the mass.
 
-The probe is an attention function registered with transformers: it returns exactly what SDPA returns and, on the way,
-sums how much probability the chosen token positions put on chosen spans of keys. So there is no `output_attentions` (which
+It is registered with transformers by name. While a probe is on it also sums, on the way and without changing a bit of the
+output, how much probability chosen token positions put on chosen spans of keys. So there is no `output_attentions` (which
 forces the eager kernel and holds [H, T, T] per layer), and no second pass. What the mass means is the scorer's business.
 
 Legend: B batch, T token, H query head, G KV group, E head width, Q probed position, S span of keys.
@@ -21,8 +21,10 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-NAME = "p2d_probe"
-"""Name of the attention implementation while a probe is on."""
+from p2d.cpu_attention import is_for_short_rows, short_causal_attention
+
+ATTENTION = "p2d"
+"""Name of the attention implementation; see `use_attention`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,21 +66,23 @@ class Probe:
         self._mass[layer] = span_mass(query_BHTE, key_BGTE, scaling, self.plan)
 
 
-_ACTIVE: ContextVar[Probe | None] = ContextVar("p2d_probe", default=None)
+_ACTIVE: ContextVar[Probe | None] = ContextVar("p2d_attention_probe", default=None)
 
 
 @contextmanager
-def probe_attention(module: PreTrainedModel, n_layers: int) -> Iterator[Probe]:
-    """Switch a model to the probing attention function for the block, and back afterwards."""
-    before = module.config._attn_implementation
+def probe_attention(n_layers: int) -> Iterator[Probe]:
+    """A probe that reads every forward pass of the block that it has a plan for; `use_attention` comes before."""
     probe = Probe(n_layers=n_layers)
     token = _ACTIVE.set(probe)
-    module.set_attn_implementation(NAME)
     try:
         yield probe
     finally:
-        module.set_attn_implementation(before)
         _ACTIVE.reset(token)
+
+
+def use_attention(module: PreTrainedModel) -> None:
+    """Make a model attend by this file's function."""
+    module.set_attn_implementation(ATTENTION)
 
 
 def span_mass(query_BHTE: Tensor, key_BGTE: Tensor, scaling: float, plan: ProbePlan) -> Tensor:
@@ -102,18 +106,22 @@ def span_mass(query_BHTE: Tensor, key_BGTE: Tensor, scaling: float, plan: ProbeP
     return torch.einsum("bhqs,bq->bhs", mass_BHQS, weight_BQ.float())
 
 
-def _probing_attention(
+def _attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
+    """What transformers calls in every layer: [B, H, T, E] in, [B, T, H, E] out."""
+    scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
     probe = _ACTIVE.get()
     if probe is not None and probe.plan is not None:
-        scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
         layer = module.layer_idx
         assert isinstance(layer, int)
         probe.read(layer, query, key, scaling)
+    if is_for_short_rows(query, key, value, attention_mask, kwargs.get("dropout", 0.0)):
+        out_BHTE = short_causal_attention(query, key, value, scaling)
+        return out_BHTE.transpose(1, 2).contiguous(), None
     output: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     return output
 
 
-AttentionInterface.register(NAME, _probing_attention)
-AttentionMaskInterface.register(NAME, sdpa_mask)
+AttentionInterface.register(ATTENTION, _attention)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)

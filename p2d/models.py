@@ -23,6 +23,7 @@ from transformers.utils import logging as transformers_logging
 
 from p2d.arch import ARCHS
 from p2d.arch.spec import ArchSpec
+from p2d.attention import use_attention
 from p2d.config import Precision, Projection
 from p2d.device import pick_device, pick_dtype
 from p2d.errors import ModelError, ModelNotFound
@@ -86,6 +87,7 @@ def load_base_model(directory: Path, *, precision: Precision = "auto", device: s
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise ModelError(f"The weights of {info.name!r} cannot be loaded: {error}", model=info.name) from error
     module.to(where)  # type: ignore[arg-type]
+    use_attention(module)
     return BaseModel(info, spec, module, renderer, where, dtype, load_s=time.perf_counter() - started)
 
 

@@ -60,7 +60,7 @@ def icl(given: ResponseInput) -> Responses:
         alone_nll = dict(zip(asked, _nll_alone(base, [rendered[row] for row in asked]), strict=True))
         collected = _Collected(len(given.span), base.info.n_layers * base.info.n_heads)
         tokens = sum(row_length(base.renderer, rendered[row]) for row in asked)
-        with probe_attention(base.module, base.info.n_layers) as probe:
+        with probe_attention(base.info.n_layers) as probe:
             for done, group in enumerate(groups, start=1):
                 mass_SN, nll_B = read_group(base, probe, group, rendered)
                 gain = float(np.mean([alone_nll[query] - nll for query, nll in zip(group.queries, nll_B, strict=True)]))

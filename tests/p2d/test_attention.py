@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from p2d.attention import NAME, ProbePlan, probe_attention
+from p2d.attention import ProbePlan, probe_attention
 from p2d.batches import collate
 from p2d.models import BaseModel
 from p2d.rendering import RenderedRow
@@ -23,7 +23,7 @@ def plan_for(positions: list[list[int]]) -> ProbePlan:
 def test_the_mass_is_that_of_the_full_attention_matrix(tiny: BaseModel, rendered: list[RenderedRow]) -> None:
     batch = collate(tiny.renderer, rendered, [0, 1])
     positions = [[10, 11, 12], [14]]
-    with torch.no_grad(), probe_attention(tiny.module, tiny.info.n_layers) as probe:
+    with torch.no_grad(), probe_attention(tiny.info.n_layers) as probe:
         probe.plan = plan_for(positions)
         tiny.hidden(batch.input_ids_BT)
         mass_LBHS = probe.take()
@@ -42,27 +42,23 @@ def test_probing_changes_no_bit_of_the_output(tiny: BaseModel, rendered: list[Re
     batch = collate(tiny.renderer, rendered, [0, 1, 2])
     with torch.no_grad():
         plain = tiny.hidden(batch.input_ids_BT)
-        with probe_attention(tiny.module, tiny.info.n_layers) as probe:
+        with probe_attention(tiny.info.n_layers) as probe:
             probe.plan = plan_for([[10], [11], [12]])
             probed = tiny.hidden(batch.input_ids_BT)
 
     assert torch.equal(plain, probed)
 
 
-def test_the_model_gets_its_own_attention_back(tiny: BaseModel) -> None:
-    def fail() -> None:
-        with probe_attention(tiny.module, tiny.info.n_layers):
-            assert tiny.module.config._attn_implementation == NAME
-            raise ZeroDivisionError
+def test_a_probe_without_a_plan_reads_nothing(tiny: BaseModel, rendered: list[RenderedRow]) -> None:
+    with torch.no_grad(), probe_attention(tiny.info.n_layers) as probe:
+        tiny.hidden(collate(tiny.renderer, rendered, [0]).input_ids_BT)
 
-    with pytest.raises(ZeroDivisionError):
-        fail()
-
-    assert tiny.module.config._attn_implementation == "sdpa"
+        with pytest.raises(AssertionError, match="the probe saw layers"):
+            probe.take()
 
 
 def test_a_model_that_never_calls_the_probe_is_noticed(tiny: BaseModel, rendered: list[RenderedRow]) -> None:
-    with torch.no_grad(), probe_attention(tiny.module, tiny.info.n_layers) as probe:
+    with torch.no_grad(), probe_attention(tiny.info.n_layers) as probe:
         probe.plan = plan_for([[10]])
         tiny.module.set_attn_implementation("sdpa")  # as a family would that keeps its own function
         tiny.hidden(collate(tiny.renderer, rendered, [0]).input_ids_BT)

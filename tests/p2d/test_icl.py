@@ -65,7 +65,7 @@ def test_a_group_never_outgrows_the_context(tiny: BaseModel) -> None:
 def test_the_likelihood_after_shared_demos_is_that_of_one_long_sequence(tiny: BaseModel) -> None:
     rendered = {index: tiny.renderer.render(row) for index, row in enumerate(ROWS)}
     group = Group(demos=(0, 3), queries=(5, 6))
-    with torch.no_grad(), probe_attention(tiny.module, tiny.info.n_layers) as probe:
+    with torch.no_grad(), probe_attention(tiny.info.n_layers) as probe:
         _, nll_B = read_group(tiny, probe, group, rendered)
 
     shown = [
