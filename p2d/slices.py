@@ -76,6 +76,10 @@ class Site:
         """Name in states, adapters and checkpoints."""
         return slice_key(self.layer, self.projection)
 
+    def at(self, fraction: float) -> Tensor:
+        """The slice part of the way from base (0) to master (1), in the weight's type."""
+        return self.base.float().lerp(self.master.detach(), fraction).to(self.base.dtype)
+
     @property
     def axis(self) -> int:
         """Axis of the weight that `index` runs along."""
@@ -163,7 +167,7 @@ class HeadSlices:
     def interpolate(self, fraction: float) -> None:
         """Set the weights part of the way from base (0) to masters (1); the masters stay."""
         for site in self.sites:
-            _write(site, site.base.float().lerp(site.master.detach(), fraction))
+            _write(site, site.at(fraction))
 
     def delta(self) -> dict[str, Tensor]:
         """How far every slice moved from the base, fp32: the difference is taken in fp32, bf16 would round it away."""

@@ -50,8 +50,8 @@ class Proxy(Protocol):
     def trained(self, layer: int, projection: Projection) -> Tensor:
         """The same after the proxy."""
 
-    def moved(self, layer: int, projection: Projection) -> Tensor:
-        """Trained minus base as the weights hold them: under bf16, rounded. What loss and gradient have seen."""
+    def moved(self, layer: int, projection: Projection, start: float, end: float) -> Tensor:
+        """Change between two points of the path as the weights hold it: under bf16, rounded. What loss has seen."""
 
     def at(self, fraction: float) -> PathPoint:
         """Held-out loss and gradient part of the way from base to trained; each point is computed once."""

@@ -56,8 +56,8 @@ class FakeProxy:
         change = self._random(layer, projection, 2, 0.1) if projection in self.projections else 0.0
         return self.base(layer, projection) + change
 
-    def moved(self, layer: int, projection: Projection) -> Tensor:
-        return self.trained(layer, projection) - self.base(layer, projection)
+    def moved(self, layer: int, projection: Projection, start: float, end: float) -> Tensor:
+        return (self.trained(layer, projection) - self.base(layer, projection)) * (end - start)
 
     def at(self, fraction: float) -> PathPoint:
         """L = sum over weights of slope * d + curvature * d^3, d = distance from the base."""
