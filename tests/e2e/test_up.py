@@ -1,0 +1,93 @@
+"""`p2d up` as a process: it answers, and whatever ends it, nothing of it stays."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from app.embedded import remove
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Iterator[Path]:
+    yield tmp_path / "home"
+    remove(tmp_path / "home")
+
+
+@contextmanager
+def up(home: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """The process and the address it printed."""
+    command = [sys.executable, "-P", "-m", "app.cli", "up", "--port", "0"]
+    env = os.environ | {"P2D_HOME": str(home)}
+    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
+        assert process.stdout is not None
+        try:
+            address = re.search(r"http://\S+", process.stdout.readline())
+            assert address is not None
+            yield process, address[0]
+        finally:
+            process.kill()
+
+
+def children_of(home: Path) -> list[psutil.Process]:
+    records = json.loads((home / "run" / "run.json").read_text())
+    return [psutil.Process(record["pid"]) for record in records]
+
+
+def gone(process: psutil.Process) -> bool:
+    return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_stops_the_service_in_order_and_leaves_nothing(home: Path, how: signal.Signals) -> None:
+    with up(home) as (process, address):
+        assert httpx.get(f"{address}/readyz").json()["status"] == "ok"
+        parts = children_of(home)
+        assert len(parts) == 4
+
+        process.send_signal(how)
+
+        assert process.wait(timeout=60) == 0
+        assert all(gone(part) for part in parts)
+        assert json.loads((home / "run" / "run.json").read_text()) == []
+
+
+def test_after_a_kill_the_next_one_stops_the_leftovers_and_serves(home: Path) -> None:
+    with up(home) as (process, _):
+        left = children_of(home)
+        process.kill()
+        process.wait()
+    assert any(not gone(part) for part in left)
+
+    with up(home) as (process, address):
+        assert httpx.get(f"{address}/readyz").is_success
+        assert all(gone(part) for part in left)
+        process.terminate()
+        process.wait(timeout=60)
+
+
+def test_a_server_that_dies_ends_the_service_with_its_name(home: Path) -> None:
+    with up(home) as (process, _):
+        parts = children_of(home)
+        postgres = next(part for part in parts if "postgres" in part.name())
+        postgres.kill()
+
+        deadline = time.monotonic() + 60
+        while process.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+        assert process.returncode == 1
+        assert all(gone(part) for part in parts)
