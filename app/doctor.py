@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -17,7 +18,7 @@ import redis
 from rich.console import Console
 from rich.table import Table
 
-from app.embedded import start_postgres, start_valkey, wheel_binaries
+from app.embedded import remove, start_postgres, start_valkey, wheel_binaries
 from app.errors import ProcessFailed
 from app.processes import Supervisor
 from app.settings import Settings
@@ -92,9 +93,19 @@ def _writable(home: Path) -> str:
         return str(home)
 
 
+@contextmanager
+def _scratch() -> Iterator[Supervisor]:
+    home = Path(tempfile.mkdtemp(prefix="p2d-doctor-"))
+    try:
+        with Supervisor(home) as supervisor:
+            yield supervisor
+    finally:
+        remove(home)
+
+
 def _database(settings: Settings) -> str:
     if settings.database_url is None:
-        with tempfile.TemporaryDirectory() as scratch, Supervisor(Path(scratch)) as supervisor:
+        with _scratch() as supervisor:
             return f"embedded: {_postgres_version(start_postgres(supervisor, wheel_binaries(), durable=False))}"
     return _postgres_version(settings.url("database_url"))
 
@@ -106,7 +117,7 @@ def _postgres_version(url: str) -> str:
 
 def _broker(settings: Settings) -> str:
     if settings.broker_url is None:
-        with tempfile.TemporaryDirectory() as scratch, Supervisor(Path(scratch)) as supervisor:
+        with _scratch() as supervisor:
             return f"embedded: {_redis_version(start_valkey(supervisor, wheel_binaries()))}"
     return _redis_version(settings.url("broker_url"))
 

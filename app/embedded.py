@@ -192,6 +192,7 @@ def _place(home: Path) -> Path:
     place = ROOT_HOME / name.read_text(encoding="utf-8")
     ROOT_HOME.mkdir(mode=0o711, parents=True, exist_ok=True)
     place.mkdir(mode=0o711, exist_ok=True)
+    (place / "home").write_text(f"{home.absolute()}\n", encoding="utf-8")  # whose it is, for whoever finds it
     return place
 
 

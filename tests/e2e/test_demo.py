@@ -11,6 +11,7 @@ import pytest
 from rich.console import Console
 
 from app import demo
+from app.embedded import remove
 from app.service import Service
 from app.settings import Settings
 
@@ -24,7 +25,10 @@ def test_the_demo_leaves_its_result_and_nothing_else_running(
     console = Console(file=StringIO(), width=160)
     before = {process.pid for process in psutil.Process().children(recursive=True)}
 
-    demo.demo(settings, tmp_path / "out", console)
+    try:
+        demo.demo(settings, tmp_path / "out", console)
+    finally:
+        remove(settings.home / "demo")
 
     assert {path.name for path in (tmp_path / "out").iterdir()} == set(demo.RESULT)
     assert {process.pid for process in psutil.Process().children(recursive=True)} <= before
