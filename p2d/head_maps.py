@@ -27,7 +27,10 @@ FORMAT = 1
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reproducibility:
-    """How far two half-proxies of disjoint rows agree. Both are scored on the same guide rows, so the luck of these is not in it."""
+    """How far two half-proxies of disjoint rows agree.
+
+    Both are scored on the same guide rows, so the luck of these is not in it.
+    """
 
     rank_correlation: float
     """Spearman's, over all heads; nan-free: 0 where one half gives every head the same score."""
