@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from p2d.accounting import Attempt
 from p2d.config import JobConfig, check
@@ -19,6 +19,9 @@ from p2d.files import read_json, write_json
 from p2d.pipeline import STEPS, ModelCache, PlannedStep, StepCall, plan_steps, run_step
 from p2d.rows import sniff_format
 from p2d.validation import validate_file
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 SHARD_ROWS = 4096
 """Rows of one `respond` step here: shards exist for many workers, and this is one."""
@@ -53,9 +56,9 @@ class Result:
 def adapt(
     *,
     model: Path | str,
-    data: Path | str,
+    data: Path | str | Dataset,
     out: Path | str,
-    validation: Path | str | None = None,
+    validation: Path | str | Dataset | None = None,
     config: JobConfig | None = None,
     head_map: Path | str | None = None,
     selection: Path | str | None = None,
@@ -64,7 +67,8 @@ def adapt(
 ) -> Result:
     """Find heads, select rows, train, evaluate; leaves the head adapter and the report in `out`.
 
-    Args:    model: directory with config.json, tokenizer.json and safetensors. data, validation: jsonl, json, csv or parquet.
+    Args:    model: directory with config.json, tokenizer.json and safetensors.
+             data, validation: a jsonl, json, csv or parquet file, or a `datasets.Dataset` with the same field names.
              head_map, selection: files of an earlier job, instead of making them anew.
     Raises:  P2DError: every error that a user may see.
     """
@@ -75,9 +79,9 @@ def adapt(
 def identify_heads(
     *,
     model: Path | str,
-    data: Path | str,
+    data: Path | str | Dataset,
     out: Path | str,
-    validation: Path | str | None = None,
+    validation: Path | str | Dataset | None = None,
     config: JobConfig | None = None,
     device: str = "auto",
     on_progress: OnProgress | None = None,
@@ -90,9 +94,9 @@ def identify_heads(
 def select_data(
     *,
     model: Path | str,
-    data: Path | str,
+    data: Path | str | Dataset,
     out: Path | str,
-    validation: Path | str | None = None,
+    validation: Path | str | Dataset | None = None,
     config: JobConfig | None = None,
     head_map: Path | str | None = None,
     device: str = "auto",
@@ -106,9 +110,9 @@ def select_data(
 def _run(
     config: JobConfig,
     model: Path | str,
-    data: Path | str,
+    data: Path | str | Dataset,
     out: Path | str,
-    validation: Path | str | None,
+    validation: Path | str | Dataset | None,
     head_map: Path | str | None,
     selection: Path | str | None,
     device: str,
@@ -119,9 +123,9 @@ def _run(
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".p2d-", dir=folder) as scratch:
         work = Path(scratch)  # inputs and outputs of all steps: each reads what earlier ones wrote
-        rows = _take(Path(data), work / "dataset.jsonl")
+        rows = _take(data, work / "dataset.jsonl")
         if validation is not None:
-            _take(Path(validation), work / "validation.jsonl")
+            _take(validation, work / "validation.jsonl")
         if head_map is not None:
             shutil.copyfile(head_map, work / "head_map.json")
             config = replace(config, heads=replace(config.heads, head_map=Path(head_map).name))
@@ -135,8 +139,13 @@ def _run(
     return Result(folder, read_json(folder / "report.json"))
 
 
-def _take(path: Path, normalised: Path) -> int:
-    """Check a user's file and write its normalised form; the number of rows."""
+def _take(data: Path | str | Dataset, normalised: Path) -> int:
+    """Check a user's rows and write their normalised form; the number of rows."""
+    if isinstance(data, (str, Path)):
+        path = Path(data)
+    else:  # through a file, so that a table gets the same checks and the same messages
+        path = normalised.with_suffix(".table.jsonl")
+        data.to_json(path)
     return validate_file(path, sniff_format(path, path.name), normalised=normalised).rows
 
 

@@ -90,6 +90,21 @@ def test_the_reported_loss_is_that_of_base_and_adapter_loaded_afresh(
     assert loss == whole.report["evaluation"]["loss_after"]
 
 
+def test_a_table_of_the_datasets_library_gives_the_adapter_of_its_file(
+    whole: Result, tiny_dir: Path, files: Path, tmp_path: Path
+) -> None:
+    from datasets import Dataset
+
+    tables = [
+        Dataset.from_list([{"prompt": row.prompt, "answer": row.answer} for row in load_rows(files / name)])
+        for name in ("train.jsonl", "held_out.jsonl")
+    ]
+
+    result = adapt(model=tiny_dir, data=tables[0], validation=tables[1], out=tmp_path, config=a_config(), device="cpu")
+
+    assert result.file("heads.safetensors").read_bytes() == whole.file("heads.safetensors").read_bytes()
+
+
 def test_earlier_results_take_the_place_of_the_steps_that_make_them(
     tiny_dir: Path, files: Path, whole: Result, tmp_path: Path
 ) -> None:
