@@ -33,7 +33,8 @@ from p2d.errors import P2DError
 MOST_ERRORS = 20
 """Bad lines shown on the terminal; the service lists more."""
 
-out = Console(highlight=False, soft_wrap=True)
+# Into a pipe or file there is no width to fit: tables get room for a line.
+out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 140)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 cli = typer.Typer(
@@ -248,12 +249,17 @@ def models_list() -> None:
 
 
 @cli.command()
-def demo(to: Annotated[Path, typer.Option("--out", help="Directory for the result.")] = Path("demo-output")) -> None:
+def demo(
+    to: Annotated[Path, typer.Option("--out", help="Directory for the result.")] = Path("demo-output"),
+    rows: Annotated[
+        int, typer.Option(help="Training rows of the sample, up to 300; all of them take half as long again.")
+    ] = 200,
+) -> None:
     """Run the main job on this machine: SmolLM2-135M-Instruct on a GSM8K sample."""
     from app.demo import demo as run_demo
 
     raise_on_term()
-    run_demo(Settings(), to, out)
+    run_demo(Settings(), to, out, rows=rows)
 
 
 @cli.command()
