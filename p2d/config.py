@@ -146,6 +146,14 @@ def top_count(ratio: float, total: int) -> int:
     return min(total, max(1, math.ceil(ratio * total - 1e-9)))
 
 
+def proxy_guide_rows(proxy_rows: int, guide_rows: int) -> int:
+    """How many held-out rows a proxy is judged on: a third of its own rows, but at least 16 where there are so many.
+
+    `attribution` passes them up to five times, so all 32 would cost more than a small proxy itself.
+    """
+    return min(guide_rows, max(16, math.ceil(proxy_rows / 3)))
+
+
 def check(config: JobConfig) -> None:
     """Raise ConfigError (`config.invalid`) with one entry in errors[] for every field that is wrong."""
     errors = list(_faults(config))

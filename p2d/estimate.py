@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
-from p2d.config import JobConfig, Projection, top_count
+from p2d.config import JobConfig, Projection, proxy_guide_rows, top_count
 from p2d.model_info import ModelInfo
 from p2d.plans import RowCounts
 
@@ -65,11 +65,11 @@ def estimate_seconds(
     share = top_count(_ratio(config), train.rows) / train.rows
     proxy = min(1.0, config.heads.proxy_rows / train.rows)
     one_epoch = work.train(train) * share
+    judging = proxy_guide_rows(config.heads.proxy_rows, guide.rows) / max(1, guide.rows)
+    # Held-out loss before and after each half; attribution needs gradients there, and mostly halfway as well.
+    looks = 5 * work.backward(guide) if config.heads.scorer == "attribution" else 3 * work.forward(guide)
     flops = {
-        "heads": work.train(train) * proxy
-        + work.backward(guide) * (3 if config.heads.scorer == "attribution" else 0)
-        # held-out loss before and after each half
-        + 3 * work.forward(guide),
+        "heads": work.train(train) * proxy + judging * looks,
         "respond": _respond(work, config, train, guide),
         "train": one_epoch * config.training.epochs * (1 + TRIAL_SHARE),
         "evaluate": 2 * work.forward(evaluation) + 2 * _baseline_steps(work, config, train),

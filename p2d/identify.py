@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from p2d.batches import TOKEN_BUDGET, answer_nll, collate, mean_answer_nll, row_length, token_budget_batches
-from p2d.config import HEAD_SCORERS, JobConfig, Projection
+from p2d.config import HEAD_SCORERS, JobConfig, Projection, proxy_guide_rows
 from p2d.device import memory_guard
 from p2d.errors import DatasetTooSmall, Diverged, EngineError
 from p2d.head_maps import HeadMap, ProxyFacts, reproducibility
@@ -197,7 +197,8 @@ def _score_halves(
         raise EngineError("Heads cannot be ranked without held-out rows.")
     steps = steps_per_epoch(len(halves[0]), batch_size)
     work = _Work(progress, total=0)
-    guide_rendered = [base.renderer.render(row) for row in guide_rows]
+    judging = guide_rows[: proxy_guide_rows(config.heads.proxy_rows, len(guide_rows))]
+    guide_rendered = [base.renderer.render(row) for row in judging]
     guide = _Guide(base, guide_rendered, work, with_gradients=config.heads.scorer in WITH_GRADIENTS)
     work.total = 2 * steps + 3 * (len(guide.batches) if guide.with_gradients else 1)
     scores: list[Tensor] = []
@@ -220,7 +221,7 @@ def _score_halves(
         rows_per_half=len(halves[0]),
         steps_per_half=steps,
         learning_rate=rate,
-        guide_rows=len(guide_rows),
+        guide_rows=len(judging),
         guide_loss_before=before.loss,
         guide_loss_after=tuple(after),
         tokens=work.tokens,
