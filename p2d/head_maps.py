@@ -199,10 +199,11 @@ def _svg(head_map: HeadMap, ratio: float) -> str:
     ]
     for rank, (layer, head) in enumerate(head_map.ranked()):
         x, y = left + cell * head, top + cell * (head_map.n_layers - 1 - layer)
-        light = 30 + round(66 * rank / max(1, total - 1))
+        # Plain hex, from dark blue to nearly white: some viewers draw CSS colour functions black.
+        red, green, blue = (round(dark + (250 - dark) * rank / max(1, total - 1)) for dark in (23, 69, 130))
         border = ' stroke="#000" stroke-width="1.5"' if (layer, head) in chosen else ' stroke="#fff" stroke-width="1"'
         parts.append(
-            f'<rect x="{x}" y="{y}" width="{cell - 1}" height="{cell - 1}" fill="hsl(215 70% {light}%)"{border}>'
+            f'<rect x="{x}" y="{y}" width="{cell - 1}" height="{cell - 1}" fill="#{red:02x}{green:02x}{blue:02x}"{border}>'
             f"<title>layer {layer}, head {head}: rank {rank + 1}, score {head_map.scores[layer][head]:.4g}</title></rect>"
         )
     for layer in range(0, head_map.n_layers, max(1, head_map.n_layers // 6)):
