@@ -125,7 +125,8 @@ def _lora_layers(base: BaseModel) -> Iterator[list[nn.Parameter]]:
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        wrapped = get_peft_model(base.module, config)
+        # In the base's own type, not peft's default fp32: the casts to and fro would make LoRA look dearer than it is.
+        wrapped = get_peft_model(base.module, config, autocast_adapter_dtype=False)
     try:
         yield [weight for weight in wrapped.parameters() if weight.requires_grad]
     finally:

@@ -24,8 +24,11 @@ LOAD_S = 8.0
 LOAD_BYTES_PER_S = 5e8
 """Reading weights. A guess for an ordinary disk."""
 
-TRIAL_SHARE = 0.45
-"""Learning-rate search as a share of the training it precedes: three trials of an eighth each, and held-out looks."""
+TRIALS = 4.0
+"""Learning-rate search in trials, held-out looks counted as part of one. See `p2d.learning_rates`."""
+
+PATH_POINTS = 4.0
+"""Gradients over the guide rows that `attribution` takes: 3, or 5 where the path is halved."""
 
 BASELINE_STEPS = 4
 """Real steps of each of the two baselines that evaluation times."""
@@ -71,7 +74,7 @@ def estimate_seconds(
     flops = {
         "heads": work.train(train) * proxy + judging * looks,
         "respond": _respond(work, config, train, guide),
-        "train": one_epoch * config.training.epochs * (1 + TRIAL_SHARE),
+        "train": one_epoch * (config.training.epochs + _search_epochs(config, share * train.rows)),
         "evaluate": 2 * work.forward(evaluation) + 2 * _baseline_steps(work, config, train),
     }
     if config.heads.scorer == "random":
@@ -83,6 +86,14 @@ def estimate_seconds(
     seconds["heads"] += LOAD_S + info.parameters * 2 / LOAD_BYTES_PER_S
     seconds |= {"select": 0.5 + train.rows * 2e-5, "package": 0.5}
     return {step: round(s, 1) for step, s in seconds.items()}
+
+
+def _search_epochs(config: JobConfig, rows: float) -> float:
+    """Passes over the selected rows that the learning-rate search amounts to."""
+    if config.training.learning_rate != "auto":
+        return 0.0
+    steps = max(1.0, rows / config.training.batch_size * config.training.epochs)
+    return TRIALS * max(4.0, min(16.0, steps / 8)) / steps * config.training.epochs
 
 
 def _ratio(config: JobConfig) -> float:

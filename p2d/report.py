@@ -43,6 +43,7 @@ def write_report(inputs: Path, path: Path, *, started: float, device: str) -> No
         "training": None if training is None else {key: training[key] for key in training if key != "log"},
         "evaluation": evaluation,
     }
+    report["estimate_s"] = plan.estimate_s
     report["cost"] = _cost(inputs, evaluation, started=started, device=device)
     write_json(path, report)
 
