@@ -70,7 +70,7 @@ def main() -> None:
         _explain(error)
         sys.exit(2 if error.fault == "user" else 1)
     except (ServiceUnreachable, DownloadCorrupt) as error:
-        err.print(f"[red]{type(error).__name__}[/]: {error}")
+        err.print(f"{type(error).__name__}: {error}", markup=False, style="red")
         sys.exit(1)
     except Terminated:
         sys.exit(143)
@@ -87,8 +87,8 @@ def up(port: Annotated[int | None, typer.Option(help="Port of the API; 0 = a fre
     raise_on_term()
     settings = Settings() if port is None else Settings(port=port)
     try:
-        with running(settings, say=err.print) as service:
-            out.print(f"P2D answers at [bold]{service.url}[/] (data in {service.settings.home}). Ctrl-C stops it.")
+        with running(settings, say=lambda line: err.print(line, markup=False)) as service:
+            out.print(f"P2D answers at {service.url} (data in {service.settings.home}). Ctrl-C stops it.", markup=False)
             service.wait()
     except (KeyboardInterrupt, Terminated):
         raise typer.Exit(0) from None
@@ -174,7 +174,7 @@ def download(
     """Fetch a job's files, verified; a download that was cut goes on where it stopped."""
     with Client(url) as client:
         for path in client.download(job_id, to, names=name or None):
-            out.print(str(path))
+            out.print(str(path), markup=False)
 
 
 # --- the engine, without a service -------------------------------------------------------------------------------------
@@ -197,7 +197,7 @@ def run(
     job: Callable[..., Any] = getattr(p2d, config.kind)  # adapt, identify_heads, select_data
     with watching_steps(out) as show:
         result = job(model=model, data=data, out=to, validation=validation, config=config, on_progress=show)
-    out.print(f"{headline(result.report)}\nThe result is in {to}.")
+    out.print(f"{headline(result.report)}\nThe result is in {to}.", markup=False)
 
 
 @cli.command()
@@ -206,7 +206,7 @@ def apply(model: Path, adapter: Path, to: Path) -> None:
     from p2d.adapters import merge
 
     merge(model, adapter, to)
-    out.print(f"The adapted model is in {to}.")
+    out.print(f"The adapted model is in {to}.", markup=False)
 
 
 @models.command("add")

@@ -63,7 +63,7 @@ def demo(settings: Settings, out: Path, console: Console, *, rows: int = ROWS) -
     """
 
     def say(line: str) -> None:
-        console.print(line, style="dim", highlight=False, soft_wrap=True)
+        console.print(line, style="dim", highlight=False, markup=False, soft_wrap=True)
 
     data = package_root() / "examples" / "gsm8k"
     if not (data / "train.jsonl").is_file():
@@ -98,7 +98,7 @@ def demo(settings: Settings, out: Path, console: Console, *, rows: int = ROWS) -
         client.download(job.id, out, names=RESULT)
     report: dict[str, Any] = json.loads((out / "report.json").read_text(encoding="utf-8"))
     console.print(summary(report))
-    console.print(f"{where_next(out, settings)}", highlight=False, soft_wrap=True)
+    console.print(where_next(out, settings), highlight=False, markup=False, soft_wrap=True)
 
 
 def first_rows(path: Path, rows: int, folder: Path) -> Path:

@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from typing import Any, Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 from p2d.client import Event
 from p2d.pipeline import STEPS, PlannedStep
@@ -30,6 +30,10 @@ PLAIN_EVERY_S = 15.0
 """Seconds between two plain progress lines of one stage."""
 
 
+WIDE = 110
+"""Columns of a terminal that has room for metrics."""
+
+
 class Watcher(Protocol):
     """Is shown every event of a job."""
 
@@ -42,16 +46,20 @@ def watching(console: Console) -> Iterator[Watcher]:
     if not console.is_terminal:
         yield PlainWatcher(console)
         return
-    columns = (
-        TextColumn("{task.description:<28}"),
-        BarColumn(),
+    with Progress(*_columns(console), console=console) as progress:
+        yield BarWatcher(progress)
+
+
+def _columns(console: Console) -> list[ProgressColumn]:
+    """What fits: the bar and the time on 80 columns, numbers of the engine beside them on wider terminals."""
+    columns: list[ProgressColumn] = [
+        TextColumn("{task.description:<26}"),
+        BarColumn(bar_width=16),
         TaskProgressColumn(),
         TimeElapsedColumn(),
         TextColumn("{task.fields[left]}"),
-        TextColumn("[dim]{task.fields[metrics]}"),
-    )
-    with Progress(*columns, console=console) as progress:
-        yield BarWatcher(progress)
+    ]
+    return columns + ([TextColumn("[dim]{task.fields[metrics]}")] if console.width >= WIDE else [])
 
 
 class BarWatcher:
@@ -71,7 +79,7 @@ class BarWatcher:
         elif event.type == "metric":
             self._progress.update(self._task, metrics=_metrics(data.get("values") or {}))
         elif line := _line(event):
-            self._progress.console.print(line, highlight=False)
+            self._progress.console.print(line, highlight=False, markup=False)
 
 
 class PlainWatcher:
@@ -96,7 +104,9 @@ class PlainWatcher:
             self._print(line)
 
     def _print(self, text: str) -> None:
-        self._console.print(f"{time.monotonic() - self._started:6.0f} s  {text}", highlight=False, soft_wrap=True)
+        self._console.print(
+            f"{time.monotonic() - self._started:6.0f} s  {text}", highlight=False, markup=False, soft_wrap=True
+        )
 
 
 def stage_name(data: Mapping[str, Any]) -> str:
@@ -110,7 +120,7 @@ def time_left(data: Mapping[str, Any]) -> str:
     if not data.get("eta_at"):
         return ""
     seconds = (datetime.fromisoformat(str(data["eta_at"])) - datetime.now(UTC)).total_seconds()
-    return f"about {duration(max(seconds, 0.0))} left"
+    return f"{duration(max(seconds, 0.0))} left"
 
 
 def duration(seconds: float) -> str:
@@ -136,27 +146,20 @@ def _line(event: Event) -> str:
 
 
 def _metrics(values: Mapping[str, Any]) -> str:
-    shown = [(name, value) for name, value in values.items() if isinstance(value, int | float)][:3]
+    shown = [(name, value) for name, value in values.items() if isinstance(value, int | float)][:2]
     return "  ".join(f"{name} {value:.4g}" for name, value in shown)
 
 
 @contextmanager
 def watching_steps(console: Console) -> Iterator[Callable[[PlannedStep, int, int, Mapping[str, float]], None]]:
     """The same for a run without the service: one bar a step, or one line where there is no terminal."""
-    columns = (
-        TextColumn("{task.description:<28}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TimeElapsedColumn(),
-        TextColumn("[dim]{task.fields[metrics]}"),
-    )
     bars: dict[tuple[str, int], TaskID] = {}
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+    with Progress(*_columns(console), console=console, disable=not console.is_terminal) as progress:
 
         def show(step: PlannedStep, done: int, total: int, metrics: Mapping[str, float]) -> None:
             key = (step.step, step.shard)
             if key not in bars:
-                bars[key] = progress.add_task(stage_name({"stage": STEPS[step.step].stage}), metrics="")
+                bars[key] = progress.add_task(stage_name({"stage": STEPS[step.step].stage}), left="", metrics="")
                 if not console.is_terminal:
                     console.print(f"{step.step} ...", highlight=False)
             progress.update(bars[key], completed=done, total=total, metrics=_metrics(metrics))
