@@ -100,6 +100,15 @@ def store_url(tmp_path_factory: pytest.TempPathFactory) -> str:
     return tmp_path_factory.mktemp("store").as_uri()
 
 
+@pytest.fixture(scope="session")
+def s3_url() -> Iterator[str]:
+    """The URL of a real S3 server; its keys are `tests.s3_server.KEYS`."""
+    from tests.s3_server import s3_server
+
+    with s3_server() as url:
+        yield url
+
+
 @pytest.fixture
 def settings(database_url: str, broker_url: str, store_url: str, tmp_path: Path) -> Settings:
     """The service's settings on this module's servers, with a home of this test alone."""

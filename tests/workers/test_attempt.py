@@ -6,10 +6,14 @@ import json
 from pathlib import Path
 
 import psutil
+import pytest
+from pydantic import SecretStr
 
 from app.db.head_maps import head_map_of_job
 from app.db.selections import selection_of_job
-from tests.rig import Rig, wait_for
+from app.settings import Settings
+from tests.rig import Rig, make_rig, wait_for
+from tests.s3_server import KEYS
 
 
 def test_a_job_runs_from_its_dataset_to_its_report(rig: Rig) -> None:
@@ -23,6 +27,24 @@ def test_a_job_runs_from_its_dataset_to_its_report(rig: Rig) -> None:
     assert job.resolved["config"]["heads"]["scorer"] == "attribution"
     assert job.estimate is not None
     rig.check(job_id)
+
+
+def test_a_job_runs_on_an_s3_store(
+    settings: Settings, s3_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in KEYS.items():
+        monkeypatch.setenv(name, value)
+    rig = make_rig(settings.model_copy(update={"store_url": SecretStr(s3_url)}), tmp_path)
+    monkeypatch.setenv("STUB_DIR", str(rig.stub))
+    try:
+        job_id = rig.submit()
+        with rig.in_process():
+            job = rig.ended(job_id)
+
+        assert job.status == "succeeded", job.error
+        rig.check(job_id)
+    finally:
+        rig.stop()
 
 
 def test_the_report_gets_every_attempt_failed_ones_included(rig: Rig, tmp_path: Path) -> None:
