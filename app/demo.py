@@ -41,7 +41,7 @@ JOB = {
     # A 25-row proxy finds 17 of the same 27 heads as one of 100 rows (docs/LOG.md).
     "heads": {"ratio": 0.10, "proxy_rows": 24},
     "data": {"ratio": 0.10},
-    # What the search chooses here, in three quarters of the time that the training itself takes (docs/LOG.md).
+    # What the search chooses here; searching takes about as long as the training itself (docs/LOG.md).
     "training": {"learning_rate": 1e-3},
 }
 """The default recipe at the paper's ratios, cut to fit ten minutes on two busy cores; SHORTCUTS says how."""
