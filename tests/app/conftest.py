@@ -53,7 +53,8 @@ class Api:
     def uploading(self) -> list[Path]:
         """What uploads have left on the disk."""
         uploads = self.settings.work_dir / "uploads"
-        return sorted(uploads.rglob("*")) if uploads.is_dir() else []
+        # os.walk passes over what is swept under its feet; rglob would raise.
+        return sorted(Path(folder) / name for folder, below, files in os.walk(uploads) for name in below + files)
 
     def upload(self, content: bytes, name: str = "data.jsonl") -> httpx.Response:
         """POST /datasets."""
