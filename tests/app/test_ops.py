@@ -9,7 +9,7 @@ import pytest
 
 from app.settings import Settings
 from tests.app.conftest import Api, serving
-from tests.app.test_blobs import free_ports
+from tests.s3_server import free_ports
 
 
 def test_a_service_with_all_its_servers_is_ready(api: Api) -> None:
