@@ -26,12 +26,9 @@ from app.progress import watching, watching_steps
 from app.report import headline
 from app.schemas import JobBody
 from app.settings import Settings
-from p2d.client import Client, DownloadCorrupt, Job, ServiceProblem, ServiceUnreachable
+from p2d.client import Client, DownloadCorrupt, Job, NoSuchFile, ServiceProblem, ServiceUnreachable
 from p2d.config import JobConfig, check
-from p2d.errors import P2DError
-
-MOST_ERRORS = 20
-"""Bad lines shown on the terminal; the service lists more."""
+from p2d.errors import DatasetFileMissing, P2DError
 
 # Into a pipe or file there is no width to fit: tables get room for a line.
 out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 140)
@@ -69,7 +66,7 @@ def main() -> None:
     except (P2DError, ServiceProblem) as error:
         _explain(error)
         sys.exit(2 if error.fault == "user" else 1)
-    except (ServiceUnreachable, DownloadCorrupt) as error:
+    except (ServiceUnreachable, DownloadCorrupt, NoSuchFile) as error:
         err.print(f"{type(error).__name__}: {error}", markup=False, style="red")
         sys.exit(1)
     except Terminated:
@@ -280,7 +277,11 @@ def _with_servers(*names: str) -> Settings:
 
 
 def _dataset(given: str) -> Path | str:
-    return given if given.startswith("ds_") and not Path(given).exists() else Path(given)
+    if Path(given).is_file():
+        return Path(given)
+    if given.startswith("ds_"):
+        return given
+    raise DatasetFileMissing(f"There is no file {given!r}.")
 
 
 def _body(kind: str, recipe: str, fields: list[str]) -> dict[str, Any]:
@@ -326,11 +327,12 @@ def _follow(client: Client, job: Job) -> None:
 def _explain(error: P2DError | ServiceProblem) -> None:
     err.print(f"[red]{error.code}[/]: ", end="")
     err.print(str(error), markup=False)
-    for detail in error.errors[:MOST_ERRORS]:
-        where = f"line {detail.line}" if detail.line is not None else detail.pointer or ""
+    for detail in error.errors:
+        line = "" if detail.line is None else f"line {detail.line}"
+        where = " ".join(part for part in (detail.pointer, line) if part)
         err.print(f"  {where}: {detail.message}", markup=False)
-    if len(error.errors) > MOST_ERRORS:
-        err.print(f"  ... and {len(error.errors) - MOST_ERRORS} more")
+    if error.errors_total > len(error.errors):
+        err.print(f"  ... and {error.errors_total - len(error.errors)} more")
     if error.hint:
         err.print(error.hint, markup=False, style="dim")
 

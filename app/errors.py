@@ -154,12 +154,12 @@ class JobAlreadyFinal(Conflict):
 
 
 class DatasetInUse(Conflict):
-    """A dataset that jobs were made from."""
+    """A dataset that a job which has not ended still reads."""
 
-    code, hint = "dataset.in_use", "Keep the dataset: its jobs' reports refer to it."
+    code, hint = "dataset.in_use", "Wait for the job, or cancel it, and delete the dataset then."
 
     def __init__(self, *, dataset_id: str) -> None:
-        super().__init__("The dataset belongs to at least one job.", dataset_id=dataset_id)
+        super().__init__("A job that has not ended reads the dataset.", dataset_id=dataset_id)
 
 
 class ModelNameTaken(Conflict):

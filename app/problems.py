@@ -33,6 +33,7 @@ STATUS = {
     "config.unknown_name": 422,
     "dataset.invalid": 422,
     "dataset.empty": 422,
+    "dataset.file_missing": 422,
     "dataset.too_small": 422,
     "dataset.too_large": 413,
     "dataset.row_too_long": 422,

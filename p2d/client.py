@@ -51,6 +51,7 @@ class ServiceProblem(Exception):
         known = ErrorDetail.__dataclass_fields__
         details = [{key: value for key, value in entry.items() if key in known} for entry in body.get("errors") or []]
         self.errors = tuple(ErrorDetail(**entry) for entry in details)
+        self.errors_total = int(body.get("errors_total", len(self.errors)))
         super().__init__(str(body.get("detail") or body.get("title") or f"The service answered {status}."))
 
 
@@ -60,6 +61,10 @@ class ServiceUnreachable(Exception):
 
 class DownloadCorrupt(Exception):
     """A file arrived whole, but not with the sha256 that the service registered."""
+
+
+class NoSuchFile(Exception):
+    """The job has no file of that name (yet)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -209,9 +214,12 @@ class Client:
         return self.job(job_id)
 
     def download(self, job_id: str, out: Path, *, names: Collection[str] | None = None) -> list[Path]:
-        """Fetch the job's files (or those of `names` that it has) into `out`; returns their paths."""
+        """Fetch the job's files, or those called `names`, into `out`; returns their paths. Raises NoSuchFile."""
+        has = {artifact.name: artifact for artifact in self.artifacts(job_id)}
+        if missing := [name for name in names or () if name not in has]:
+            raise NoSuchFile(f"The job has no {', '.join(missing)}; it has {', '.join(sorted(has)) or 'no files yet'}.")
         out.mkdir(parents=True, exist_ok=True)
-        chosen = [artifact for artifact in self.artifacts(job_id) if names is None or artifact.name in names]
+        chosen = [has[name] for name in names] if names is not None else list(has.values())
         return [self.fetch(artifact, out / Path(artifact.name).name) for artifact in chosen]
 
     def fetch(self, artifact: Artifact, path: Path) -> Path:

@@ -235,6 +235,9 @@ def resolve(config: JobConfig, *, rows: int, context_length: int) -> Resolution:
     if training.max_length == "auto":
         training = replace(training, max_length=context_length)
         reasons["/training/max_length"] = "the context length of the base model"
+    elif training.max_length > context_length:
+        training = replace(training, max_length=context_length)
+        reasons["/training/max_length"] = "the base model's context is no longer than that"
     if data.ratio == "auto":
         kept = min(rows, max(top_count(DEFAULT_RATIO, rows), MIN_ROWS))
         data = replace(data, ratio=kept / rows)

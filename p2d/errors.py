@@ -92,6 +92,12 @@ class DatasetEmpty(DatasetError):
     code, hint = "dataset.empty", "Send a file with at least one row."
 
 
+class DatasetFileMissing(DatasetError):
+    """A path on this machine where there is no file."""
+
+    code, hint = "dataset.file_missing", "Check the path."
+
+
 class DatasetTooSmall(DatasetError):
     """Fewer rows than the job needs."""
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from p2d.accounting import Attempt
 from p2d.config import JobConfig, check
+from p2d.errors import DatasetFileMissing
 from p2d.files import read_json, write_json
 from p2d.pipeline import STEPS, ModelCache, PlannedStep, StepCall, plan_steps, run_step
 from p2d.rows import sniff_format
@@ -120,7 +121,26 @@ def _run(
 ) -> Result:
     check(config)
     folder = Path(out)
+    new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
+    try:
+        return _run_in(folder, config, model, data, validation, head_map, selection, device, on_progress)
+    finally:
+        if new and not any(folder.iterdir()):  # results are moved in when all is done
+            folder.rmdir()
+
+
+def _run_in(
+    folder: Path,
+    config: JobConfig,
+    model: Path | str,
+    data: Path | str | Dataset,
+    validation: Path | str | Dataset | None,
+    head_map: Path | str | None,
+    selection: Path | str | None,
+    device: str,
+    on_progress: OnProgress | None,
+) -> Result:
     with tempfile.TemporaryDirectory(prefix=".p2d-", dir=folder) as scratch:
         work = Path(scratch)  # inputs and outputs of all steps: each reads what earlier ones wrote
         rows = _take(data, work / "dataset.jsonl")
@@ -143,6 +163,8 @@ def _take(data: Path | str | Dataset, normalised: Path) -> int:
     """Check a user's rows and write their normalised form; the number of rows."""
     if isinstance(data, (str, Path)):
         path = Path(data)
+        if not path.is_file():
+            raise DatasetFileMissing(f"There is no file {str(path)!r}.")
     else:  # through a file, so that a table gets the same checks and the same messages
         path = normalised.with_suffix(".table.jsonl")
         data.to_json(path)

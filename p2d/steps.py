@@ -91,7 +91,8 @@ def validate(call: StepCall, progress: Progress, models: ModelCache, on_checkpoi
     )
     resolution = resolve(call.config, rows=len(split.train), context_length=info.context_length)
     config, reasons, warnings = resolution.config, dict(resolution.reasons), list(resolution.warnings)
-    train, guide, evaluation = _count_tokens(renderer, split, config, info.context_length, progress)
+    held_out = "/validation_dataset" if apart.is_file() else "/dataset"
+    train, guide, evaluation = _count_tokens(renderer, split, config, held_out, progress)
     if repeated := leaked(split):
         warnings.append(f"{repeated} held-out rows stand in the training rows too: the evaluation flatters the result.")
     device = pick_device(call.device)
@@ -121,35 +122,37 @@ def validate(call: StepCall, progress: Progress, models: ModelCache, on_checkpoi
 
 
 def _count_tokens(
-    renderer: Renderer, split: Split, config: JobConfig, context_length: int, progress: Progress
+    renderer: Renderer, split: Split, config: JobConfig, held_out: str, progress: Progress
 ) -> tuple[RowCounts, RowCounts, RowCounts]:
-    """Sizes of the three sets. Raises RowTooLong with every line that does not fit."""
-    assert config.training.max_length != "auto"
-    limit = min(config.training.max_length, context_length)
-    sets: list[tuple[str, Sequence[Row]]] = [("train", split.train), ("guide", split.guide), ("eval", split.evaluation)]
+    """Sizes of the three sets. Raises RowTooLong with every line that does not fit, file by file in line order."""
+    limit = config.training.max_length
+    assert limit != "auto", "resolve the config first"
+    sets: list[tuple[str, Sequence[Row]]] = [
+        ("/dataset", split.train),
+        (held_out, split.guide),
+        (held_out, split.evaluation),
+    ]
     total = sum(len(rows) for _, rows in sets)
     counts: list[RowCounts] = []
     errors: list[ErrorDetail] = []
-    done = too_long = 0
-    for _, rows in sets:
+    done = 0
+    for pointer, rows in sets:
         tokens = answers = longest = 0
         for row in rows:
             rendered = renderer.render(row)
             length = len(renderer.prefix_ids) + len(rendered.prompt_ids) + len(rendered.answer_ids)
             tokens, answers, longest = tokens + length, answers + len(rendered.answer_ids), max(longest, length)
             if length > limit:
-                too_long += 1
-                if len(errors) < MAX_LISTED:
-                    message = f"The row has {length} tokens; at most {limit} fit."
-                    errors.append(ErrorDetail(code=RowTooLong.code, message=message, line=row.line))
+                message = f"The row has {length} tokens; at most {limit} fit."
+                errors.append(ErrorDetail(code=RowTooLong.code, message=message, pointer=pointer, line=row.line))
             done += 1
             if done % 500 == 0 or done == total:
                 progress(done, total, {})
         counts.append(RowCounts(rows=len(rows), tokens=tokens, answer_tokens=answers, longest=longest))
-    if too_long:
-        raise RowTooLong(
-            f"{too_long} row(s) are longer than {limit} tokens.", errors=errors, errors_total=too_long, limit=limit
-        )
+    if errors:
+        errors.sort(key=lambda error: (error.pointer, error.line))
+        text = f"{len(errors)} row(s) are longer than {limit} tokens."
+        raise RowTooLong(text, errors=errors[:MAX_LISTED], errors_total=len(errors), limit=limit)
     return counts[0], counts[1], counts[2]
 
 

@@ -99,9 +99,3 @@ def delete_dataset(conn: Connection, dataset_id: str) -> bool:
         .values(deleted_at=func.now())
     )
     return done.rowcount == 1
-
-
-def is_dataset_used(conn: Connection, dataset_id: str) -> bool:
-    """Whether any job was made from the dataset."""
-    used = select(jobs.c.id).where((jobs.c.dataset_id == dataset_id) | (jobs.c.validation_dataset_id == dataset_id))
-    return conn.execute(used.limit(1)).first() is not None

@@ -59,13 +59,29 @@ def test_bad_rows_are_listed_by_line(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, model: Path, tmp_path: Path
 ) -> None:
     data = tmp_path / "bad.jsonl"
-    data.write_text('{"prompt": "a", "answer": "b"}\n{"prompt": "a", "answer": ""}\nnot json\n')
+    data.write_text('{"prompt": "a", "answer": "b"}\n{"prompt": "a", "answer": ""}\n' + "not json\n" * 50)
 
     status, said = p2d(capsys, monkeypatch, "run", "--model", model, "--data", data, "--out", tmp_path / "out")
 
     assert status == 2
     assert "line 2:" in said
-    assert "line 3:" in said
+    assert all(f"line {line}:" in said for line in range(3, 53))
+
+
+def test_a_dataset_file_that_is_not_there_is_said_in_words(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, model: Path, tmp_path: Path
+) -> None:
+    none = tmp_path / "none.jsonl"
+
+    commands: list[list[str | Path]] = [
+        ["run", "--model", model, "--data", none, "--out", tmp_path / "out"],
+        ["submit", "--base-model", "m", "--data", none],
+    ]
+    for arguments in commands:
+        status, said = p2d(capsys, monkeypatch, *arguments)
+
+        assert status == 2
+        assert "dataset.file_missing" in said
 
 
 def test_a_service_that_is_not_there_is_said_in_words(

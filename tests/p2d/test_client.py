@@ -11,7 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from p2d.client import Artifact, Client, DownloadCorrupt, ServiceProblem, ServiceUnreachable, without_defaults
+from p2d.client import (
+    Artifact,
+    Client,
+    DownloadCorrupt,
+    NoSuchFile,
+    ServiceProblem,
+    ServiceUnreachable,
+    without_defaults,
+)
 from p2d.config import HeadsConfig, JobConfig
 
 CONTENT = bytes(range(256)) * 4096  # 1 MiB
@@ -200,6 +208,17 @@ def test_a_download_with_other_bytes_is_refused(client: Client, answer: Callable
         client.fetch(ARTIFACT, tmp_path / "heads.safetensors")
 
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_the_job_does_not_have_is_named(
+    client: Client, answer: Callable[..., None], tmp_path: Path
+) -> None:
+    answer(ok({"data": [], "has_more": False, "next_cursor": None}))
+
+    with pytest.raises(NoSuchFile, match=r"heads\.safetensors"):
+        client.download("job_1", tmp_path / "out", names=["heads.safetensors"])
+
+    assert not (tmp_path / "out").exists()
 
 
 def test_lists_are_read_to_their_last_page(client: Client, answer: Callable[..., None], seen: list[Request]) -> None:

@@ -13,7 +13,7 @@ import pytest
 from p2d import Result, adapt, identify_heads, select_data
 from p2d.adapters import load_adapter
 from p2d.config import Control, DataConfig, HeadsConfig, JobConfig, TrainingConfig
-from p2d.errors import Cancelled, ConfigError, DatasetTooSmall, RowTooLong
+from p2d.errors import Cancelled, ConfigError, DatasetFileMissing, DatasetTooSmall, RowTooLong
 from p2d.evaluation import row_losses
 from p2d.models import load_base_model
 from p2d.pipeline import STEPS, ModelCache, PlannedStep, StepCall, is_input, plan_steps, run_step
@@ -205,7 +205,7 @@ def test_a_failed_job_leaves_nothing_behind(tiny_dir: Path, files: Path, tmp_pat
             on_progress=cancel,
         )
 
-    assert list((tmp_path / "out").iterdir()) == []
+    assert not (tmp_path / "out").exists()
 
 
 def test_every_over_long_row_is_listed_before_the_model_loads(tiny_dir: Path, files: Path, tmp_path: Path) -> None:
@@ -224,8 +224,33 @@ def test_every_over_long_row_is_listed_before_the_model_loads(tiny_dir: Path, fi
             device="cpu",
         )
 
-    assert [error.line for error in caught.value.errors] == [5, 21]
+    assert [(error.pointer, error.line) for error in caught.value.errors] == [("/dataset", 5), ("/dataset", 21)]
     assert "long" not in json.dumps([error.message for error in caught.value.errors]).replace("long ", "")
+
+
+def test_over_long_rows_are_listed_file_by_file_in_line_order(tiny_dir: Path, files: Path, tmp_path: Path) -> None:
+    config = replace(a_config(), training=TrainingConfig(epochs=1, max_length=9))
+
+    with pytest.raises(RowTooLong) as caught:
+        adapt(
+            model=tiny_dir,
+            data=files / "train.jsonl",
+            validation=files / "held_out.jsonl",
+            out=tmp_path,
+            config=config,
+            device="cpu",
+        )
+
+    listed = [(error.pointer, error.line) for error in caught.value.errors]
+    every = [("/dataset", line) for line in range(1, 25)] + [("/validation_dataset", line) for line in range(1, 13)]
+    assert listed == every
+
+
+def test_a_refused_job_leaves_no_folder_and_a_missing_file_is_said(tiny_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(DatasetFileMissing):
+        adapt(model=tiny_dir, data=tmp_path / "none.jsonl", out=tmp_path / "out", config=a_config(), device="cpu")
+
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_proxy_larger_than_the_dataset_is_refused(tiny_dir: Path, files: Path, tmp_path: Path) -> None:
