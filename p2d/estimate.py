@@ -18,6 +18,9 @@ EFFICIENCY = 0.55
 DECODE_EFFICIENCY = 0.15
 """The same for generation, a few dozen rows at a time."""
 
+ICL_SHARE = 1.6
+"""What attention over long contexts, the probe and the queries without demos add to `icl`. Measured as above."""
+
 LOAD_S = 8.0
 """Starting Python, torch and transformers once, in a fresh process. Measured on two CPU cores."""
 
@@ -131,7 +134,7 @@ def _respond(work: _Work, config: JobConfig, train: RowCounts, guide: RowCounts)
         return work.backward(train) + work.backward(guide) + work.sliced * train.tokens
     if config.data.scorer == "icl":
         queries = config.data.n_queries / config.data.n_demos
-        return work.body * train.tokens * (1 + queries) + work.head * train.answer_tokens * queries
+        return ICL_SHARE * (work.body * train.tokens * (1 + queries) + work.head * train.answer_tokens * queries)
     return 0.0
 
 
