@@ -8,7 +8,8 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -120,28 +121,7 @@ def _run(
     on_progress: OnProgress | None,
 ) -> Result:
     check(config)
-    folder = Path(out)
-    new = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        return _run_in(folder, config, model, data, validation, head_map, selection, device, on_progress)
-    finally:
-        if new and not any(folder.iterdir()):  # results are moved in when all is done
-            folder.rmdir()
-
-
-def _run_in(
-    folder: Path,
-    config: JobConfig,
-    model: Path | str,
-    data: Path | str | Dataset,
-    validation: Path | str | Dataset | None,
-    head_map: Path | str | None,
-    selection: Path | str | None,
-    device: str,
-    on_progress: OnProgress | None,
-) -> Result:
-    with tempfile.TemporaryDirectory(prefix=".p2d-", dir=folder) as scratch:
+    with _result_folder(out) as folder, tempfile.TemporaryDirectory(prefix=".p2d-", dir=folder) as scratch:
         work = Path(scratch)  # inputs and outputs of all steps: each reads what earlier ones wrote
         rows = _take(data, work / "dataset.jsonl")
         if validation is not None:
@@ -157,6 +137,19 @@ def _run_in(
             if (work / name).exists():
                 (work / name).replace(folder / name)
     return Result(folder, read_json(folder / "report.json"))
+
+
+@contextmanager
+def _result_folder(out: Path | str) -> Iterator[Path]:
+    """The folder of the results; gone again if the job made it and ends without any."""
+    folder = Path(out)
+    new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield folder
+    finally:
+        if new and not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def _take(data: Path | str | Dataset, normalised: Path) -> int:
