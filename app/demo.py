@@ -47,7 +47,7 @@ JOB = {
 """The default recipe at the paper's ratios, cut to fit ten minutes on two busy cores; SHORTCUTS says how."""
 
 ROWS = 200
-"""Training rows posted. All 300, with the search for the rate, took 12.5 minutes on two cores busy with other work."""
+"""Training rows posted: as many as fit ten minutes on two cores that are busy with other work."""
 
 SHORTCUTS = (
     "To fit ten minutes on two cores: {rows} of the sample's 300 rows, a 24-row proxy instead of 100, and a learning rate "
