@@ -190,6 +190,7 @@ def run(
     """Run a job in this process: same steps, same files, no service."""
     import p2d
 
+    raise_on_term()  # so that the scratch folder goes, as on Ctrl-C
     config = _config(_body(kind, recipe, set_))
     job: Callable[..., Any] = getattr(p2d, config.kind)  # adapt, identify_heads, select_data
     with watching_steps(out) as show:
