@@ -18,7 +18,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from p2d.batches import TOKEN_BUDGET, Batch, answer_nll, collate, row_length, token_budget_batches
+from p2d.batches import TOKEN_BUDGET, Batch, answer_nll, collate, token_budget_batches
 from p2d.config import TrainingConfig
 from p2d.device import memory_guard
 from p2d.models import BaseModel
@@ -137,7 +137,7 @@ def _lora_layers(base: BaseModel) -> Iterator[list[nn.Parameter]]:
 
 def _workload(base: BaseModel, rendered: Sequence[RenderedRow], settings: TrainingConfig) -> Workload:
     """The batches that training makes: rows at random, each batch cut again so that little is padding."""
-    lengths = [row_length(base.renderer, row) for row in rendered]
+    lengths = [base.renderer.length(row) for row in rendered]
     order = epoch_order(len(rendered), str(settings.seed), 0)
     steps: list[list[list[int]]] = []
     for start in range(0, len(order), settings.batch_size):

@@ -40,15 +40,10 @@ class Batch:
         return Batch(*moved, rows=self.rows)
 
 
-def row_length(renderer: Renderer, row: RenderedRow) -> int:
-    """Tokens of a row as a sequence of its own."""
-    return len(renderer.prefix_ids) + len(row.prompt_ids) + len(row.answer_ids)
-
-
 def collate(renderer: Renderer, rendered: Sequence[RenderedRow], indices: Sequence[int]) -> Batch:
     """Batch `rendered[i] for i in indices`, each as `prefix + prompt + answer`."""
     rows = [rendered[index] for index in indices]
-    lengths = [row_length(renderer, row) for row in rows]
+    lengths = [renderer.length(row) for row in rows]
     width = max(lengths)
     ids = torch.full((len(rows), width), renderer.pad_id, dtype=torch.long)
     answer = torch.zeros((len(rows), width), dtype=torch.bool)
@@ -101,7 +96,7 @@ def answer_nll(base: BaseModel, batch: Batch) -> tuple[Tensor, Tensor]:
 def mean_answer_nll(base: BaseModel, rendered: Sequence[RenderedRow], *, token_budget: int = TOKEN_BUDGET) -> float:
     """Mean negative log-likelihood per answer token over rows, in nats, without gradients."""
     total, tokens = 0.0, 0
-    lengths = [row_length(base.renderer, row) for row in rendered]
+    lengths = [base.renderer.length(row) for row in rendered]
     with torch.no_grad():
         for indices in token_budget_batches(lengths, token_budget):
             nll_B, tokens_B = answer_nll(base, collate(base.renderer, rendered, indices))

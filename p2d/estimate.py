@@ -30,9 +30,6 @@ LOAD_BYTES_PER_S = 5e8
 TRIALS = 4.0
 """Learning-rate search in trials, held-out looks counted as part of one. See `p2d.learning_rates`."""
 
-PATH_POINTS = 4.0
-"""Gradients over the guide rows that `attribution` takes: 3, or 5 where the path is halved."""
-
 BASELINE_STEPS = 4
 """Real steps of each of the two baselines that evaluation times."""
 

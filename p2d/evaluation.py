@@ -20,7 +20,7 @@ import torch
 
 from p2d.adapters import Adapter
 from p2d.baselines import MEASURED_STEPS, Baseline, project_full_fine_tuning, project_lora
-from p2d.batches import TOKEN_BUDGET, answer_nll, collate, row_length, token_budget_batches
+from p2d.batches import TOKEN_BUDGET, answer_nll, collate, token_budget_batches
 from p2d.config import Control, JobConfig, Projection
 from p2d.device import memory_guard
 from p2d.errors import Diverged
@@ -56,7 +56,7 @@ class RowLosses:
 def row_losses(base: BaseModel, rendered: Sequence[RenderedRow]) -> RowLosses:
     """Answer loss of every row under the weights as they stand. Raises Diverged if one is not finite."""
     nll_R, tokens_R = np.zeros(len(rendered)), np.zeros(len(rendered))
-    lengths = [row_length(base.renderer, row) for row in rendered]
+    lengths = [base.renderer.length(row) for row in rendered]
     with torch.no_grad():
         for indices in token_budget_batches(lengths, TOKEN_BUDGET):
             with memory_guard("evaluating"):
@@ -175,7 +175,7 @@ class Judge:
 
     def _losses(self, rendered: Sequence[RenderedRow]) -> RowLosses:
         losses = row_losses(self.base, rendered)
-        self.tokens += sum(row_length(self.base.renderer, row) for row in rendered)
+        self.tokens += sum(self.base.renderer.length(row) for row in rendered)
         self._tick()
         return losses
 

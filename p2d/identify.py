@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from p2d.batches import TOKEN_BUDGET, answer_nll, collate, mean_answer_nll, row_length, token_budget_batches
+from p2d.batches import TOKEN_BUDGET, answer_nll, collate, mean_answer_nll, token_budget_batches
 from p2d.config import HEAD_SCORERS, JobConfig, Projection, proxy_guide_rows
 from p2d.device import memory_guard
 from p2d.errors import DatasetTooSmall, Diverged, EngineError
@@ -119,7 +119,7 @@ class _Guide:
     answer_tokens: int = field(init=False)
 
     def __post_init__(self) -> None:
-        lengths = [row_length(self.base.renderer, row) for row in self.rows]
+        lengths = [self.base.renderer.length(row) for row in self.rows]
         self.batches = token_budget_batches(lengths, TOKEN_BUDGET)
         self.answer_tokens = sum(len(row.answer_ids) for row in self.rows)
 
@@ -143,7 +143,7 @@ class _Guide:
         """The point, or only its loss (no gradients, a third of the cost) for scorers that need no more."""
         if self.with_gradients:
             return self.point(slices)
-        self.work.tick(sum(row_length(self.base.renderer, row) for row in self.rows), {})
+        self.work.tick(sum(self.base.renderer.length(row) for row in self.rows), {})
         return PathPoint(mean_answer_nll(self.base, self.rows), {})
 
 

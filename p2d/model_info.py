@@ -15,7 +15,7 @@ import re
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -139,11 +139,6 @@ def model_digest(directory: Path) -> str:
             digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
     _keep(cache, {"digest": digest.hexdigest(), "files": stamps})
     return digest.hexdigest()
-
-
-def info_json(info: ModelInfo) -> dict[str, Any]:
-    """The JSON form of a ModelInfo."""
-    return asdict(info)
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from p2d.batches import TOKEN_BUDGET, answer_nll, collate, row_length, token_budget_batches
+from p2d.batches import TOKEN_BUDGET, answer_nll, collate, token_budget_batches
 from p2d.device import memory_guard
 from p2d.errors import Diverged
 from p2d.models import BaseModel
@@ -112,7 +112,7 @@ class SliceTrainer:
         """Gradient of the mean loss per answer token of one step's rows, in batches of similar length."""
         rows = [self._rows[index] for index in indices]
         answer_tokens = sum(len(row.answer_ids) for row in rows)
-        lengths = [row_length(self._base.renderer, row) for row in rows]
+        lengths = [self._base.renderer.length(row) for row in rows]
         total = 0.0
         for batch in token_budget_batches(lengths, TOKEN_BUDGET):
             nll_B, _ = answer_nll(self._base, collate(self._base.renderer, rows, batch))

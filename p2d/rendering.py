@@ -74,9 +74,8 @@ class Renderer:
         # A template without an end-of-turn token leaves the model no way to stop: end with eos instead.
         return RenderedRow(prompt_ids, tail_ids[:end] if end else [*tail_ids, self._eos_id])
 
-    def token_count(self, row: Row) -> int:
-        """Tokens of the row as a sequence of its own, prefix included."""
-        rendered = self.render(row)
+    def length(self, rendered: RenderedRow) -> int:
+        """Tokens of a rendered row as a sequence of its own, prefix included."""
         return len(self.prefix_ids) + len(rendered.prompt_ids) + len(rendered.answer_ids)
 
     def decode(self, ids: Sequence[int]) -> str:

@@ -140,7 +140,7 @@ def _count_tokens(
         tokens = answers = longest = 0
         for row in rows:
             rendered = renderer.render(row)
-            length = len(renderer.prefix_ids) + len(rendered.prompt_ids) + len(rendered.answer_ids)
+            length = renderer.length(rendered)
             tokens, answers, longest = tokens + length, answers + len(rendered.answer_ids), max(longest, length)
             if length > limit:
                 message = f"The row has {length} tokens; at most {limit} fit."

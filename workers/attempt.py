@@ -51,8 +51,6 @@ PROGRESS_EVERY_S = 1.0
 STORE_PATIENCE_S = 1800.0
 """Seconds that an attempt waits for a store or database that is away before it gives up. A guess: longer than a failover."""
 
-CANCELLED = "job.cancelled"
-
 T = TypeVar("T")
 
 log = structlog.get_logger()

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from p2d.arch.spec import HEAD_WISE, group_of, n_units
-from p2d.batches import answer_nll, collate, row_length, token_budget_batches
+from p2d.batches import answer_nll, collate, token_budget_batches
 from p2d.config import Projection
 from p2d.errors import Diverged
 from p2d.model_info import ModelInfo
@@ -47,7 +47,7 @@ def alignment(given: ResponseInput) -> Responses:
     base = given.base
     guide = [base.renderer.render(row) for row in given.guide]
     rows = [base.renderer.render(given.rows[index]) for index in given.span]
-    tokens = sum(row_length(base.renderer, row) for row in (*guide, *rows))
+    tokens = sum(base.renderer.length(row) for row in (*guide, *rows))
     total = len(guide) + len(rows)
 
     mean = MeanGradient()
@@ -106,7 +106,7 @@ def _backward_passes(
     base: BaseModel, rendered: Sequence[RenderedRow], slices: Sequence[Projection], sink_of: Callable[[list[int]], Sink]
 ) -> Iterator[int]:
     """Forward and backward over all rows in batches of similar length; yields how many rows are done."""
-    lengths = [row_length(base.renderer, row) for row in rendered]
+    lengths = [base.renderer.length(row) for row in rendered]
     budget = CPU_TOKENS if base.device.type == "cpu" else GPU_TOKENS
     done = 0
     for indices in token_budget_batches(lengths, budget):

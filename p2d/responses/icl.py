@@ -22,7 +22,7 @@ from torch.nn import functional
 from transformers import DynamicCache
 
 from p2d.attention import Probe, ProbePlan, probe_attention
-from p2d.batches import answer_nll, collate, row_length, token_budget_batches
+from p2d.batches import answer_nll, collate, token_budget_batches
 from p2d.errors import Diverged
 from p2d.models import BaseModel
 from p2d.rendering import RenderedRow
@@ -59,13 +59,13 @@ def icl(given: ResponseInput) -> Responses:
     with torch.no_grad():
         alone_nll = dict(zip(asked, _nll_alone(base, [rendered[row] for row in asked]), strict=True))
         collected = _Collected(len(given.span), base.info.n_layers * base.info.n_heads)
-        tokens = sum(row_length(base.renderer, rendered[row]) for row in asked)
+        tokens = sum(base.renderer.length(rendered[row]) for row in asked)
         with probe_attention(base.info.n_layers) as probe:
             for done, group in enumerate(groups, start=1):
                 mass_SN, nll_B = read_group(base, probe, group, rendered)
                 gain = float(np.mean([alone_nll[query] - nll for query, nll in zip(group.queries, nll_B, strict=True)]))
                 collected.add(group, mass_SN, gain, start=given.span.start)
-                tokens += sum(row_length(base.renderer, rendered[row]) for row in (*group.demos, *group.queries))
+                tokens += sum(base.renderer.length(rendered[row]) for row in (*group.demos, *group.queries))
                 given.progress(done, len(groups), {"gain": gain})
     response_RN, quality_R = collected.finish()
     if not (np.isfinite(response_RN).all() and np.isfinite(quality_R).all()):
@@ -116,7 +116,7 @@ def form_groups(
             pool = pools[fold]
             queries = tuple(dict.fromkeys(pool[(turn + i) % len(pool)] for i in range(given.config.data.n_queries)))
             turn += given.config.data.n_queries
-            room = base.info.context_length - max(row_length(base.renderer, rendered[query]) for query in queries)
+            room = base.info.context_length - max(base.renderer.length(rendered[query]) for query in queries)
             demos: list[int] = []
             while waiting and len(demos) < size:
                 room -= _demo_length(base, rendered[waiting[0]])
@@ -133,7 +133,7 @@ def _demo_length(base: BaseModel, row: RenderedRow) -> int:
 def _nll_alone(base: BaseModel, rendered: Sequence[RenderedRow]) -> list[float]:
     """Nats per answer token of each row without demonstrations."""
     nll = np.zeros(len(rendered))
-    lengths = [row_length(base.renderer, row) for row in rendered]
+    lengths = [base.renderer.length(row) for row in rendered]
     for indices in token_budget_batches(lengths, TOKENS):
         nll_B, tokens_B = answer_nll(base, collate(base.renderer, rendered, indices))
         nll[indices] = (nll_B / tokens_B).double().cpu().numpy()

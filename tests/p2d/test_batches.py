@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from p2d.batches import MAX_PADDING, answer_nll, collate, mean_answer_nll, row_length, token_budget_batches
+from p2d.batches import MAX_PADDING, answer_nll, collate, mean_answer_nll, token_budget_batches
 from p2d.models import BaseModel
 from p2d.rendering import RenderedRow
 
@@ -24,7 +24,7 @@ def test_a_batch_marks_exactly_the_answers(tiny: BaseModel, rendered: list[Rende
         assert ids[:own].tolist() == tiny.renderer.prefix_ids + row.prompt_ids + row.answer_ids
         assert ids[batch.answer_mask_BT[place]].tolist() == row.answer_ids
         assert set(ids[own:].tolist()) <= {tiny.renderer.pad_id}
-    assert batch.tokens == sum(row_length(tiny.renderer, rendered[index]) for index in (3, 0, 4))
+    assert batch.tokens == sum(tiny.renderer.length(rendered[index]) for index in (3, 0, 4))
 
 
 def test_padding_changes_no_loss_and_transformers_agrees(tiny: BaseModel, rendered: list[RenderedRow]) -> None:

@@ -49,15 +49,17 @@ def test_folds_are_of_equal_size() -> None:
 
 
 def test_a_group_never_outgrows_the_context(tiny: BaseModel) -> None:
-    longest = max(tiny.renderer.token_count(row) for row in ROWS)
+    longest = max(tiny.renderer.length(tiny.renderer.render(row)) for row in ROWS)
     context = 3 * longest
     small = replace(tiny, info=replace(tiny.info, context_length=context))
 
     groups, _ = groups_of(small)
 
     for group in groups:
-        query = max(tiny.renderer.token_count(ROWS[row]) for row in group.queries)
-        shown = sum(tiny.renderer.token_count(ROWS[row]) - len(tiny.renderer.prefix_ids) for row in group.demos)
+        query = max(tiny.renderer.length(tiny.renderer.render(ROWS[row])) for row in group.queries)
+        shown = sum(
+            tiny.renderer.length(tiny.renderer.render(ROWS[row])) - len(tiny.renderer.prefix_ids) for row in group.demos
+        )
         assert query + shown + len(group.demos) * len(tiny.renderer.separator_ids) <= context
     assert {row for group in groups for row in group.demos} == set(range(20))
 

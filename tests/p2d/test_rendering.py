@@ -53,7 +53,9 @@ def test_an_answer_ends_with_a_token_that_stops_generation(chat: bool) -> None:
         rendered = renderer.render(row)
         assert rendered.answer_ids[-1] in renderer.stop_ids
         assert renderer.decode(rendered.answer_ids) == row.answer
-        assert renderer.token_count(row) == len(renderer.prefix_ids + rendered.prompt_ids + rendered.answer_ids)
+        assert renderer.length(renderer.render(row)) == len(
+            renderer.prefix_ids + rendered.prompt_ids + rendered.answer_ids
+        )
 
 
 @pytest.mark.parametrize("content", [" spaced ", "\nline\n", "\u00e4\u4e2d\U0001f600", "a\tb", "<|im_end|>"])
