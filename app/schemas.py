@@ -24,6 +24,8 @@ from p2d.config import (
     JobConfig,
     Kind,
     Limits,
+    Metric,
+    Mode,
     Precision,
     Projection,
     TrainingConfig,
@@ -72,6 +74,10 @@ class DataBody(Body):
     ratio: Ratio | Auto = Field(
         default="auto", description=f"Share of rows kept; `auto` = {DEFAULT_RATIO:.0%}, but at least {MIN_ROWS} rows."
     )
+    mode: Mode = Field(default="faithful", description="`fast` = the same scorer at a fraction of its cost.")
+    metric: Metric = Field(
+        default="log_likelihood", description="`icl`: how answers are judged; the last two generate, which costs more."
+    )
     n_demos: Count = Field(default=DataConfig().n_demos, description="`icl`: rows shown as examples in one group.")
     n_queries: Count = Field(
         default=DataConfig().n_queries, description="`icl`: rows answered after the demos of one group."
@@ -86,6 +92,9 @@ class TrainingBody(Body):
 
     slices: list[Projection] | Auto = Field(
         default="auto", description="Projections that are sliced; `auto` = the recipe's."
+    )
+    rank: Count | None = Field(
+        default=None, description="Rank of the update inside each slice; absent = the full slice is trained."
     )
     epochs: Count = Field(default=TrainingConfig().epochs, description="Passes over the selected rows.")
     learning_rate: float | Auto = Field(

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from p2d import __version__
 from p2d.arch import ARCHS
-from p2d.arch.spec import ArchSpec, axis, head_rows, units_of
+from p2d.arch.spec import ArchSpec, axis, unit_rows, units_of
 from p2d.config import JobConfig, Projection
 from p2d.errors import AdapterMismatch, ModelError
 from p2d.files import read_json, write_json
@@ -93,8 +93,8 @@ class Adapter:
             )
         previous: dict[str, Tensor] = {}
         for entry in self.manifest.slices:
-            weight = base.projection(entry.layer, entry.projection).weight
-            index = _index(base.info, entry).to(weight.device)
+            weight = base.weight(entry.layer, entry.projection)
+            index = _index(base.spec, base.info, entry).to(weight.device)
             previous[entry.key] = weight.detach().index_select(axis(entry.projection), index)
         _write(base, self.manifest.slices, self.tensors)
         return previous
@@ -180,7 +180,7 @@ def merge(base_dir: Path, adapter_dir: Path, out: Path) -> Path:
         for name in targets.keys() & tensors.keys():
             entry = targets[name]
             tensors[name].index_copy_(
-                axis(entry.projection), _index(info, entry), adapter.tensors[entry.key].to(tensors[name].dtype)
+                axis(entry.projection), _index(spec, info, entry), adapter.tensors[entry.key].to(tensors[name].dtype)
             )
             written.add(name)
         with safe_open(file, framework="pt") as source:
@@ -202,15 +202,15 @@ def _entries(info: ModelInfo, heads: Sequence[Head], projections: Sequence[Proje
     )
 
 
-def _index(info: ModelInfo, entry: SliceEntry) -> Tensor:
-    return torch.tensor([place for unit in entry.units for place in head_rows(info, entry.projection, unit)])
+def _index(spec: ArchSpec, info: ModelInfo, entry: SliceEntry) -> Tensor:
+    return torch.tensor([place for unit in entry.units for place in unit_rows(spec, info, entry.projection, unit)])
 
 
 def _write(base: BaseModel, entries: Sequence[SliceEntry], values: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
         for entry in entries:
-            weight = base.projection(entry.layer, entry.projection).weight
-            index = _index(base.info, entry).to(weight.device)
+            weight = base.weight(entry.layer, entry.projection)
+            index = _index(base.spec, base.info, entry).to(weight.device)
             weight.index_copy_(axis(entry.projection), index, values[entry.key].to(weight.device, weight.dtype))
 
 

@@ -20,6 +20,8 @@ Kind = Literal["identify_heads", "select_data", "adapt"]
 Precision = Literal["auto", "fp32", "bf16"]
 Projection = Literal["q", "k", "v", "o"]
 Control = Literal["random_heads", "random_data"]
+Mode = Literal["faithful", "fast"]
+Metric = Literal["log_likelihood", "token_accuracy", "exact_match", "rouge_l"]
 
 HEAD_SCORERS = {
     "attribution": "p2d.scorers.attribution:attribution",
@@ -91,6 +93,10 @@ class DataConfig:
     """Name in DATA_SCORERS; `auto` = the recipe's."""
     ratio: float | Auto = "auto"
     """Share of rows kept, (0, 1]. `auto` = 10 %, but never fewer than MIN_ROWS rows."""
+    mode: Mode = "faithful"
+    """`fast` = the same scorer at a fraction of its cost, within the seed noise of `faithful` (docs/results)."""
+    metric: Metric = "log_likelihood"
+    """`icl`: how the answers of a group are judged; the last two generate, which costs far more."""
     n_demos: int = 5
     """`icl`: rows shown as examples in one group (Data Whisperer)."""
     n_queries: int = 3
@@ -105,6 +111,8 @@ class TrainingConfig:
 
     slices: tuple[Projection, ...] | Auto = "auto"
     """Which projections are sliced, of q, k, v (rows) and o (columns); `auto` = the recipe's."""
+    rank: int | None = None
+    """Rank of the update inside each slice; None = the full slice is trained."""
     epochs: int = 3
     """Passes over the selected rows."""
     learning_rate: float | Auto = "auto"
@@ -180,6 +188,7 @@ def _faults(config: JobConfig) -> Iterator[ErrorDetail]:
         ("/heads/proxy_rows", heads.proxy_rows, 4),  # two half-proxies of two rows each
         ("/data/n_demos", data.n_demos, 1),
         ("/data/n_queries", data.n_queries, 1),
+        ("/training/rank", training.rank, 1),
         ("/training/epochs", training.epochs, 1),
         ("/training/batch_size", training.batch_size, 1),
         ("/training/max_length", training.max_length, 8),

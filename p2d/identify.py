@@ -164,7 +164,7 @@ class _TrainedProxy:
         # Every head is sliced, so a slice is the whole weight.
         if site := self.slices.site(layer, projection):
             return site.base.float()
-        return self.base_model.projection(layer, projection).weight.detach().float()
+        return self.base_model.weight(layer, projection).detach().float()
 
     def trained(self, layer: int, projection: Projection) -> Tensor:
         site = self.slices.site(layer, projection)

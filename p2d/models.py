@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTra
 from transformers.utils import logging as transformers_logging
 
 from p2d.arch import ARCHS
-from p2d.arch.spec import ArchSpec
+from p2d.arch.spec import ArchSpec, unit_view
 from p2d.attention import use_attention
 from p2d.config import Precision, Projection
 from p2d.device import pick_device, pick_dtype
@@ -49,11 +49,19 @@ class BaseModel:
     load_s: float
     """Seconds that loading took."""
 
-    def projection(self, layer: int, name: Projection) -> nn.Linear:
-        """The linear layer of one projection."""
-        found = self.module.get_submodule(self.spec.path(layer, name))
-        assert isinstance(found, nn.Linear), type(found)
-        return found
+    def projection(self, layer: int, name: Projection) -> nn.Module:
+        """The module that holds one projection: a Linear or Conv1D, shared by q, k and v in some families."""
+        return self.module.get_submodule(self.spec.path(layer, name))
+
+    def units(self, layer: int, name: Projection) -> Tensor:
+        """The weight of one projection as a view [unit, head width, model width], see `p2d.arch.spec.unit_view`."""
+        return unit_view(self.spec, self.info, name, self.weight(layer, name).detach())
+
+    def weight(self, layer: int, name: Projection) -> Tensor:
+        """The weight of the module that holds one projection, as it is stored."""
+        weight = self.projection(layer, name).weight
+        assert isinstance(weight, Tensor)
+        return weight
 
     def hidden(self, input_ids_BT: Tensor, attention_mask_BT: Tensor | None = None, **kwargs: object) -> Tensor:
         """Last hidden states h_BTD, after the final norm, without the head. No mask = plain causal attention."""

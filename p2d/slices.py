@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from p2d.arch.spec import axis, head_rows, units_of
+from p2d.arch.spec import axis, unit_rows, units_of
 from p2d.config import Projection
 from p2d.models import BaseModel
 
@@ -208,7 +208,8 @@ def all_heads(base: BaseModel) -> list[Head]:
 
 def _site(base: BaseModel, layer: int, projection: Projection, units: list[int]) -> Site:
     linear = base.projection(layer, projection)
-    weights = [weight for unit in units for weight in head_rows(base.info, projection, unit)]
+    assert isinstance(linear, nn.Linear)
+    weights = [weight for unit in units for weight in unit_rows(base.spec, base.info, projection, unit)]
     index = torch.tensor(weights, device=base.device)
     values = linear.weight.detach().index_select(axis(projection), index)
     # clone: for an fp32 base `float` alone would hand out the base's own copy.

@@ -6,6 +6,7 @@ from p2d.arch.spec import ArchSpec
 
 LLAMA = ArchSpec(
     backbone="model",
+    layers="model.layers",
     lm_head="lm_head",
     q="model.layers.{}.self_attn.q_proj",
     k="model.layers.{}.self_attn.k_proj",

@@ -2,42 +2,64 @@
 
 Data, not code: no torch, no model object. A *unit* is what a slice is cut by: a query head in q and o, a KV group in k
 and v (the group's slices are shared by its heads and counted once).
+
+Families differ in three ways only: the module paths, how q, k and v share a module (`Layout`), and whether weights are
+stored [out, in] or, as GPT-2's Conv1D does, [in, out]. `unit_view` hides all three.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
 from p2d.config import Projection
 from p2d.model_info import ModelInfo
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 HEAD_WISE: frozenset[Projection] = frozenset({"q", "o"})
 """Projections cut by query head; the others are cut by KV group."""
+
+Layout = Literal["separate", "stacked", "interleaved"]
+"""How a layer's q, k and v share modules: one each; one whose outputs are all of q, then k, then v (Phi-3, GPT-2); one
+whose outputs are q, k, v of the first head, then of the second (GPT-NeoX)."""
+
+FUSED_ORDER: tuple[Projection, ...] = ("q", "k", "v")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ArchSpec:
-    """Module paths of one model family whose q, k, v and o are separate linear layers."""
+    """Module paths of one model family, and how its projections are stored."""
 
     backbone: str
     """Path of the module that maps token ids to the last hidden state."""
+    layers: str
+    """Path of the list of decoder layers."""
     lm_head: str
     """Path of the module that maps hidden states to logits."""
     q: str
     k: str
     v: str
     o: str
-    """Paths of the projections; `{}` stands for the layer."""
+    """Paths of the modules that hold the projections; `{}` stands for the layer. Equal where they share one."""
+    layout: Layout = "separate"
+    transposed: bool = False
+    """Whether weights are stored [in, out] (Conv1D)."""
 
     def path(self, layer: int, projection: Projection) -> str:
-        """Module path of one projection of one layer."""
+        """Path of the module that holds one projection of one layer."""
         paths: dict[Projection, str] = {"q": self.q, "k": self.k, "v": self.v, "o": self.o}
         return paths[projection].format(layer)
 
     def weight_name(self, layer: int, projection: Projection) -> str:
         """Name of its weight in the checkpoint files."""
         return f"{self.path(layer, projection)}.weight"
+
+    def bias_name(self, layer: int, projection: Projection) -> str:
+        """Name of its bias in the checkpoint files, where the family has one."""
+        return f"{self.path(layer, projection)}.bias"
 
 
 def group_of(info: ModelInfo, head: int) -> int:
@@ -51,7 +73,7 @@ def heads_per_group(info: ModelInfo) -> int:
 
 
 def axis(projection: Projection) -> int:
-    """Axis of the weight [out, in] that heads are cut along: rows of q, k and v, columns of o."""
+    """Axis of a projection's own weight [out, in] that heads are cut along: rows of q, k and v, columns of o."""
     return 1 if projection == "o" else 0
 
 
@@ -67,7 +89,45 @@ def n_units(info: ModelInfo, projection: Projection) -> int:
     return info.n_heads if projection in HEAD_WISE else info.n_kv_groups
 
 
-def head_rows(info: ModelInfo, projection: Projection, unit: int) -> range:
-    """Weight rows (q, k, v) or columns (o) of one unit."""
+def unit_rows(spec: ArchSpec, info: ModelInfo, projection: Projection, unit: int) -> range:
+    """Places of one unit among its module's outputs (q, k, v) or inputs (o)."""
     assert 0 <= unit < n_units(info, projection), (projection, unit)
-    return range(unit * info.head_dim, (unit + 1) * info.head_dim)
+    width = info.head_dim
+    if projection == "o" or spec.layout == "separate":
+        start = unit * width
+    elif spec.layout == "stacked":
+        before = FUSED_ORDER[: FUSED_ORDER.index(projection)]
+        start = (sum(n_units(info, name) for name in before) + unit) * width
+    else:
+        start = (3 * unit + FUSED_ORDER.index(projection)) * width
+    return range(start, start + width)
+
+
+def unit_view(spec: ArchSpec, info: ModelInfo, projection: Projection, weight: Tensor) -> Tensor:
+    """The weight of one projection as [unit, head width, model width], a view: what is written there changes the weight.
+
+    q, k and v: element [u, e, d] multiplies input d into output e of unit u. o: it multiplies input e of unit u into
+    output d. `weight` is the module's, as stored; a gradient of that shape works as well.
+    """
+    weight_OI = weight.t() if spec.transposed else weight
+    E, U = info.head_dim, n_units(info, projection)
+    if projection == "o":
+        view_UED: Tensor = weight_OI.unflatten(1, (U, E)).permute(1, 2, 0)
+    elif spec.layout == "interleaved":
+        view_UED = weight_OI.unflatten(0, (U, 3, E))[:, FUSED_ORDER.index(projection)]
+    else:
+        start = unit_rows(spec, info, projection, 0).start
+        view_UED = weight_OI.narrow(0, start, U * E).unflatten(0, (U, E))
+    return view_UED
+
+
+def bias_view(spec: ArchSpec, info: ModelInfo, projection: Projection, bias: Tensor) -> Tensor:
+    """The bias of q, k or v as [unit, head width], a view. The bias of o belongs to no head."""
+    assert projection != "o"
+    E, U = info.head_dim, n_units(info, projection)
+    if spec.layout == "interleaved":
+        view_UE: Tensor = bias.unflatten(0, (U, 3, E))[:, FUSED_ORDER.index(projection)]
+    else:
+        start = unit_rows(spec, info, projection, 0).start
+        view_UE = bias.narrow(0, start, U * E).unflatten(0, (U, E))
+    return view_UE

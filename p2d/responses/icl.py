@@ -21,10 +21,10 @@ import torch
 from torch.nn import functional
 from transformers import DynamicCache
 
-from p2d.attention import Probe, ProbePlan, probe_attention
 from p2d.batches import answer_nll, collate, token_budget_batches
 from p2d.errors import Diverged
 from p2d.models import BaseModel
+from p2d.probe import Probe, ProbePlan, probe_attention
 from p2d.rendering import RenderedRow
 from p2d.response_matrix import ResponseShard
 from p2d.responses import ResponseInput, Responses

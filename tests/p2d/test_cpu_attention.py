@@ -78,7 +78,7 @@ def test_a_bf16_model_has_the_loss_and_gradient_of_the_kernel(tmp_path: Path) ->
 
 def loss_and_gradient(base: BaseModel, attention: str) -> tuple[float, Tensor]:
     base.module.set_attn_implementation(attention)
-    weight = base.projection(0, "q").weight
+    weight = base.weight(0, "q")
     weight.requires_grad_(True)
     batch = collate(base.renderer, [base.renderer.render(row) for row in some_rows(4)], range(4))
     nll_B, _ = answer_nll(base, batch)

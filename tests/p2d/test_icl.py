@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from p2d.attention import probe_attention
 from p2d.batches import answer_nll, collate
 from p2d.config import DataConfig, JobConfig
 from p2d.models import BaseModel
+from p2d.probe import probe_attention
 from p2d.rendering import RenderedRow
 from p2d.responses import ResponseInput
 from p2d.responses.icl import Group, _Collected, assign_folds, form_groups, query_pool, read_group

@@ -53,10 +53,10 @@ def test_slice_gradients_are_the_masked_full_gradients(
     chosen = all_heads(tiny) if isinstance(heads, str) else heads
     full: dict[str, Tensor] = {}
     for layer, projection in {(layer, projection) for layer, _ in chosen for projection in ALL}:
-        tiny.projection(layer, projection).weight.requires_grad_(True)
+        tiny.weight(layer, projection).requires_grad_(True)
     mean_loss(tiny, rendered).backward()
     for layer, projection in {(layer, projection) for layer, _ in chosen for projection in ALL}:
-        weight = tiny.projection(layer, projection).weight
+        weight = tiny.weight(layer, projection)
         assert weight.grad is not None
         full[f"layers.{layer}.{projection}"] = weight.grad
         weight.grad = None
@@ -106,7 +106,7 @@ def test_thirty_adamw_steps_equal_a_masked_twin_that_decays_slices_only(
             slices.sync()
         ours = weights_of(tiny)
 
-    weights = {at: twin.projection(*at).weight.requires_grad_(True) for at in masks}
+    weights = {at: twin.weight(*at).requires_grad_(True) for at in masks}
     masked = torch.optim.AdamW(weights.values(), lr=rate, weight_decay=0.0)
     for _ in range(30):
         mean_loss(twin, rendered).backward()
@@ -130,7 +130,7 @@ def test_leaving_the_context_puts_the_base_back_bit_for_bit_even_after_an_error(
             for master in slices.parameters():
                 nn.init.normal_(master)
             slices.sync()
-            assert not torch.equal(tiny.projection(1, "q").weight, before["model.layers.1.self_attn.q_proj.weight"])
+            assert not torch.equal(tiny.weight(1, "q"), before["model.layers.1.self_attn.q_proj.weight"])
             raise RuntimeError("stop")
 
     with pytest.raises(RuntimeError, match="stop"):
@@ -163,7 +163,7 @@ def test_under_bf16_weights_the_masters_stay_fp32_and_small_steps_are_not_lost(t
             for _ in range(1000):
                 master.add_(1e-6)  # each far below the spacing of bf16 near 0.2
         slices.sync()
-        moved = base.projection(0, "v").weight[:16]
+        moved = base.weight(0, "v")[:16]
 
         assert master.dtype == torch.float32
         assert float((slices.delta()["layers.0.v"]).mean()) == pytest.approx(1e-3, rel=1e-2)

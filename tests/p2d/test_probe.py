@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from p2d.attention import ProbePlan, probe_attention
 from p2d.batches import collate
 from p2d.models import BaseModel
+from p2d.probe import ProbePlan, probe_attention
 from p2d.rendering import RenderedRow
 
 SPANS = ((2, 5), (5, 9))
