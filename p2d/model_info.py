@@ -17,16 +17,23 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from p2d.arch import ARCHS
 from p2d.errors import ErrorDetail, ModelError, ModelNotFound, ModelUnsupported
+from p2d.registry import load
+
+if TYPE_CHECKING:
+    from p2d.arch.spec import ArchSpec, ConfigKeys
 
 MODEL_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
 """What a model may be called: no slash, no leading dot, so a name is never a path."""
 
 DIGEST_CACHE = "p2d-model.json"
 """File in the model's directory that keeps its digest, with the sizes and times it holds for."""
+
+_BUFFER = re.compile(r"\.(attn|attention)\.(masked_)?bias$|rotary_emb\.inv_freq$")
+"""Causal masks and rotary tables that older GPT-2 and Pythia files hold: 13 M numbers in GPT-2's, and no weights."""
 
 _HEADER_LIMIT = 100 << 20  # the cap of the safetensors library
 _DTYPES = {"F32": "fp32", "BF16": "bf16", "F16": "fp16", "F64": "fp64"}
@@ -53,6 +60,11 @@ class ModelInfo:
     parameters: int
     dtype: str
     """Of most weights: fp32, bf16 or fp16."""
+    mlp_matrices: int = 3
+    """Matrices of intermediate times hidden size in one MLP: 3 with a gate, 2 without."""
+    window: int | None = None
+    """Keys that a token sees in the layers with a sliding window, itself included."""
+    n_windowed_layers: int = 0
 
 
 def read_model_info(directory: Path) -> ModelInfo:
@@ -65,37 +77,37 @@ def read_model_info(directory: Path) -> ModelInfo:
             f"There is no model {directory.name!r}.", errors=[_fault("model.not_found", "No such model.")]
         )
     config = _config(directory)
-    model_type = config.get("model_type")
-    if model_type not in ARCHS:
-        raise ModelUnsupported(
-            f"The model {directory.name!r} is of the family {model_type!r}; supported: {', '.join(sorted(ARCHS))}.",
-            errors=[_fault("model.unsupported", f"The family {model_type!r} is not supported.")],
-            supported=sorted(ARCHS),
-        )
+    spec = _spec(directory, config)
     if config.get("quantization_config"):
         raise ModelUnsupported(f"The model {directory.name!r} is quantised; head slices need plain weights.")
     if not (directory / "tokenizer.json").is_file():
         raise _broken(directory, "tokenizer.json is missing")
     parameters, dtype = _weights(directory)
-    heads = _size(directory, config, "num_attention_heads")
-    hidden = _size(directory, config, "hidden_size")
+    keys = spec.config
+    heads = _size(directory, config, keys.n_heads)
+    hidden = _size(directory, config, keys.hidden_size)
     groups = _size(directory, config, "num_key_value_heads", default=heads)
     if heads % groups:
         raise _broken(directory, f"{heads} heads do not divide into {groups} key-value groups")
+    layers = _size(directory, config, keys.n_layers)
+    window = _window(directory, config, keys)
     return ModelInfo(
         name=directory.name,
         digest=model_digest(directory),
-        model_type=model_type,
-        n_layers=_size(directory, config, "num_hidden_layers"),
+        model_type=config["model_type"],
+        n_layers=layers,
         n_heads=heads,
         n_kv_groups=groups,
-        head_dim=_size(directory, config, "head_dim", default=hidden // heads),
+        head_dim=_size(directory, config, "head_dim", default=keys.head_dim or hidden // heads),
         hidden_size=hidden,
-        intermediate_size=_size(directory, config, "intermediate_size"),
+        intermediate_size=_size(directory, config, keys.intermediate_size, default=hidden * (keys.mlp_ratio or 0)),
         vocab_size=_size(directory, config, "vocab_size"),
-        context_length=_size(directory, config, "max_position_embeddings"),
+        context_length=_size(directory, config, keys.context_length),
         parameters=parameters,
         dtype=dtype,
+        mlp_matrices=spec.mlp_matrices,
+        window=window,
+        n_windowed_layers=0 if window is None else _windowed_layers(directory, config, keys, layers),
     )
 
 
@@ -156,6 +168,21 @@ def _config(directory: Path) -> dict[str, Any]:
     return cast("dict[str, Any]", config)
 
 
+def _spec(directory: Path, config: Mapping[str, Any]) -> ArchSpec:
+    """The spec of the model's family. Raises ModelUnsupported, with the families there are."""
+    family = config.get("model_type")
+    if not isinstance(family, str) or family not in ARCHS:
+        text = f"The model {directory.name!r} is of the family {family!r}; supported: {', '.join(sorted(ARCHS))}."
+        if isinstance(inner := config.get("text_config"), dict):
+            text += f" It wraps a text model (family {inner.get('model_type')!r}): install that model alone."
+        detail = _fault("model.unsupported", f"The family {family!r} is not supported.")
+        raise ModelUnsupported(text, errors=[detail], supported=sorted(ARCHS))
+    spec: ArchSpec = load(ARCHS, family, what="model family", pointer="/base_model")
+    if setting := next((key for key in spec.config.refused if config.get(key)), None):
+        raise ModelUnsupported(f"The model {directory.name!r} sets {setting!r}, which is not supported.")
+    return spec
+
+
 def _size(directory: Path, config: Mapping[str, Any], key: str, *, default: int | None = None) -> int:
     value = config.get(key)
     if value is None:
@@ -165,13 +192,37 @@ def _size(directory: Path, config: Mapping[str, Any], key: str, *, default: int 
     return value
 
 
+def _window(directory: Path, config: Mapping[str, Any], keys: ConfigKeys) -> int | None:
+    """Keys in the sliding window; null says that there is none, absence that it is the family's."""
+    switched_off = keys.windows in ("late_layers", "layers_without_rope") and not config.get("use_sliding_window")
+    if keys.windows == "none" or switched_off or config.get("sliding_window", keys.window) is None:
+        return None
+    return _size(directory, config, "sliding_window", default=keys.window)
+
+
+def _windowed_layers(directory: Path, config: Mapping[str, Any], keys: ConfigKeys, n_layers: int) -> int:
+    """How many layers attend to the window, as transformers decides it."""
+    if keys.windows == "every_layer":
+        return n_layers
+    if isinstance(types := config.get("layer_types"), list):
+        return types.count("sliding_attention")
+    if keys.windows == "late_layers":
+        return max(0, n_layers - _size(directory, config, "max_window_layers", default=28))
+    if keys.windows == "pattern":
+        return n_layers - n_layers // _size(directory, config, "sliding_window_pattern", default=6)
+    if isinstance(rotary := config.get("no_rope_layers"), list):
+        return rotary[:n_layers].count(0)
+    return n_layers // _size(directory, config, "no_rope_layer_interval", default=4)
+
+
 def _weights(directory: Path) -> tuple[int, str]:
     """Count parameters and name their commonest type, from the headers alone; a cut-off file is refused."""
     by_dtype: Counter[str] = Counter()
     paths = _weight_files(directory)
     for path in paths:
-        for entry in _header(directory, path):
-            by_dtype[entry["dtype"]] += math.prod(entry["shape"])
+        for name, entry in _header(directory, path).items():
+            if not _BUFFER.search(name):
+                by_dtype[entry["dtype"]] += math.prod(entry["shape"])
     dtype = by_dtype.most_common(1)[0][0] if by_dtype else ""
     if dtype not in _DTYPES:
         raise ModelUnsupported(
@@ -199,7 +250,8 @@ def _weight_files(directory: Path) -> list[Path]:
     return [directory / name for name in names]
 
 
-def _header(directory: Path, path: Path) -> list[dict[str, Any]]:
+def _header(directory: Path, path: Path) -> dict[str, dict[str, Any]]:
+    """Name of each tensor -> its type, shape and place."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         size = path.stat().st_size
@@ -208,10 +260,10 @@ def _header(directory: Path, path: Path) -> list[dict[str, Any]]:
         raw = file.read(length)
     try:
         header = json.loads(raw)
-        entries = [entry for name, entry in header.items() if name != "__metadata__"]
-        end = max((entry["data_offsets"][1] for entry in entries), default=0)
+        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
         whole = 8 + length + end == size
-        if not all(isinstance(n, int) and n >= 0 for entry in entries for n in entry["shape"]):
+        if not all(isinstance(n, int) and n >= 0 for entry in entries.values() for n in entry["shape"]):
             raise ValueError("shape")
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
         raise _broken(directory, f"the header of {path.name} is not readable") from error

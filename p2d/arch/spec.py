@@ -28,6 +28,30 @@ whose outputs are q, k, v of the first head, then of the second (GPT-NeoX)."""
 
 FUSED_ORDER: tuple[Projection, ...] = ("q", "k", "v")
 
+Windows = Literal["none", "every_layer", "late_layers", "pattern", "layers_without_rope"]
+"""Which layers attend to a sliding window where config.json lists no `layer_types`: none; all, if it gives a window (Mistral,
+Phi-3); those from `max_window_layers` on (Qwen); all but every n-th (Gemma 3); those without rotary positions (SmolLM3)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ConfigKeys:
+    """How a family's config.json names the sizes of the model, and what it means where it is silent."""
+
+    n_layers: str = "num_hidden_layers"
+    n_heads: str = "num_attention_heads"
+    hidden_size: str = "hidden_size"
+    intermediate_size: str = "intermediate_size"
+    context_length: str = "max_position_embeddings"
+    head_dim: int | None = None
+    """Head width where none is given; None: hidden size over heads."""
+    mlp_ratio: int | None = None
+    """Intermediate over hidden size where none is given; None: it must be."""
+    windows: Windows = "none"
+    window: int | None = None
+    """Tokens in the sliding window where none is given."""
+    refused: tuple[str, ...] = ()
+    """Settings that change the arithmetic in a way this engine does not follow: a model that sets one is refused."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ArchSpec:
@@ -47,6 +71,9 @@ class ArchSpec:
     layout: Layout = "separate"
     transposed: bool = False
     """Whether weights are stored [in, out] (Conv1D)."""
+    mlp_matrices: Literal[2, 3] = 3
+    """Matrices of intermediate times hidden size in one MLP: 3 with a gate (fused with another or not), 2 without."""
+    config: ConfigKeys = ConfigKeys()
 
     def path(self, layer: int, projection: Projection) -> str:
         """Path of the module that holds one projection of one layer."""

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoConfig
 
+from p2d.arch import ARCHS
 from p2d.errors import ModelError, ModelNotFound, ModelUnsupported
 from p2d.model_info import DIGEST_CACHE, find_model, list_models, model_digest, read_model_info
 
@@ -54,6 +56,102 @@ def test_a_model_is_described_without_reading_weights(tmp_path: Path) -> None:
 
 def test_a_model_without_groups_has_one_per_head(tmp_path: Path) -> None:
     assert read_model_info(write_model(tmp_path / "m", num_key_value_heads=None, head_dim=8)).n_kv_groups == 4
+
+
+PUBLISHED: dict[str, tuple[dict[str, Any], dict[str, int | None]]] = {
+    "Mistral-7B-v0.1": (
+        {"model_type": "mistral", "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32,
+         "num_hidden_layers": 32, "num_key_value_heads": 8, "max_position_embeddings": 32768, "sliding_window": 4096,
+         "vocab_size": 32000},
+        {"n_kv_groups": 8, "head_dim": 128, "window": 4096, "n_windowed_layers": 32}),
+    "Mistral-Nemo": (
+        {"model_type": "mistral", "head_dim": 128, "hidden_size": 5120, "intermediate_size": 14336,
+         "num_attention_heads": 32, "num_hidden_layers": 40, "num_key_value_heads": 8, "sliding_window": None,
+         "max_position_embeddings": 1024000, "vocab_size": 131072},
+        {"head_dim": 128, "window": None, "n_windowed_layers": 0}),
+    "Qwen2.5-0.5B": (
+        {"model_type": "qwen2", "hidden_size": 896, "intermediate_size": 4864, "max_position_embeddings": 32768,
+         "max_window_layers": 21, "num_attention_heads": 14, "num_hidden_layers": 24, "num_key_value_heads": 2,
+         "sliding_window": 32768, "use_sliding_window": False, "vocab_size": 151936},
+        {"n_heads": 14, "n_kv_groups": 2, "head_dim": 64, "window": None, "n_windowed_layers": 0}),
+    "Qwen2 with late windows": (
+        {"model_type": "qwen2", "hidden_size": 896, "intermediate_size": 4864, "max_position_embeddings": 32768,
+         "max_window_layers": 21, "num_attention_heads": 14, "num_hidden_layers": 24, "num_key_value_heads": 2,
+         "sliding_window": 4096, "use_sliding_window": True, "vocab_size": 151936},
+        {"window": 4096, "n_windowed_layers": 3}),
+    "Qwen3-0.6B": (
+        {"model_type": "qwen3", "head_dim": 128, "hidden_size": 1024, "intermediate_size": 3072,
+         "max_position_embeddings": 40960, "max_window_layers": 28, "num_attention_heads": 16, "num_hidden_layers": 28,
+         "num_key_value_heads": 8, "sliding_window": None, "use_sliding_window": False, "vocab_size": 151936},
+        {"head_dim": 128, "n_kv_groups": 8, "mlp_matrices": 3, "n_windowed_layers": 0}),
+    "gemma-3-1b": (
+        {"model_type": "gemma3_text", "head_dim": 256, "hidden_size": 1152, "intermediate_size": 6912,
+         "max_position_embeddings": 32768, "num_attention_heads": 4, "num_hidden_layers": 26, "num_key_value_heads": 1,
+         "sliding_window": 512, "sliding_window_pattern": 6, "vocab_size": 262144},
+        {"head_dim": 256, "n_kv_groups": 1, "window": 512, "n_windowed_layers": 22}),
+    "Phi-3-mini-4k": (
+        {"model_type": "phi3", "hidden_size": 3072, "intermediate_size": 8192, "max_position_embeddings": 4096,
+         "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 32, "sliding_window": 2047,
+         "vocab_size": 32064},
+        {"n_kv_groups": 32, "head_dim": 96, "mlp_matrices": 3, "window": 2047, "n_windowed_layers": 32}),
+    "gpt2": (
+        {"model_type": "gpt2", "n_embd": 768, "n_head": 12, "n_layer": 12, "n_positions": 1024, "vocab_size": 50257},
+        {"n_layers": 12, "n_heads": 12, "n_kv_groups": 12, "head_dim": 64, "hidden_size": 768,
+         "intermediate_size": 3072, "context_length": 1024, "mlp_matrices": 2, "n_windowed_layers": 0}),
+    "pythia-160m": (
+        {"model_type": "gpt_neox", "hidden_size": 768, "intermediate_size": 3072, "max_position_embeddings": 2048,
+         "num_attention_heads": 12, "num_hidden_layers": 12, "vocab_size": 50304},
+        {"n_kv_groups": 12, "head_dim": 64, "mlp_matrices": 2, "n_windowed_layers": 0}),
+    "OLMo-2-7B": (
+        {"model_type": "olmo2", "hidden_size": 4096, "intermediate_size": 11008, "max_position_embeddings": 4096,
+         "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 32, "vocab_size": 100352},
+        {"n_kv_groups": 32, "head_dim": 128, "mlp_matrices": 3, "n_windowed_layers": 0}),
+    "SmolLM3-3B": (
+        {"model_type": "smollm3", "hidden_size": 2048, "intermediate_size": 11008, "max_position_embeddings": 65536,
+         "num_attention_heads": 16, "num_hidden_layers": 36, "num_key_value_heads": 4, "sliding_window": None,
+         "use_sliding_window": False, "vocab_size": 128256},
+        {"n_kv_groups": 4, "head_dim": 128, "n_windowed_layers": 0}),
+    "SmolLM3 with windows": (
+        {"model_type": "smollm3", "hidden_size": 2048, "intermediate_size": 11008, "max_position_embeddings": 65536,
+         "num_attention_heads": 16, "num_hidden_layers": 36, "num_key_value_heads": 4, "sliding_window": 1024,
+         "use_sliding_window": True, "vocab_size": 128256},
+        {"window": 1024, "n_windowed_layers": 9}),
+}  # fmt: skip
+"""Sizes as published in the config.json of each family, and what must be read from them."""
+
+
+@pytest.mark.parametrize("model", PUBLISHED)
+def test_a_family_is_described_by_its_own_names_as_transformers_reads_them(tmp_path: Path, model: str) -> None:
+    config, expected = PUBLISHED[model]
+    directory = write_model(tmp_path / "m")
+    (directory / "config.json").write_text(json.dumps(config))
+
+    info = read_model_info(directory)
+
+    assert {name: getattr(info, name) for name in expected} == expected
+    theirs: Any = AutoConfig.for_model(**config)
+    assert (info.n_layers, info.n_heads) == (theirs.num_hidden_layers, theirs.num_attention_heads)
+    assert (info.hidden_size, info.context_length) == (theirs.hidden_size, theirs.max_position_embeddings)
+    if hasattr(theirs, "layer_types"):
+        assert info.n_windowed_layers == theirs.layer_types.count("sliding_attention")
+
+
+def test_a_config_without_a_window_means_the_familys_own(tmp_path: Path) -> None:
+    config = {key: value for key, value in PUBLISHED["Mistral-7B-v0.1"][0].items() if key != "sliding_window"}
+    directory = write_model(tmp_path / "m")
+    (directory / "config.json").write_text(json.dumps(config))
+
+    assert read_model_info(directory).window == AutoConfig.for_model(**config).sliding_window == 4096
+
+
+def test_causal_masks_in_an_older_file_are_no_parameters(tmp_path: Path) -> None:
+    directory = write_model(tmp_path / "m")
+    weights = safetensors([2, 3], [1, 1, 64, 64])
+    renamed = weights[8:].replace(b'"w1"', b'"h.0.attn.bias"')
+    length = int.from_bytes(weights[:8], "little") + len("h.0.attn.bias") - len("w1")
+    (directory / "model.safetensors").write_bytes(struct.pack("<Q", length) + renamed)
+
+    assert read_model_info(directory).parameters == 6
 
 
 def test_the_digest_knows_contents_and_names_but_not_times(tmp_path: Path) -> None:
@@ -123,6 +221,9 @@ def test_a_model_is_refused_for(tmp_path: Path, what: str) -> None:
     [
         ({"model_type": "mamba"}, ModelUnsupported),
         ({"model_type": None}, ModelUnsupported),
+        ({"model_type": ["llama"]}, ModelUnsupported),
+        ({"model_type": "gemma3_text", "final_logit_softcapping": 30.0}, ModelUnsupported),
+        ({"model_type": "mistral", "sliding_window": 0}, ModelError),
         ({"quantization_config": {"bits": 4}}, ModelUnsupported),
         ({"num_attention_heads": 0}, ModelError),
         ({"num_attention_heads": "4"}, ModelError),
@@ -134,6 +235,18 @@ def test_a_model_is_refused_for(tmp_path: Path, what: str) -> None:
 def test_a_config_is_refused_with(tmp_path: Path, config: dict[str, Any], error: type[ModelError]) -> None:
     with pytest.raises(error):
         read_model_info(write_model(tmp_path / "m", **config))
+
+
+@pytest.mark.parametrize("family", ["falcon", "mamba", "gemma3"])
+def test_another_family_is_refused_by_name_with_those_there_are(tmp_path: Path, family: str) -> None:
+    wrapped = {"text_config": {"model_type": "gemma3_text"}} if family == "gemma3" else {}
+
+    with pytest.raises(ModelUnsupported, match=f"'{family}'") as caught:
+        read_model_info(write_model(tmp_path / "m", model_type=family, **wrapped))
+
+    assert all(name in caught.value.text for name in ARCHS)
+    assert caught.value.facts["supported"] == sorted(ARCHS)
+    assert ("family 'gemma3_text'): install that model alone" in caught.value.text) == bool(wrapped)
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "../m", "m/..", "/etc", "m\x00", ".hidden", "M", "x" * 300])
