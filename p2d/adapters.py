@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from p2d import __version__
 from p2d.arch import ARCHS
-from p2d.arch.spec import ArchSpec, axis, unit_rows, units_of
+from p2d.arch.spec import ArchSpec, unit_view, units_of
 from p2d.config import JobConfig, Projection
 from p2d.errors import AdapterMismatch, ModelError
 from p2d.files import read_json, write_json
@@ -30,8 +31,8 @@ from p2d.registry import load
 from p2d.slices import Head, slice_key
 
 WEIGHTS, MANIFEST = "heads.safetensors", "manifest.json"
-FORMAT = 1
-"""Of the manifest; a reader refuses other numbers."""
+FORMAT = 2
+"""Of the manifest; a reader refuses other numbers. 1 held weights as two-dimensional rows or columns."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,8 +42,9 @@ class SliceEntry:
     layer: int
     projection: Projection
     units: tuple[int, ...]
-    """Query heads (q, o) or KV groups (k, v), in the tensor's order: along rows for q, k, v, along columns for o."""
+    """Query heads (q, o) or KV groups (k, v), in the tensor's order."""
     shape: tuple[int, ...]
+    """[unit, head width, model width], whatever the family's own layout (`p2d.arch.spec.unit_view`)."""
 
     @property
     def key(self) -> str:
@@ -91,11 +93,9 @@ class Adapter:
                 expected=self.manifest.base_digest,
                 found=base.info.digest,
             )
-        previous: dict[str, Tensor] = {}
-        for entry in self.manifest.slices:
-            weight = base.weight(entry.layer, entry.projection)
-            index = _index(base.spec, base.info, entry).to(weight.device)
-            previous[entry.key] = weight.detach().index_select(axis(entry.projection), index)
+        previous = {
+            entry.key: base.units(entry.layer, entry.projection)[list(entry.units)] for entry in self.manifest.slices
+        }
         _write(base, self.manifest.slices, self.tensors)
         return previous
 
@@ -169,7 +169,9 @@ def merge(base_dir: Path, adapter_dir: Path, out: Path) -> Path:
     if out.exists():
         raise ModelError(f"{out.name!r} exists already.")
     spec: ArchSpec = load(ARCHS, info.model_type, what="model family", pointer="/base_model")
-    targets = {spec.weight_name(entry.layer, entry.projection): entry for entry in adapter.manifest.slices}
+    targets: dict[str, list[SliceEntry]] = defaultdict(list)  # several where q, k and v share a weight
+    for entry in adapter.manifest.slices:
+        targets[spec.weight_name(entry.layer, entry.projection)].append(entry)
     part = out.with_name(f".{out.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     left_out = shutil.ignore_patterns("*.safetensors", DIGEST_CACHE, ".*")
@@ -178,10 +180,8 @@ def merge(base_dir: Path, adapter_dir: Path, out: Path) -> Path:
     for file in sorted(base_dir.glob("*.safetensors")):
         tensors = load_file(file)
         for name in targets.keys() & tensors.keys():
-            entry = targets[name]
-            tensors[name].index_copy_(
-                axis(entry.projection), _index(spec, info, entry), adapter.tensors[entry.key].to(tensors[name].dtype)
-            )
+            for entry in targets[name]:
+                _put(unit_view(spec, info, entry.projection, tensors[name]), entry, adapter.tensors[entry.key])
             written.add(name)
         with safe_open(file, framework="pt") as source:
             metadata = source.metadata()
@@ -202,16 +202,14 @@ def _entries(info: ModelInfo, heads: Sequence[Head], projections: Sequence[Proje
     )
 
 
-def _index(spec: ArchSpec, info: ModelInfo, entry: SliceEntry) -> Tensor:
-    return torch.tensor([place for unit in entry.units for place in unit_rows(spec, info, entry.projection, unit)])
-
-
 def _write(base: BaseModel, entries: Sequence[SliceEntry], values: Mapping[str, Tensor]) -> None:
-    with torch.no_grad():
-        for entry in entries:
-            weight = base.weight(entry.layer, entry.projection)
-            index = _index(base.spec, base.info, entry).to(weight.device)
-            weight.index_copy_(axis(entry.projection), index, values[entry.key].to(weight.device, weight.dtype))
+    for entry in entries:
+        _put(base.units(entry.layer, entry.projection), entry, values[entry.key])
+
+
+def _put(weight_UED: Tensor, entry: SliceEntry, values_UED: Tensor) -> None:
+    """Write an entry's values into the view of its weight, rounded to the weight's type."""
+    weight_UED[list(entry.units)] = values_UED.to(weight_UED.device, weight_UED.dtype)
 
 
 def _manifest(value: dict[str, Any]) -> Manifest:

@@ -161,10 +161,10 @@ class _TrainedProxy:
         return self.slices.projections
 
     def base(self, layer: int, projection: Projection) -> Tensor:
-        # Every head is sliced, so a slice is the whole weight.
+        # Every head is sliced, so a site holds all units.
         if site := self.slices.site(layer, projection):
-            return site.base.float()
-        return self.base_model.weight(layer, projection).detach().float()
+            return site.base_UED.float()
+        return self.base_model.units(layer, projection).float()
 
     def trained(self, layer: int, projection: Projection) -> Tensor:
         site = self.slices.site(layer, projection)

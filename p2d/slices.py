@@ -1,25 +1,26 @@
 """The heart: chosen head slices as the only parameters of a frozen model, trained in place.
 
 The weight of a sliced projection always holds the merged values, so the forward pass costs nothing extra and the model
-is the trained model at any time. Only the gradient of the chosen rows (q, k, v) or columns (o) is ever computed: no
-full-size gradient exists, and none at all below the shallowest chosen layer. Slices and their optimizer state are fp32
-masters; `sync` rounds them into the weight. Optimizer and loop are `p2d.training`.
+is the trained model at any time. Only the gradient of the chosen units is ever computed: no full-size gradient exists,
+and none at all below the shallowest chosen layer. Slices and their optimizer state are fp32 masters; `sync` rounds them
+into the weight. Biases stay frozen (decision 0010). Optimizer and loop are `p2d.training`.
+
+Legend: U chosen unit (query head of q and o, KV group of k and v), E head width, D model width, N token, I, O inputs and
+outputs of a module, S chosen places among them.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from p2d.arch.spec import axis, unit_rows, units_of
+from p2d.arch.spec import unit_rows, units_of
 from p2d.config import Projection
 from p2d.models import BaseModel
 
@@ -27,49 +28,21 @@ Head = tuple[int, int]
 """(layer, query head), 0-based."""
 
 
-class SliceLinear(torch.autograd.Function):
-    """`y = x W^T + b` whose only weight gradient is that of the rows or columns `index` of W.
-
-    `master` holds the same numbers in fp32 and takes the gradient; the values used are those in W. Source: our own
-    prototype (docs/decisions): equal to the masked full gradient bit for bit, 0.90 of its step time.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, master: Tensor, index: Tensor | None, dim: int
-    ) -> Tensor:
-        ctx.dim = dim
-        # Columns of W meet only their own inputs: keep those, a tenth of x at a tenth of the heads.
-        ctx.save_for_backward(x if index is None or dim == 0 else x.index_select(-1, index), W, index)
-        return functional.linear(x, W, b)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, Tensor, None, None]:
-        (gy,) = grads
-        x, W, index = ctx.saved_tensors
-        gx = gy @ W if ctx.needs_input_grad[0] else None  # false in the shallowest chosen layer: backward ends here
-        g_NO, x_NI = gy.flatten(0, -2), x.flatten(0, -2)
-        if ctx.dim == 0 and index is not None:
-            g_NO = g_NO.index_select(-1, index)
-        return gx, None, None, (g_NO.t() @ x_NI).float(), None, None
-
-
 @dataclass(frozen=True, slots=True)
 class Site:
-    """One sliced projection: which linear layer, which of its units, and their weights."""
+    """One sliced projection: which of its units, and their weights."""
 
     layer: int
     projection: Projection
     units: tuple[int, ...]
-    linear: nn.Linear
-    index: Tensor
-    """Rows or columns of the weight, in unit order."""
-    whole: bool
-    """Whether that is all of them: nothing is then gathered."""
     master: nn.Parameter
-    """Trained values, fp32: [index, in] for q, k, v; [out, index] for o."""
-    base: Tensor
-    """The base model's own values of the slice, in the weight's type."""
+    """Trained values, fp32 [U, E, D]."""
+    base_UED: Tensor
+    """The base model's own values of the slices, in the weight's type."""
+    weight_UED: Tensor
+    """All units of the projection, a view of the module's weight: what is written there changes the model."""
+    index_U: Tensor
+    """`units`, on the model's device."""
 
     @property
     def key(self) -> str:
@@ -77,13 +50,72 @@ class Site:
         return slice_key(self.layer, self.projection)
 
     def at(self, fraction: float) -> Tensor:
-        """The slice part of the way from base (0) to master (1), in the weight's type."""
-        return self.base.float().lerp(self.master.detach(), fraction).to(self.base.dtype)
+        """The slices part of the way from base (0) to master (1), [U, E, D] in the weight's type."""
+        return self.base_UED.float().lerp(self.master.detach(), fraction).to(self.base_UED.dtype)
+
+    def write(self, values_UED: Tensor) -> None:
+        """Round values into the weight."""
+        with torch.no_grad():
+            self.weight_UED.index_copy_(0, self.index_U, values_UED.to(self.weight_UED.dtype))
+
+
+@dataclass(frozen=True, slots=True)
+class SlicedModule:
+    """A module whose projections, some or all, are sliced: one of q, k, v, o, or the one that q, k and v share."""
+
+    module: nn.Module
+    sites: tuple[Site, ...]
+    is_input: bool
+    """Whether units are places among its inputs (o) or its outputs (q, k, v)."""
+    transposed: bool
+    """Whether its weight is stored [in, out]."""
+    index_S: Tensor | None
+    """Places of the chosen units among its outputs or inputs, site by site; None = all of them in their own order."""
 
     @property
-    def axis(self) -> int:
-        """Axis of the weight that `index` runs along."""
-        return axis(self.projection)
+    def own_forward(self) -> Callable[[Tensor], Tensor]:
+        """The forward of the module's class, which installing hides."""
+        own: Callable[[Tensor], Tensor] = type(self.module).forward.__get__(self.module)
+        return own
+
+    def forward(self, x: Tensor) -> Tensor:
+        """What the module computes, bit for bit, with a gradient for the slices."""
+        apply: Any = SliceGradient.apply
+        y: Tensor = apply(x, self.module.weight, self, *(site.master for site in self.sites))
+        return y
+
+    def chosen(self, values: Tensor) -> Tensor:
+        """Its chosen outputs (or inputs), [..., S]."""
+        return values if self.index_S is None else values.index_select(-1, self.index_S)
+
+
+class SliceGradient(torch.autograd.Function):
+    """A module's own forward; backward yields the gradient of chosen units alone, by one product for all its sites.
+
+    The masters hold the same numbers as W in fp32 and take the gradient; the values used are those in W. Source: our own
+    prototype (docs/decisions/0008): equal to the masked full gradient, 0.90 of its step time.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, W: Tensor, sliced: SlicedModule, *masters: Tensor) -> Tensor:
+        ctx.sliced, ctx.width = sliced, masters[0].shape[1]
+        # Columns of W meet only their own inputs: keep those, a tenth of x at a tenth of the heads.
+        ctx.save_for_backward(sliced.chosen(x) if sliced.is_input else x, W)
+        return sliced.own_forward(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (gy,) = grads
+        x, W = ctx.saved_tensors
+        sliced: SlicedModule = ctx.sliced
+        gx = None
+        if ctx.needs_input_grad[0]:  # false in the shallowest chosen layer: backward ends here
+            gx = gy @ (W.t() if sliced.transposed else W)
+        x_NI, g_NO = x.flatten(0, -2), gy.flatten(0, -2)
+        # Either order of factors gives [S, D] as it is stored in the masters: nothing is transposed in memory.
+        g_SD = x_NI.t() @ g_NO if sliced.is_input else sliced.chosen(g_NO).t() @ x_NI
+        g_UED = g_SD.float().unflatten(0, (-1, ctx.width))
+        return gx, None, None, *g_UED.split([len(site.units) for site in sliced.sites])
 
 
 def slice_key(layer: int, projection: Projection) -> str:
@@ -113,6 +145,7 @@ class HeadSlices:
             for layer in sorted(by_layer)
             for projection in projections
         ]
+        self._modules = _sliced_modules(base, self.sites)
 
     def __enter__(self) -> HeadSlices:
         self.install()
@@ -125,25 +158,24 @@ class HeadSlices:
         self.restore()
 
     def install(self) -> None:
-        """Make the forward pass of every sliced projection keep what its slice gradient needs."""
-        for site in self.sites:
-            linear = site.linear
-            linear.forward = partial(_forward, site)  # type: ignore[method-assign]  # on this instance alone
+        """Make the forward pass of every sliced module keep what its slices' gradients need."""
+        for sliced in self._modules:
+            sliced.module.forward = sliced.forward  # on this instance alone
 
     def remove(self) -> None:
         """Undo `install`; the trained values stay in the weights."""
-        for site in self.sites:
-            vars(site.linear).pop("forward", None)
+        for sliced in self._modules:
+            vars(sliced.module).pop("forward", None)
 
     def sync(self) -> None:
         """Round the masters into the weights; call after every change of a master."""
         for site in self.sites:
-            _write(site, site.master)
+            site.write(site.master)
 
     def restore(self) -> None:
         """Put the base model's own values back into the weights, bit for bit; the masters keep what was trained."""
         for site in self.sites:
-            _write(site, site.base)
+            site.write(site.base_UED)
 
     def parameters(self) -> list[nn.Parameter]:
         """The masters, one per sliced projection."""
@@ -167,15 +199,11 @@ class HeadSlices:
     def interpolate(self, fraction: float) -> None:
         """Set the weights part of the way from base (0) to masters (1); the masters stay."""
         for site in self.sites:
-            _write(site, site.at(fraction))
-
-    def delta(self) -> dict[str, Tensor]:
-        """How far every slice moved from the base, fp32: the difference is taken in fp32, bf16 would round it away."""
-        return {site.key: site.master.detach() - site.base.float() for site in self.sites}
+            site.write(site.at(fraction))
 
     def state(self) -> dict[str, Tensor]:
-        """The trained values as they stand in the weights, in the weights' type: copying them gives this very model."""
-        return {site.key: site.master.detach().to(site.base.dtype).clone() for site in self.sites}
+        """The trained values [U, E, D] as they stand in the weights, in their type: copying them gives this very model."""
+        return {site.key: site.master.detach().to(site.base_UED.dtype).clone() for site in self.sites}
 
     def masters(self) -> dict[str, Tensor]:
         """A copy of the fp32 masters, for checkpoints."""
@@ -207,24 +235,32 @@ def all_heads(base: BaseModel) -> list[Head]:
 
 
 def _site(base: BaseModel, layer: int, projection: Projection, units: list[int]) -> Site:
-    linear = base.projection(layer, projection)
-    assert isinstance(linear, nn.Linear)
-    weights = [weight for unit in units for weight in unit_rows(base.spec, base.info, projection, unit)]
-    index = torch.tensor(weights, device=base.device)
-    values = linear.weight.detach().index_select(axis(projection), index)
+    weight_UED = base.units(layer, projection)
+    index_U = torch.tensor(units, device=base.device)
+    base_UED = weight_UED.index_select(0, index_U)
     # clone: for an fp32 base `float` alone would hand out the base's own copy.
-    master = nn.Parameter(values.float().clone())
-    whole = index.numel() == linear.weight.shape[axis(projection)]
-    return Site(layer, projection, tuple(units), linear, index, whole, master, base=values)
+    master = nn.Parameter(base_UED.float().clone())
+    return Site(layer, projection, tuple(units), master, base_UED, weight_UED, index_U)
 
 
-def _forward(site: Site, x: Tensor) -> Tensor:
-    linear = site.linear
-    apply: Any = SliceLinear.apply
-    result: Tensor = apply(x, linear.weight, linear.bias, site.master, None if site.whole else site.index, site.axis)
-    return result
+def _sliced_modules(base: BaseModel, sites: Sequence[Site]) -> list[SlicedModule]:
+    """The modules that hold the sites; those of one fused q, k, v become one."""
+    by_path: dict[str, list[Site]] = defaultdict(list)
+    for site in sites:
+        by_path[base.spec.path(site.layer, site.projection)].append(site)
+    return [_sliced_module(base, tuple(sharing)) for sharing in by_path.values()]
 
 
-def _write(site: Site, values: Tensor) -> None:
-    with torch.no_grad():
-        site.linear.weight.index_copy_(site.axis, site.index, values.to(site.linear.weight.dtype))
+def _sliced_module(base: BaseModel, sites: tuple[Site, ...]) -> SlicedModule:
+    is_input, transposed = sites[0].projection == "o", base.spec.transposed
+    weight = base.weight(sites[0].layer, sites[0].projection)
+    places = [
+        place
+        for site in sites
+        for unit in site.units
+        for place in unit_rows(base.spec, base.info, site.projection, unit)
+    ]
+    size = weight.shape[1 if is_input != transposed else 0]
+    index_S = None if places == list(range(size)) else torch.tensor(places, device=base.device)
+    module = base.projection(sites[0].layer, sites[0].projection)
+    return SlicedModule(module, sites, is_input, transposed, index_S)

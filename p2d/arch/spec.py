@@ -99,11 +99,6 @@ def heads_per_group(info: ModelInfo) -> int:
     return info.n_heads // info.n_kv_groups
 
 
-def axis(projection: Projection) -> int:
-    """Axis of a projection's own weight [out, in] that heads are cut along: rows of q, k and v, columns of o."""
-    return 1 if projection == "o" else 0
-
-
 def units_of(info: ModelInfo, projection: Projection, heads: Iterable[int]) -> list[int]:
     """Units of one projection that the heads of one layer own: the heads themselves, or their KV groups, each once."""
     if projection in HEAD_WISE:
@@ -146,15 +141,3 @@ def unit_view(spec: ArchSpec, info: ModelInfo, projection: Projection, weight: T
         start = unit_rows(spec, info, projection, 0).start
         view_UED = weight_OI.narrow(0, start, U * E).unflatten(0, (U, E))
     return view_UED
-
-
-def bias_view(spec: ArchSpec, info: ModelInfo, projection: Projection, bias: Tensor) -> Tensor:
-    """The bias of q, k or v as [unit, head width], a view. The bias of o belongs to no head."""
-    assert projection != "o"
-    E, U = info.head_dim, n_units(info, projection)
-    if spec.layout == "interleaved":
-        view_UE: Tensor = bias.unflatten(0, (U, 3, E))[:, FUSED_ORDER.index(projection)]
-    else:
-        start = unit_rows(spec, info, projection, 0).start
-        view_UE = bias.narrow(0, start, U * E).unflatten(0, (U, E))
-    return view_UE

@@ -34,18 +34,19 @@ class PathPoint:
     loss: float
     """Nats per answer token."""
     gradients: Mapping[str, Tensor]
-    """Slice key -> fp32 gradient of every trained projection, shaped like the trained weight."""
+    """Slice key -> fp32 gradient of every trained projection, [U, E, D]."""
 
 
 class Proxy(Protocol):
-    """A proxy-trained model, seen from its scorer. All tensors are fp32; one layer is enough in memory at a time."""
+    """A proxy-trained model, seen from its scorer. All tensors are fp32 [U, E, D] with every unit of a projection (query
+    heads of q and o, KV groups of k and v), head width E and model width D; one layer is enough in memory at a time."""
 
     @property
     def projections(self) -> tuple[Projection, ...]:
         """What was trained (on every head)."""
 
     def base(self, layer: int, projection: Projection) -> Tensor:
-        """Base weight [out, in] of a projection, trained or not."""
+        """Base weight of a projection, trained or not."""
 
     def trained(self, layer: int, projection: Projection) -> Tensor:
         """The same after the proxy."""
@@ -74,12 +75,10 @@ class ScorerInput:
         return self.proxy
 
 
-def per_head(info: ModelInfo, projection: Projection, values: Tensor) -> Tensor:
-    """Sum a weight-shaped tensor over each head's slice -> [H]; a group's k/v sum is split evenly over its heads."""
-    # o is cut along its columns, so bring those first.
-    rows = values.t() if projection == "o" else values
-    unit_sums = rows.reshape(-1, info.head_dim * rows.shape[1]).sum(dim=1)
+def per_head(info: ModelInfo, projection: Projection, values_UED: Tensor) -> Tensor:
+    """Sum values over each head's slice -> [H]; a group's k/v sum is split evenly over its heads."""
+    sum_U = values_UED.sum(dim=(1, 2))
     if projection in HEAD_WISE:
-        return unit_sums
+        return sum_U
     share = heads_per_group(info)
-    return torch.repeat_interleave(unit_sums / share, share)
+    return torch.repeat_interleave(sum_U / share, share)

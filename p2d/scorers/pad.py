@@ -27,19 +27,17 @@ def pad(given: ScorerInput) -> Tensor:
     for layer in range(info.n_layers):
         before, after = ([weigh(layer, name) for name in ("q", "k", "v")] for weigh in (proxy.base, proxy.trained))
         for group in range(info.n_kv_groups):
-            P = _distribution(info.head_dim, group, heads_per_group(info), *before)
-            P_after = _distribution(info.head_dim, group, heads_per_group(info), *after)
+            P = _distribution(group, heads_per_group(info), *before)
+            P_after = _distribution(group, heads_per_group(info), *after)
             distance = (P - P_after).cumsum(dim=1).abs().mean(dim=1)
             first = group * heads_per_group(info)
             scores_LH[layer, first : first + heads_per_group(info)] = distance.float().cpu()
     return scores_LH
 
 
-def _distribution(E: int, group: int, share: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _distribution(group: int, share: int, q_HED: Tensor, k_GED: Tensor, v_GED: Tensor) -> Tensor:
     """P of the heads of one KV group, [share, D * E], in fp64: the differences summed here are near 1e-10."""
-    k_ED, v_ED = (weight[group * E : (group + 1) * E].double() for weight in (k, v))
     # Right to left: k^T v is [E, E] and the same for the whole group; left to right would be [D, D] per head.
-    kv_EE = k_ED @ v_ED.t()
-    q_HED = q.double().reshape(-1, E, q.shape[1])[group * share : (group + 1) * share]
-    W_HDE = q_HED.transpose(1, 2) @ kv_EE
+    kv_EE = k_GED[group].double() @ v_GED[group].double().t()
+    W_HDE = q_HED[group * share : (group + 1) * share].double().transpose(1, 2) @ kv_EE
     return torch.softmax(W_HDE.flatten(1) / TEMPERATURE, dim=1)

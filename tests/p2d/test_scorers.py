@@ -34,7 +34,7 @@ INFO = ModelInfo(
     parameters=1,
     dtype="fp32",
 )
-SHAPES: dict[Projection, tuple[int, int]] = {"q": (H * E, D), "k": (G * E, D), "v": (G * E, D), "o": (D, H * E)}
+SHAPES: dict[Projection, tuple[int, int, int]] = {"q": (H, E, D), "k": (G, E, D), "v": (G, E, D), "o": (H, E, D)}
 
 
 @dataclass
@@ -76,12 +76,9 @@ def given(proxy: FakeProxy | None) -> ScorerInput:
     return ScorerInput(INFO, proxy, seed=3)
 
 
-def slice_of(weight: Tensor, projection: Projection, head: int) -> Tensor:
-    """The slice of a head, written out: [E, D] for q, k, v, [D, E] for o."""
-    if projection == "o":
-        return weight[:, head * E : (head + 1) * E]
-    unit = head if projection == "q" else group_of(INFO, head)
-    return weight[unit * E : (unit + 1) * E]
+def slice_of(weight_UED: Tensor, projection: Projection, head: int) -> Tensor:
+    """The slice of a head [E, D], written out."""
+    return weight_UED[head if projection in ("q", "o") else group_of(INFO, head)]
 
 
 @pytest.mark.parametrize("name", HEAD_SCORERS)
