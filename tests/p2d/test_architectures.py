@@ -1,0 +1,175 @@
+"""One contract for every model family: its spec finds each head's own weights, and the engine treats it as it treats Llama.
+
+The reference is the same model as transformers loads it, with eager attention: nothing of ours between.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from p2d.arch import ARCHS
+from p2d.arch.spec import n_units, unit_rows, unit_view, units_of
+from p2d.batches import collate
+from p2d.config import JobConfig, Projection
+from p2d.models import BaseModel, load_base_model
+from p2d.rendering import RenderedRow
+from p2d.responses import ResponseInput
+from p2d.responses.icl import icl
+from tests.factories import TINY, WINDOW, some_rows, tiny_model_dir
+
+ALL: tuple[Projection, ...] = ("q", "k", "v", "o")
+LAYER = 1
+ROWS, GUIDE = some_rows(16), some_rows(4, first=100)
+
+TOGETHER: dict[str, set[Projection]] = {"olmo2": {"q", "k"}}
+"""Projections whose outputs are normalised over all heads at once: a change of one head's weights reaches the others."""
+
+
+@pytest.fixture(scope="module", params=sorted(ARCHS))
+def directory(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model of one family."""
+    return tiny_model_dir(tmp_path_factory.mktemp("models") / request.param, family=request.param)
+
+
+@pytest.fixture
+def base(directory: Path) -> BaseModel:
+    """It, loaded for one test."""
+    return load_base_model(directory, precision="fp32", device="cpu")
+
+
+@pytest.fixture
+def reference(directory: Path) -> PreTrainedModel:
+    """It, as transformers loads it, with eager attention and trainable weights."""
+    loader: Any = AutoModelForCausalLM
+    module: PreTrainedModel = loader.from_pretrained(directory, attn_implementation="eager")
+    module.train(False)
+    return module
+
+
+@pytest.fixture
+def rendered(base: BaseModel) -> list[RenderedRow]:
+    """Some rows as the model reads them, longer than its sliding window."""
+    return [base.renderer.render(row) for row in ROWS[:8]]
+
+
+def ids_of(base: BaseModel, row: RenderedRow) -> Tensor:
+    return collate(base.renderer, [row], [0]).input_ids_BT
+
+
+def test_every_family_has_a_tiny_model() -> None:
+    assert TINY.keys() == ARCHS.keys()
+
+
+def test_the_description_counts_what_the_loaded_model_has(base: BaseModel, reference: PreTrainedModel) -> None:
+    assert base.info.parameters == sum(weight.numel() for weight in reference.parameters())
+    assert base.info.n_layers == len(reference.get_submodule(base.spec.layers))  # type: ignore[arg-type]
+    mlp = reference.get_submodule(base.spec.layers + ".0.mlp")
+    matrices = sum(weight.numel() for weight in mlp.parameters() if weight.ndim == 2)
+    assert matrices == base.info.mlp_matrices * base.info.hidden_size * base.info.intermediate_size
+
+
+def test_the_slices_of_all_units_cover_each_weight_once(base: BaseModel) -> None:
+    seen: dict[str, list[Tensor]] = {}
+    for projection in ALL:
+        weight = base.weight(LAYER, projection)
+        place = torch.arange(weight.numel()).view(weight.shape)
+        view_UED = unit_view(base.spec, base.info, projection, place)
+        assert view_UED.shape == (n_units(base.info, projection), base.info.head_dim, base.info.hidden_size)
+        seen.setdefault(base.spec.path(LAYER, projection), []).append(view_UED.flatten())
+
+    for path, places in seen.items():
+        size = base.module.get_parameter(f"{path}.weight").numel()
+        assert torch.equal(torch.cat(places).sort().values, torch.arange(size)), path
+
+
+@pytest.mark.parametrize("projection", ["q", "k", "v"])
+def test_a_units_slice_decides_its_own_outputs_and_no_others(base: BaseModel, projection: Projection) -> None:
+    x_TD = torch.randn(5, base.info.hidden_size, generator=torch.Generator().manual_seed(0))
+    module = base.projection(LAYER, projection)
+    for unit in range(n_units(base.info, projection)):
+        before_TO = module(x_TD)
+        kept = base.units(LAYER, projection)[unit].clone()
+        base.units(LAYER, projection)[unit] = 0
+        after_TO = module(x_TD)
+        base.units(LAYER, projection)[unit] = kept
+
+        changed_O = (before_TO != after_TO).any(0)
+        assert changed_O.nonzero().flatten().tolist() == list(unit_rows(base.spec, base.info, projection, unit))
+
+
+def head_outputs(base: BaseModel, ids_BT: Tensor) -> Tensor:
+    """What o is given in one layer, head by head: [B, T, H, E]."""
+    caught: list[Tensor] = []
+    hook = base.projection(LAYER, "o").register_forward_pre_hook(lambda _, args: caught.append(args[0]))
+    with torch.no_grad():
+        base.hidden(ids_BT)
+    hook.remove()
+    x_BTHE: Tensor = caught[0].unflatten(-1, (base.info.n_heads, base.info.head_dim))
+    return x_BTHE
+
+
+@pytest.mark.parametrize("projection", ["q", "k", "v"])
+def test_a_units_slice_decides_the_attention_of_its_heads_and_no_others(
+    base: BaseModel, rendered: list[RenderedRow], projection: Projection
+) -> None:
+    coupled = projection in TOGETHER.get(base.info.model_type, ())
+    ids_BT = ids_of(base, rendered[0])
+    before_BTHE = head_outputs(base, ids_BT)
+    for unit in range(n_units(base.info, projection)):
+        kept = base.units(LAYER, projection)[unit].clone()
+        base.units(LAYER, projection)[unit] = 0
+        after_BTHE = head_outputs(base, ids_BT)
+        base.units(LAYER, projection)[unit] = kept
+
+        changed = {h for h in range(base.info.n_heads) if not torch.equal(before_BTHE[:, :, h], after_BTHE[:, :, h])}
+        own = {h for h in range(base.info.n_heads) if unit in units_of(base.info, projection, [h])}
+        assert changed == (set(range(base.info.n_heads)) if coupled else own)
+    assert torch.equal(head_outputs(base, ids_BT), before_BTHE)
+
+
+def test_a_heads_slice_of_o_is_what_reads_that_head(base: BaseModel) -> None:
+    shape = (5, base.info.n_heads, base.info.head_dim)
+    x_THE = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    module = base.projection(LAYER, "o")
+    for head in range(base.info.n_heads):
+        without_THE = x_THE.clone()
+        without_THE[:, head] = 0
+        expected_TD = module(without_THE.flatten(1))
+        kept = base.units(LAYER, "o")[head].clone()
+        base.units(LAYER, "o")[head] = 0
+        found_TD = module(x_THE.flatten(1))
+        base.units(LAYER, "o")[head] = kept
+
+        torch.testing.assert_close(found_TD, expected_TD)
+        assert not torch.allclose(found_TD, module(x_THE.flatten(1)))
+
+
+def test_logits_without_a_mask_are_those_of_eager_attention_beyond_the_window(
+    base: BaseModel, reference: PreTrainedModel, rendered: list[RenderedRow]
+) -> None:
+    batch = collate(base.renderer, rendered, range(len(rendered)))
+    with torch.no_grad():
+        logits_BTV = base.logits(base.hidden(batch.input_ids_BT))
+        for b, row in enumerate(rendered):
+            ids_BT = ids_of(base, row)
+            expected_TV = reference(ids_BT, attention_mask=torch.ones_like(ids_BT)).logits[0]
+            assert len(expected_TV) > 2 * WINDOW
+            torch.testing.assert_close(logits_BTV[b, : len(expected_TV)], expected_TV, rtol=1e-4, atol=1e-4)
+
+
+def given(base: BaseModel, slices: tuple[Projection, ...]) -> ResponseInput:
+    return ResponseInput(base=base, rows=ROWS, guide=GUIDE, span=range(6), slices=slices, config=JobConfig())
+
+
+def test_in_context_responses_are_finite_for_every_head(base: BaseModel) -> None:
+    shard = icl(given(base, ("v", "o"))).shard
+
+    assert shard.response_RN.shape == (6, base.info.n_layers * base.info.n_heads)
+    assert torch.from_numpy(shard.response_RN).isfinite().all()
+    assert float(shard.response_RN.min()) >= 0
