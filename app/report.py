@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
+from rich.text import Text
 
 from app.progress import duration
 
@@ -19,7 +20,7 @@ def summary(report: Mapping[str, Any]) -> RenderableType:
     result = Table("result", "", box=None, title_justify="left", pad_edge=False)
     for name, text in _results(report):
         result.add_row(name, text)
-    return Group("", result, "", _seconds(report["cost"]), "", _ratios(report["cost"]))
+    return Group("", result, "", _seconds(report["cost"]), "", _ratios(report["cost"]), _meaning(report["cost"]))
 
 
 def _results(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -72,21 +73,25 @@ def _seconds(cost: Mapping[str, Any]) -> Table:
 
 
 def _ratios(cost: Mapping[str, Any]) -> Table:
-    table = Table("cost against", "seconds", "ratio", "meaning", box=None, pad_edge=False)
-    against = [
-        ("full fine-tuning", "full_s", "aer", "AER"),
-        ("LoRA, all linear layers", "lora_s", "aer_lora", "aer_lora"),
-    ]
-    for name, seconds, ratio, word in against:
-        if cost[seconds] is None:
-            table.add_row(name, "-", "-", f"{word}: not measured")
-            continue
-        text = "cheaper" if cost[ratio] < 1 else "NOT cheaper at this size"
-        projected = f"{cost[seconds]:.1f} (projected)"
-        table.add_row(
-            name, projected, f"{cost[ratio]:.2f}", f"{word} = {cost['counted_s']:.1f} / {cost[seconds]:.1f}: {text}"
-        )
+    table = Table("cost against", "in", "amount", "ratio", "meaning", box=None, pad_edge=False)
+    against = [("full fine-tuning", "full", "AER", "aer"), ("LoRA, all linear layers", "lora", "aer_lora", "aer_lora")]
+    for name, other, word, ratio in against:
+        seconds, flops = cost[f"{other}_s"], cost[f"{other}_flops"]
+        if seconds is None:
+            table.add_row(name, "seconds", "-", "-", f"{word}: not measured")
+        else:
+            text = "cheaper" if cost[ratio] < 1 else "NOT cheaper at this size"
+            formula = f"{word} = {cost['counted_s']:.1f} / {seconds:.1f}: {text}"
+            table.add_row(name, "seconds", f"{seconds:.1f} (projected)", f"{cost[ratio]:.2f}", formula)
+        if flops is not None:
+            formula = f"{word}_flop = {cost['counted_flops'] / 1e12:.2f} / {flops / 1e12:.2f}"
+            table.add_row("", "TFLOP", f"{flops / 1e12:.2f}", f"{cost[f'{ratio}_flop']:.2f}", formula)
     return table
+
+
+def _meaning(cost: Mapping[str, Any]) -> Text:
+    epochs = f"{cost['epochs']} epochs on both sides" if cost["epochs"] != 1 else "1 epoch on both sides"
+    return Text(f"{epochs}. Of seconds all is counted; of operations: {cost['flops_are']}.", style="dim")
 
 
 def headline(report: Mapping[str, Any]) -> str:

@@ -3,6 +3,9 @@
 AER = (everything the job spent to find heads, select rows and train) / (full fine-tuning on all rows, same epochs).
 Counted: start-up, loading, tokenising, proxies, responses, selection, training with its learning-rate search, packaging
 and every failed attempt. Shown but not counted: evaluation, and measuring the two baselines.
+
+The same two ratios in floating point operations (`p2d.flops`) stand beside them: free of noise and of the machine, but blind
+to all that is not a matrix product, and to failed attempts, of which nobody knows how far they came.
 """
 
 from __future__ import annotations
@@ -29,6 +32,8 @@ class StepCost:
     tokens: int
     """Tokens pushed through the model, forward passes with and without backward alike."""
     rows: int
+    flops: int = 0
+    """Floating point operations by `p2d.flops`; 0 where the step multiplies no matrices, or where it is unknown."""
     peak_memory_bytes: int
     device: str
 
@@ -53,6 +58,20 @@ class CostLine:
     seconds: float
     counted: bool
     """Whether it is part of AER's numerator."""
+    flops: int = 0
+    """Of all parts of the step, on the step's own line."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Alternatives:
+    """What full fine-tuning, and LoRA on all linear layers, would take: all rows, same epochs. None = not known."""
+
+    full_s: float | None = None
+    """Projected from measured steps, as is `lora_s`."""
+    lora_s: float | None = None
+    full_flops: int | None = None
+    """By `p2d.flops`, as is `lora_flops`."""
+    lora_flops: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,6 +86,11 @@ class Bill:
     """LoRA on all linear layers and all rows, same epochs: projected from measured steps."""
     aer: float | None
     aer_lora: float | None
+    counted_flops: int
+    full_flops: int | None
+    lora_flops: int | None
+    aer_flop: float | None
+    aer_lora_flop: float | None
 
 
 _WORK_NAMES = {
@@ -80,11 +104,12 @@ _WORK_NAMES = {
 }
 
 
-def bill(costs: Iterable[StepCost], attempts: Iterable[Attempt], *, full_s: float | None, lora_s: float | None) -> Bill:
+def bill(costs: Iterable[StepCost], attempts: Iterable[Attempt], against: Alternatives) -> Bill:
     """Add up a job. Seconds of shards that ran side by side are summed: cost, not waiting time."""
     costs, attempts = list(costs), list(attempts)
     counted = [cost for cost in costs if cost.step != "evaluate"]
     seconds: dict[str, float] = {"load the model": sum(cost.load_s for cost in counted)}
+    flops: dict[str, int] = {}
     for step, name in _WORK_NAMES.items():
         for cost in costs:
             if cost.step != step:
@@ -95,6 +120,7 @@ def bill(costs: Iterable[StepCost], attempts: Iterable[Attempt], *, full_s: floa
                 seconds[line] = seconds.get(line, 0.0) + part_s
                 rest -= part_s
             seconds[name] = seconds.get(name, 0.0) + max(rest, 0.0)
+            flops[name] = flops.get(name, 0) + cost.flops
             if step == "evaluate":
                 seconds[name] += cost.load_s
     measured = {(cost.step, cost.shard): cost.load_s + cost.work_s for cost in counted}
@@ -103,16 +129,23 @@ def bill(costs: Iterable[StepCost], attempts: Iterable[Attempt], *, full_s: floa
     lost = [a for a in attempts if a.status != "done" and a.step != "evaluate"]
     seconds["attempts that failed"] = sum(a.seconds for a in lost)
     lines = tuple(
-        CostLine(name=name, seconds=round(s, 3), counted=not name.startswith("evaluate")) for name, s in seconds.items()
+        CostLine(name=name, seconds=round(s, 3), counted=not name.startswith("evaluate"), flops=flops.get(name, 0))
+        for name, s in seconds.items()
     )
     counted_s = sum(line.seconds for line in lines if line.counted)
+    counted_flops = sum(line.flops for line in lines if line.counted)
     return Bill(
         lines=lines,
         counted_s=round(counted_s, 3),
-        full_s=full_s,
-        lora_s=lora_s,
-        aer=counted_s / full_s if full_s else None,
-        aer_lora=counted_s / lora_s if lora_s else None,
+        full_s=against.full_s,
+        lora_s=against.lora_s,
+        aer=counted_s / against.full_s if against.full_s else None,
+        aer_lora=counted_s / against.lora_s if against.lora_s else None,
+        counted_flops=counted_flops,
+        full_flops=against.full_flops,
+        lora_flops=against.lora_flops,
+        aer_flop=counted_flops / against.full_flops if against.full_flops else None,
+        aer_lora_flop=counted_flops / against.lora_flops if against.lora_flops else None,
     )
 
 

@@ -21,15 +21,13 @@ from torch import Tensor, nn
 from p2d.batches import TOKEN_BUDGET, Batch, answer_nll, collate, token_budget_batches
 from p2d.config import TrainingConfig
 from p2d.device import memory_guard
+from p2d.flops import LORA_RANK
 from p2d.models import BaseModel
 from p2d.optimization import epoch_order
 from p2d.rendering import RenderedRow
 
 WARM_STEPS, TIMED_STEPS = 1, 3
 MEASURED_STEPS = WARM_STEPS + TIMED_STEPS
-LORA_RANK = 8
-"""Of the baseline. LoRA's cost hardly depends on it."""
-
 FULL_BYTES_PER_WEIGHT = 2 + 4 + 4 + 8
 """Gradient (bf16; 4 for fp32), fp32 copy, fp32 gradient, AdamW's two moments: what full fine-tuning needs beside the model."""
 

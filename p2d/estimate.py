@@ -1,4 +1,4 @@
-"""How long each step will take, said before it runs: operations counted from tokens, over a speed measured in 0.2 s.
+"""How long each step will take, said before it runs: operations by `p2d.flops`, over a speed measured in 0.2 s.
 
 An estimate, not a promise: other work on the machine is not foreseen. The arithmetic needs no torch; `calibrate` does.
 """
@@ -8,7 +8,18 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
-from p2d.config import JobConfig, Projection, proxy_guide_rows, top_count
+from p2d.config import JobConfig, proxy_guide_rows, top_count
+from p2d.flops import (
+    Work,
+    alignment,
+    every_head,
+    forward,
+    full_fine_tuning,
+    icl_group,
+    lora_training,
+    slice_training,
+    typical_work,
+)
 from p2d.model_info import ModelInfo
 from p2d.plans import RowCounts
 
@@ -18,8 +29,9 @@ EFFICIENCY = 0.55
 DECODE_EFFICIENCY = 0.15
 """The same for generation, a few dozen rows at a time."""
 
-ICL_SHARE = 1.6
-"""What attention over long contexts, the probe and the queries without demos add to `icl`. Measured as above."""
+ICL_SHARE = 1.33
+"""How much slower `icl` computes than whole rows do, as its passes are many and small; queries without demos included.
+Measured as above."""
 
 LOAD_S = 8.0
 """Starting Python, torch and transformers once, in a fresh process. Measured on two CPU cores."""
@@ -64,25 +76,35 @@ def estimate_seconds(
     info: ModelInfo, config: JobConfig, speed: Speed, *, train: RowCounts, guide: RowCounts, evaluation: RowCounts
 ) -> dict[str, float]:
     """Seconds of every step of an `adapt` job, validation aside; a resolved config is needed."""
-    work = _Work(info, config)
+    every, asked, held = (_work(counts) for counts in (train, guide, evaluation))
+    slices = config.training.slices
+    assert slices != "auto", "resolve the config first"
+    heads = every_head(info)
     share = top_count(_ratio(config), train.rows) / train.rows
-    proxy = min(1.0, config.heads.proxy_rows / train.rows)
-    one_epoch = work.train(train) * share
-    judging = proxy_guide_rows(config.heads.proxy_rows, guide.rows) / max(1, guide.rows)
+    proxy = every.times(min(1.0, config.heads.proxy_rows / train.rows))
+    judging = asked.times(proxy_guide_rows(config.heads.proxy_rows, guide.rows) / max(1, guide.rows))
     # Held-out loss before and after each half; attribution needs gradients there, and mostly halfway as well.
-    looks = 5 * work.backward(guide) if config.heads.scorer == "attribution" else 3 * work.forward(guide)
+    looks = (
+        slice_training(info, judging.times(5), heads=heads, projections=slices)
+        if config.heads.scorer == "attribution"
+        else forward(info, judging.times(3))
+    )
+    # Chosen heads at even distances: somewhere in the lowest layer, as a random choice nearly always has one.
+    chosen = heads[:: max(1, len(heads) // top_count(config.heads.ratio, len(heads)))]
+    epochs = config.training.epochs + _search_epochs(config, share * train.rows)
     flops = {
-        "heads": work.train(train) * proxy + judging * looks,
-        "respond": _respond(work, config, train, guide),
-        "train": one_epoch * (config.training.epochs + _search_epochs(config, share * train.rows)),
-        "evaluate": 2 * work.forward(evaluation) + 2 * _baseline_steps(work, config, train),
+        "heads": slice_training(info, proxy, heads=heads, projections=slices) + looks,
+        "respond": _respond(info, config, train, guide),
+        "train": slice_training(info, every.times(share * epochs), heads=chosen, projections=slices),
+        "evaluate": forward(info, held.times(2)) + _baseline_steps(info, config, train),
     }
     if config.heads.scorer == "random":
         flops["heads"] = 0.0
     seconds = {step: count / (speed.flop_per_s * EFFICIENCY) for step, count in flops.items()}
     answer = evaluation.answer_tokens / max(1, evaluation.rows) * min(evaluation.rows, 200)
+    token = forward(info, Work(tokens=1, pairs=evaluation.longest, logits=1))
     # Most rows write until the limit, a little over the longest reference: twice the mean.
-    seconds["evaluate"] += 2 * 2 * answer * work.forward_flop / (speed.flop_per_s * DECODE_EFFICIENCY)
+    seconds["evaluate"] += 2 * 2 * answer * token / (speed.flop_per_s * DECODE_EFFICIENCY)
     seconds["heads"] += LOAD_S + info.parameters * 2 / LOAD_BYTES_PER_S
     seconds |= {"select": 0.5 + train.rows * 2e-5, "package": 0.5}
     return {step: round(s, 1) for step, s in seconds.items()}
@@ -101,40 +123,29 @@ def _ratio(config: JobConfig) -> float:
     return config.data.ratio
 
 
-class _Work:
-    """Floating point operations of passes over rows."""
-
-    def __init__(self, info: ModelInfo, config: JobConfig) -> None:
-        e, d = info.head_dim, info.hidden_size
-        weights: dict[Projection, int] = {"q": info.n_heads * e * d, "o": info.n_heads * e * d}
-        weights |= {"k": info.n_kv_groups * e * d, "v": info.n_kv_groups * e * d}
-        assert config.training.slices != "auto", "resolve the config first"
-        body = info.n_layers * (sum(weights.values()) + 3 * d * info.intermediate_size)
-        self.sliced = 2 * info.n_layers * sum(weights[name] for name in config.training.slices)
-        self.body = 2 * body
-        self.head = 2 * d * info.vocab_size
-        self.forward_flop = self.body + self.head
-        """Of one generated token."""
-
-    def forward(self, rows: RowCounts) -> float:
-        return self.body * rows.tokens + self.head * rows.answer_tokens
-
-    def backward(self, rows: RowCounts) -> float:
-        """Forward, backward to activations, and the gradient of the trained projections."""
-        return 2 * self.forward(rows) + self.sliced * rows.tokens
-
-    train = backward
+def _work(counts: RowCounts) -> Work:
+    return typical_work(rows=counts.rows, tokens=counts.tokens, answer_tokens=counts.answer_tokens)
 
 
-def _respond(work: _Work, config: JobConfig, train: RowCounts, guide: RowCounts) -> float:
+def _typical(counts: RowCounts) -> tuple[int, int]:
+    """(tokens, answer tokens) of a row of mean length."""
+    return round(counts.tokens / max(1, counts.rows)), round(counts.answer_tokens / max(1, counts.rows))
+
+
+def _respond(info: ModelInfo, config: JobConfig, train: RowCounts, guide: RowCounts) -> float:
+    row = _typical(train)
+    slices = config.training.slices
+    assert slices != "auto", "resolve the config first"
     if config.data.scorer == "alignment":
-        return work.backward(train) + work.backward(guide) + work.sliced * train.tokens
+        asked = alignment(info, guide=[_typical(guide)], rows=[], projections=slices)
+        return guide.rows * asked + train.rows * alignment(info, guide=[], rows=[row], projections=slices)
     if config.data.scorer == "icl":
-        queries = config.data.n_queries / config.data.n_demos
-        return ICL_SHARE * (work.body * train.tokens * (1 + queries) + work.head * train.answer_tokens * queries)
+        groups = train.rows / config.data.n_demos
+        group = icl_group(info, shown=config.data.n_demos * row[0], queries=[row] * config.data.n_queries)
+        return ICL_SHARE * groups * group
     return 0.0
 
 
-def _baseline_steps(work: _Work, config: JobConfig, train: RowCounts) -> float:
-    batch = config.training.batch_size / train.rows
-    return 3 * work.forward(train) * min(1.0, batch) * BASELINE_STEPS
+def _baseline_steps(info: ModelInfo, config: JobConfig, train: RowCounts) -> float:
+    work = _work(train).times(min(1.0, config.training.batch_size / train.rows) * BASELINE_STEPS)
+    return full_fine_tuning(info, work) + lora_training(info, work)

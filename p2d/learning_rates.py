@@ -56,6 +56,11 @@ def watched_rows(rows: int, guide: int) -> int:
     return min(guide, max(4, int(WATCH_COST * 3 * rows)))
 
 
+def judged_rows(rows: int, guide: int) -> int:
+    """Held-out rows that a trial of the search is judged by."""
+    return min(guide, max(8, watched_rows(rows, guide)))
+
+
 def trial_steps(steps: int) -> int:
     """Steps of one trial: an eighth of the run, 4 to 16. A guess."""
     return min(steps, max(4, min(16, steps // 8)))
@@ -84,9 +89,7 @@ def find_learning_rate(
     """
     if not guide:
         raise EngineError("The learning rate cannot be searched without held-out rows.")
-    search = _Search(
-        base, slices, rows, list(guide)[: max(8, watched_rows(len(rows), len(guide)))], config, steps, progress
-    )
+    search = _Search(base, slices, rows, list(guide)[: judged_rows(len(rows), len(guide))], config, steps, progress)
     best = search.trial(FIRST_RATE)
     factor = 2.0
     if (other := search.trial(FIRST_RATE * 2)) < best * (1 - MARGIN):

@@ -10,14 +10,21 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from p2d.accounting import Bill, StepCost, attempts_of, bill, step_cost
+from p2d.accounting import Alternatives, Bill, StepCost, attempts_of, bill, step_cost
 from p2d.config import config_json
 from p2d.files import read_json, write_json
+from p2d.flops import full_fine_tuning, lora_training, typical_work
 from p2d.head_maps import HeadMap
 from p2d.plans import Plan, load_plan
 
 FORMAT = 1
 """Of report.json."""
+
+
+FLOPS_ARE = (
+    "matrix products of the model on the rows' own tokens, padding left out on both sides; logits at answer tokens only; "
+    "failed attempts not counted"
+)
 
 
 def write_report(inputs: Path, path: Path, *, started: float, device: str) -> None:
@@ -44,7 +51,7 @@ def write_report(inputs: Path, path: Path, *, started: float, device: str) -> No
         "evaluation": evaluation,
     }
     report["estimate_s"] = plan.estimate_s
-    report["cost"] = _cost(inputs, evaluation, started=started, device=device)
+    report["cost"] = _cost(inputs, plan, evaluation, started=started, device=device)
     write_json(path, report)
 
 
@@ -71,7 +78,7 @@ def _heads(inputs: Path, plan: Plan, training: Any) -> dict[str, Any] | None:
     }
 
 
-def _cost(inputs: Path, evaluation: Any, *, started: float, device: str) -> dict[str, Any]:
+def _cost(inputs: Path, plan: Plan, evaluation: Any, *, started: float, device: str) -> dict[str, Any]:
     costs = [step_cost(read_json(path)) for path in sorted(inputs.glob("accounting-*.json"))]
     costs = [cost for cost in costs if cost.step != "package"]
     own = StepCost(
@@ -83,11 +90,24 @@ def _cost(inputs: Path, evaluation: Any, *, started: float, device: str) -> dict
         peak_memory_bytes=0,
         device=device,
     )
-    full = evaluation["full_fine_tuning"]["seconds"] if evaluation else None
-    lora = evaluation["lora"]["seconds"] if evaluation else None
-    total: Bill = bill([*costs, own], attempts_of(_optional(inputs / "steps.json")), full_s=full, lora_s=lora)
+    against = _alternatives(plan, evaluation) if evaluation else Alternatives()
+    total: Bill = bill([*costs, own], attempts_of(_optional(inputs / "steps.json")), against)
     return {
         **asdict(total),
+        "epochs": plan.config.training.epochs,
+        "flops_are": FLOPS_ARE,
         "baselines": "projected from a few measured steps, see evaluation" if evaluation else None,
         "steps": [asdict(cost) for cost in costs],
     }
+
+
+def _alternatives(plan: Plan, evaluation: Any) -> Alternatives:
+    """Both baselines over all training rows, which count as being of their mean length."""
+    rows, epochs = plan.train, plan.config.training.epochs
+    work = typical_work(rows=rows.rows, tokens=rows.tokens, answer_tokens=rows.answer_tokens)
+    return Alternatives(
+        full_s=evaluation["full_fine_tuning"]["seconds"],
+        lora_s=evaluation["lora"]["seconds"],
+        full_flops=round(epochs * full_fine_tuning(plan.model, work)),
+        lora_flops=round(epochs * lora_training(plan.model, work)),
+    )

@@ -50,7 +50,7 @@ class _Meter:
         self.load_s += seconds
         return base
 
-    def write(self, *, tokens: int, rows: int, device: str, peak_bytes: int | None = None) -> None:
+    def write(self, *, tokens: int, rows: int, flops: float = 0, device: str, peak_bytes: int | None = None) -> None:
         """Write accounting-*.json: the last act of a step."""
         call = self.call
         cost = StepCost(
@@ -61,6 +61,7 @@ class _Meter:
             parts=self.parts,
             tokens=tokens,
             rows=rows,
+            flops=round(flops),
             peak_memory_bytes=peak_memory_bytes() if peak_bytes is None else peak_bytes,
             device=device,
         )
@@ -162,6 +163,7 @@ def _count_tokens(
 def heads(call: StepCall, progress: Progress, models: ModelCache, on_checkpoint: OnCheckpoint) -> None:
     """Stage 1: the head map."""
     from p2d.identify import identify_heads
+    from p2d.step_flops import proxy_flops
 
     meter, plan = _Meter(call), load_plan(call.inputs / "plan.json")
     rows, guide = load_rows(call.inputs / "rows.jsonl"), load_rows(call.inputs / "guide.jsonl")
@@ -169,7 +171,8 @@ def heads(call: StepCall, progress: Progress, models: ModelCache, on_checkpoint:
     head_map = identify_heads(base, rows, guide, plan.config, progress)
     head_map.save(call.out / "head_map.json")
     tokens = head_map.proxy.tokens if head_map.proxy else 0
-    _write_cost(meter, base, tokens=tokens, rows=plan.config.heads.proxy_rows)
+    operations = proxy_flops(base, rows, guide, plan.config, head_map)
+    _write_cost(meter, base, tokens=tokens, rows=plan.config.heads.proxy_rows, flops=operations)
 
 
 # --- respond, select -------------------------------------------------------------------------------------------------
@@ -198,7 +201,7 @@ def respond(call: StepCall, progress: Progress, models: ModelCache, on_checkpoin
         )
     )
     save_shard(call.out / f"responses-{call.shard:05d}.safetensors", responses.shard)
-    _write_cost(meter, base, tokens=responses.tokens, rows=len(span))
+    _write_cost(meter, base, tokens=responses.tokens, rows=len(span), flops=responses.flops)
 
 
 def select(call: StepCall, progress: Progress, models: ModelCache, on_checkpoint: OnCheckpoint) -> None:
@@ -237,16 +240,18 @@ def train(call: StepCall, progress: Progress, models: ModelCache, on_checkpoint:
     """Stage 3: the chosen heads' slices on the chosen rows."""
     from p2d.adapters import save_adapter
     from p2d.selection import load_kept
+    from p2d.step_flops import training_flops
     from p2d.training import train as train_slices
 
     meter, plan = _Meter(call), load_plan(call.inputs / "plan.json")
     chosen = _chosen_heads(call, plan)
     kept, guide = load_kept(call.inputs / "selection.jsonl"), load_rows(call.inputs / "guide.jsonl")
     base = meter.base(models, plan)
+    rendered, watched = _render(base, kept), _render(base, guide)
     result = train_slices(
         base,
-        _render(base, kept),
-        _render(base, guide),
+        rendered,
+        watched,
         chosen,
         plan.config,
         progress,
@@ -268,7 +273,8 @@ def train(call: StepCall, progress: Progress, models: ModelCache, on_checkpoint:
     facts.pop("state")  # the weights have a file of their own
     write_json(call.out / "training.json", facts)
     meter.parts["learning-rate search"] = result.search_seconds
-    _write_cost(meter, base, tokens=result.tokens, rows=len(kept))
+    operations = training_flops(base, rendered, watched, chosen, plan.config, result)
+    _write_cost(meter, base, tokens=result.tokens, rows=len(kept), flops=operations)
 
 
 def _ignore(directory: Path) -> None:
@@ -279,10 +285,11 @@ def _render(base: BaseModel, rows: Iterable[Row]) -> list[RenderedRow]:
     return [base.renderer.render(row) for row in rows]
 
 
-def _write_cost(meter: _Meter, base: BaseModel, *, tokens: int, rows: int) -> None:
+def _write_cost(meter: _Meter, base: BaseModel, *, tokens: int, rows: int, flops: float = 0) -> None:
     from p2d.device import peak_memory_bytes as device_peak_bytes
 
-    meter.write(tokens=tokens, rows=rows, device=str(base.device), peak_bytes=device_peak_bytes(base.device))
+    peak = device_peak_bytes(base.device)
+    meter.write(tokens=tokens, rows=rows, flops=flops, device=str(base.device), peak_bytes=peak)
 
 
 # --- evaluate, package -----------------------------------------------------------------------------------------------

@@ -35,10 +35,12 @@ class ResponseInput:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Responses:
-    """A shard and what it cost in tokens."""
+    """A shard and what it cost."""
 
     shard: ResponseShard
     tokens: int
+    flops: int = 0
+    """By `p2d.flops`."""
 
 
 DataScorer = Callable[[ResponseInput], Responses]

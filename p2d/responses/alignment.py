@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from p2d import flops
 from p2d.arch.spec import HEAD_WISE, group_of, n_units
 from p2d.batches import answer_nll, collate, token_budget_batches
 from p2d.config import Projection
@@ -47,7 +48,7 @@ def alignment(given: ResponseInput) -> Responses:
     base = given.base
     guide = [base.renderer.render(row) for row in given.guide]
     rows = [base.renderer.render(given.rows[index]) for index in given.span]
-    tokens = sum(base.renderer.length(row) for row in (*guide, *rows))
+    sizes = [(base.renderer.length(row), len(row.answer_ids)) for row in (*guide, *rows)]
     total = len(guide) + len(rows)
 
     mean = MeanGradient()
@@ -70,7 +71,10 @@ def alignment(given: ResponseInput) -> Responses:
         combine="response",
         n_heads=base.info.n_heads,
     )
-    return Responses(shard=shard, tokens=tokens)
+    operations = flops.alignment(
+        base.info, guide=sizes[: len(guide)], rows=sizes[len(guide) :], projections=given.slices
+    )
+    return Responses(shard=shard, tokens=sum(length for length, _ in sizes), flops=round(operations))
 
 
 Sink = Callable[[Place, Tensor, Tensor], None]

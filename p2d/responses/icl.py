@@ -21,6 +21,7 @@ import torch
 from torch.nn import functional
 from transformers import DynamicCache
 
+from p2d import flops
 from p2d.batches import answer_nll, collate, token_budget_batches
 from p2d.errors import Diverged
 from p2d.models import BaseModel
@@ -60,12 +61,15 @@ def icl(given: ResponseInput) -> Responses:
         alone_nll = dict(zip(asked, _nll_alone(base, [rendered[row] for row in asked]), strict=True))
         collected = _Collected(len(given.span), base.info.n_layers * base.info.n_heads)
         tokens = sum(base.renderer.length(rendered[row]) for row in asked)
+        alone = [(base.renderer.length(rendered[row]), len(rendered[row].answer_ids)) for row in asked]
+        operations = flops.forward(base.info, flops.work_of(alone))
         with probe_attention(base.info.n_layers) as probe:
             for done, group in enumerate(groups, start=1):
                 mass_SN, nll_B = read_group(base, probe, group, rendered)
                 gain = float(np.mean([alone_nll[query] - nll for query, nll in zip(group.queries, nll_B, strict=True)]))
                 collected.add(group, mass_SN, gain, start=given.span.start)
                 tokens += sum(base.renderer.length(rendered[row]) for row in (*group.demos, *group.queries))
+                operations += _group_flops(base, group, rendered)
                 given.progress(done, len(groups), {"gain": gain})
     response_RN, quality_R = collected.finish()
     if not (np.isfinite(response_RN).all() and np.isfinite(quality_R).all()):
@@ -78,7 +82,7 @@ def icl(given: ResponseInput) -> Responses:
         combine="product",
         n_heads=base.info.n_heads,
     )
-    return Responses(shard=shard, tokens=tokens)
+    return Responses(shard=shard, tokens=tokens, flops=round(operations))
 
 
 def assign_folds(rows: int, seed: int) -> npt.NDArray[np.int64]:
@@ -128,6 +132,13 @@ def form_groups(
 
 def _demo_length(base: BaseModel, row: RenderedRow) -> int:
     return len(row.prompt_ids) + len(row.answer_ids) + len(base.renderer.separator_ids)
+
+
+def _group_flops(base: BaseModel, group: Group, rendered: dict[int, RenderedRow]) -> float:
+    shown = len(base.renderer.prefix_ids) + sum(_demo_length(base, rendered[demo]) for demo in group.demos)
+    queries = [rendered[query] for query in group.queries]
+    sizes = [(len(row.prompt_ids) + len(row.answer_ids), len(row.answer_ids)) for row in queries]
+    return flops.icl_group(base.info, shown=shown, queries=sizes)
 
 
 def _nll_alone(base: BaseModel, rendered: Sequence[RenderedRow]) -> list[float]:

@@ -43,6 +43,8 @@ def test_the_demo_leaves_its_result_and_nothing_else_running(
         *(line["name"] for line in report["cost"]["lines"] if line["seconds"] >= 0.05),
         f"AER = {report['cost']['counted_s']:.1f} / {report['cost']['full_s']:.1f}",
         "aer_lora = ",
+        f"AER_flop = {report['cost']['counted_flops'] / 1e12:.2f} / ",
+        "3 epochs on both sides",
         "(projected)",
         "Next:",
     ):

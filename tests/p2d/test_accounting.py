@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import pytest
 
-from p2d.accounting import Attempt, Bill, StepCost, attempts_of, bill
+from p2d.accounting import Alternatives, Attempt, Bill, StepCost, attempts_of, bill
 
 
 def cost(
-    step: str, work_s: float, *, load_s: float = 0.0, shard: int = 0, parts: dict[str, float] | None = None
+    step: str,
+    work_s: float,
+    *,
+    load_s: float = 0.0,
+    shard: int = 0,
+    parts: dict[str, float] | None = None,
+    flops: int = 0,
 ) -> StepCost:
     return StepCost(
         step=step,
@@ -18,6 +24,7 @@ def cost(
         parts=parts or {},
         tokens=1,
         rows=1,
+        flops=flops,
         peak_memory_bytes=1,
         device="cpu",
     )
@@ -40,7 +47,7 @@ def seconds(total: Bill, name: str) -> float:
 
 
 def test_evaluation_is_shown_but_not_counted() -> None:
-    total = bill(COSTS, [], full_s=216.0, lora_s=54.0)
+    total = bill(COSTS, [], Alternatives(full_s=216.0, lora_s=54.0))
 
     assert total.counted_s == 1 + 12 + 53 + 1 + 40 + 1
     assert seconds(total, "evaluate") == 507
@@ -49,14 +56,14 @@ def test_evaluation_is_shown_but_not_counted() -> None:
 
 
 def test_the_lines_that_count_add_up_to_the_numerator() -> None:
-    total = bill(COSTS, [Attempt(step="heads", status="done", seconds=14)], full_s=None, lora_s=None)
+    total = bill(COSTS, [Attempt(step="heads", status="done", seconds=14)], Alternatives())
 
     assert sum(line.seconds for line in total.lines if line.counted) == pytest.approx(total.counted_s)
     assert total.aer is None
 
 
 def test_the_search_is_a_line_of_its_own_and_part_of_training() -> None:
-    total = bill(COSTS, [], full_s=None, lora_s=None)
+    total = bill(COSTS, [], Alternatives())
 
     assert (seconds(total, "train: learning-rate search"), seconds(total, "train")) == (15, 25)
 
@@ -68,11 +75,28 @@ def test_failed_attempts_and_process_starts_count() -> None:
         Attempt(step="train", attempt=1, status="lost", seconds=4),
         Attempt(step="evaluate", attempt=1, status="failed", seconds=1000),
     ]
-    total = bill(COSTS, attempts, full_s=None, lora_s=None)
+    total = bill(COSTS, attempts, Alternatives())
 
     assert seconds(total, "attempts that failed") == 13
     assert seconds(total, "start processes, move files") == 0.5
     assert total.counted_s == 108 + 13 + 0.5
+
+
+def test_operations_are_billed_beside_the_seconds_and_evaluation_is_not() -> None:
+    costs = [
+        cost("respond", 20, flops=30),
+        cost("respond", 30, shard=1, flops=20),
+        cost("train", 40, parts={"learning-rate search": 15}, flops=50),
+        cost("evaluate", 500, flops=10_000),
+    ]
+
+    total = bill(costs, [], Alternatives(full_flops=400, lora_flops=200))
+
+    assert (total.counted_flops, total.aer_flop, total.aer_lora_flop) == (100, 0.25, 0.5)
+    assert {line.name: line.flops for line in total.lines if line.flops and line.counted} == {
+        "rows: responses": 50,
+        "train": 50,
+    }
 
 
 def test_attempts_come_as_whoever_ran_the_steps_wrote_them() -> None:

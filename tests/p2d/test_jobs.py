@@ -73,6 +73,9 @@ def test_a_recipe_adapts_the_model_and_reports(recipe: str, tiny_dir: Path, file
     assert report["selection"]["kept"] == 8
     assert sum(row.kept for row in read_selection(tmp_path / "selection.jsonl")) == 8
     assert report["cost"]["aer"] > 0
+    assert report["cost"]["aer_flop"] > report["cost"]["counted_flops"] / report["cost"]["lora_flops"] / 2 > 0
+    worked = {"heads", "respond", "train"}
+    assert {step["step"] for step in report["cost"]["steps"] if step["flops"]} == worked
     assert report["evaluation"]["full_fine_tuning"]["projected"] is True
     expected = {"default": ("attribution", "alignment", ["v", "o"]), "paper": ("pad", "icl", ["q", "k", "v"])}[recipe]
     assert (report["heads"]["scorer"], report["selection"]["scorer"], report["heads"]["projections"]) == expected

@@ -1,0 +1,66 @@
+"""What a step says it spent agrees with PyTorch's own counter: proxies, training and its search, in both recipes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import pytest
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from p2d import flops
+from p2d.config import HeadsConfig, JobConfig, TrainingConfig, resolve
+from p2d.identify import identify_heads
+from p2d.models import BaseModel
+from p2d.pipeline import no_progress
+from p2d.rows import Row
+from p2d.step_flops import proxy_flops, training_flops
+from p2d.training import train
+
+ROWS = [Row(prompt=f"What is {n} plus 1?", answer=f"It is {n + 1}.", line=n) for n in range(20, 40)]
+"""All of one length: nothing is padded."""
+
+TOLERANCE = 0.02
+
+T = TypeVar("T")
+
+
+@pytest.fixture(autouse=True)
+def _squares(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The closed form counts what the counter sees: every token meets every other."""
+    monkeypatch.setattr(flops, "causal_pairs", lambda tokens, past=0: tokens * (past + tokens))
+
+
+def counted(work: Callable[[], T]) -> tuple[T, int]:
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        result = work()
+    return result, counter.get_total_flops()
+
+
+def a_config(recipe: str) -> JobConfig:
+    config = JobConfig(
+        recipe=recipe,
+        heads=HeadsConfig(proxy_rows=8),
+        training=TrainingConfig(epochs=2, batch_size=4, learning_rate="auto"),
+    )
+    return resolve(config, rows=len(ROWS), context_length=512).config
+
+
+@pytest.mark.parametrize("recipe", ["default", "paper"])
+def test_proxies_and_looks(recipe: str, tiny: BaseModel) -> None:
+    config = a_config(recipe)
+
+    head_map, found = counted(lambda: identify_heads(tiny, ROWS, ROWS[:6], config, no_progress))
+
+    assert proxy_flops(tiny, ROWS, ROWS[:6], config, head_map) == pytest.approx(found, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("recipe", ["default", "paper"])
+def test_training_with_its_search_and_its_looks(recipe: str, tiny: BaseModel) -> None:
+    config, heads = a_config(recipe), [(1, 0), (2, 3)]
+    rows, guide = [tiny.renderer.render(row) for row in ROWS[:12]], [tiny.renderer.render(row) for row in ROWS[12:]]
+
+    result, found = counted(lambda: train(tiny, rows, guide, heads, config, no_progress))
+
+    assert training_flops(tiny, rows, guide, heads, config, result) == pytest.approx(found, rel=TOLERANCE)
