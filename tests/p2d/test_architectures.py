@@ -17,6 +17,7 @@ from p2d.arch import ARCHS
 from p2d.arch.spec import n_units, unit_rows, unit_view, units_of
 from p2d.batches import collate
 from p2d.config import JobConfig, Projection
+from p2d.generation import generate
 from p2d.models import BaseModel, load_base_model
 from p2d.rendering import RenderedRow
 from p2d.responses import ResponseInput
@@ -161,6 +162,22 @@ def test_logits_without_a_mask_are_those_of_eager_attention_beyond_the_window(
             expected_TV = reference(ids_BT, attention_mask=torch.ones_like(ids_BT)).logits[0]
             assert len(expected_TV) > 2 * WINDOW
             torch.testing.assert_close(logits_BTV[b, : len(expected_TV)], expected_TV, rtol=1e-4, atol=1e-4)
+
+
+def test_greedy_answers_side_by_side_are_those_of_transformers_one_by_one(
+    base: BaseModel, reference: PreTrainedModel, rendered: list[RenderedRow]
+) -> None:
+    prompts = [row.prompt_ids for row in rendered[:4]]
+
+    answers = generate(base, prompts, limit=12, on_token=lambda: None)
+
+    theirs: Any = reference
+    for prompt, answer in zip(prompts, answers, strict=True):
+        ids_BT = torch.tensor([[*base.renderer.prefix_ids, *prompt]])
+        mask_BT = torch.ones_like(ids_BT)
+        expected = theirs.generate(ids_BT, attention_mask=mask_BT, do_sample=False, max_new_tokens=12)[0]
+        stop = base.renderer.stop_ids
+        assert answer == [token for token in expected[ids_BT.shape[1] :].tolist() if token not in stop]
 
 
 def given(base: BaseModel, slices: tuple[Projection, ...]) -> ResponseInput:
