@@ -13,18 +13,22 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from p2d.adapters import load_adapter, merge, save_adapter
 from p2d.arch import ARCHS
 from p2d.arch.spec import n_units, unit_rows, unit_view, units_of
-from p2d.batches import collate
-from p2d.config import JobConfig, Projection
+from p2d.batches import answer_nll, collate
+from p2d.config import HEAD_SCORERS, HeadsConfig, JobConfig, Projection, TrainingConfig
 from p2d.generation import generate
+from p2d.identify import identify_heads
 from p2d.models import BaseModel, load_base_model
 from p2d.rendering import RenderedRow
 from p2d.responses import ResponseInput
 from p2d.responses.icl import icl
+from p2d.slices import HeadSlices
 from tests.factories import TINY, WINDOW, some_rows, tiny_model_dir
 
 ALL: tuple[Projection, ...] = ("q", "k", "v", "o")
+HEADS = [(1, 0), (1, 4), (2, 5)]
 LAYER = 1
 ROWS, GUIDE = some_rows(16), some_rows(4, first=100)
 
@@ -61,6 +65,33 @@ def rendered(base: BaseModel) -> list[RenderedRow]:
 
 def ids_of(base: BaseModel, row: RenderedRow) -> Tensor:
     return collate(base.renderer, [row], [0]).input_ids_BT
+
+
+def module_weights(module: torch.nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def mean_loss(base: BaseModel, rendered: list[RenderedRow]) -> Tensor:
+    nll_B, tokens_B = answer_nll(base, collate(base.renderer, rendered, range(len(rendered))))
+    return nll_B.sum() / tokens_B.sum()
+
+
+def eager_nll(reference: PreTrainedModel, base: BaseModel, row: RenderedRow) -> Tensor:
+    """Nats of a row's answer, in sum."""
+    ids_BT, answer = ids_of(base, row), len(row.answer_ids)
+    logits_TV = reference(ids_BT).logits[0, -answer - 1 : -1]
+    return torch.nn.functional.cross_entropy(logits_TV, ids_BT[0, -answer:], reduction="sum")
+
+
+def full_gradient(module: PreTrainedModel, base: BaseModel, layer: int, projection: Projection) -> Tensor:
+    """What autograd left at a whole weight, unit by unit."""
+    gradient = module.get_parameter(base.spec.weight_name(layer, projection)).grad
+    assert gradient is not None
+    return unit_view(base.spec, base.info, projection, gradient)
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
 
 
 def test_every_family_has_a_tiny_model() -> None:
@@ -162,6 +193,97 @@ def test_logits_without_a_mask_are_those_of_eager_attention_beyond_the_window(
             expected_TV = reference(ids_BT, attention_mask=torch.ones_like(ids_BT)).logits[0]
             assert len(expected_TV) > 2 * WINDOW
             torch.testing.assert_close(logits_BTV[b, : len(expected_TV)], expected_TV, rtol=1e-4, atol=1e-4)
+
+
+def test_slice_gradients_are_the_masked_full_gradients(
+    base: BaseModel, directory: Path, reference: PreTrainedModel, rendered: list[RenderedRow]
+) -> None:
+    sum(eager_nll(reference, base, row) for row in rendered).backward()  # type: ignore[union-attr]
+    answer_tokens = sum(len(row.answer_ids) for row in rendered)
+    twin = load_base_model(directory, precision="fp32", device="cpu")
+    twin.module.requires_grad_(True)
+    mean_loss(twin, rendered).backward()
+
+    with HeadSlices(base, HEADS, ALL) as slices:
+        mean_loss(base, rendered).backward()
+        gradients = slices.gradients()
+
+    assert gradients.keys() == {f"layers.{layer}.{projection}" for layer in (1, 2) for projection in ALL}
+    for site in slices.sites:
+        own_UED = full_gradient(twin.module, base, site.layer, site.projection)[list(site.units)]
+        eager_UED = full_gradient(reference, base, site.layer, site.projection)[list(site.units)] / answer_tokens
+        assert relative(gradients[site.key], own_UED) < 1e-6, site.key
+        assert relative(gradients[site.key], eager_UED) < 1e-5, site.key  # another kernel rounds otherwise
+
+
+def test_training_moves_the_chosen_slices_and_no_other_bit(base: BaseModel, rendered: list[RenderedRow]) -> None:
+    before = module_weights(base.module)
+    allowed = {name: torch.zeros_like(value, dtype=torch.bool) for name, value in before.items()}
+    for projection in ALL:
+        for layer in (1, 2):
+            units = units_of(base.info, projection, [head for at, head in HEADS if at == layer])
+            mask = allowed[base.spec.weight_name(layer, projection)]
+            unit_view(base.spec, base.info, projection, mask)[units] = True
+
+    with HeadSlices(base, HEADS, ALL) as slices:
+        optimizer = torch.optim.AdamW(slices.parameters(), lr=1e-2)
+        for _ in range(3):
+            mean_loss(base, rendered).backward()
+            optimizer.step()
+            slices.zero_grad()
+            slices.sync()
+        trained = module_weights(base.module)
+
+    for name, value in before.items():
+        assert torch.equal(trained[name] != value, allowed[name]), name
+    assert all(torch.equal(value, before[name]) for name, value in module_weights(base.module).items())
+
+
+def test_an_adapter_round_trips_bit_for_bit_and_merges_into_the_same_model(
+    base: BaseModel, directory: Path, rendered: list[RenderedRow], tmp_path: Path
+) -> None:
+    ids_BT = ids_of(base, rendered[0])
+    generator = torch.Generator().manual_seed(5)
+    with HeadSlices(base, HEADS, ALL) as slices:
+        with torch.no_grad():
+            for master in slices.parameters():
+                master.add_(torch.randn(master.shape, generator=generator), alpha=0.1)
+        slices.sync()
+        state, config = slices.state(), JobConfig()
+        save_adapter(
+            tmp_path / "a", base=base, heads=HEADS, projections=ALL, state=state, config=config, learning_rate=1e-3
+        )
+        with torch.no_grad():
+            trained_TV = base.logits(base.hidden(ids_BT))
+
+    with torch.no_grad():
+        plain_TV = base.logits(base.hidden(ids_BT))
+        previous = load_adapter(tmp_path / "a").apply(base)
+        adapted_TV = base.logits(base.hidden(ids_BT))
+        load_adapter(tmp_path / "a").revert(base, previous)
+        reverted_TV = base.logits(base.hidden(ids_BT))
+        merged = load_base_model(merge(directory, tmp_path / "a", tmp_path / "merged"), precision="fp32", device="cpu")
+        merged_TV = merged.logits(merged.hidden(ids_BT))
+
+    assert not torch.allclose(plain_TV, trained_TV)
+    assert torch.equal(adapted_TV, trained_TV)
+    assert torch.equal(reverted_TV, plain_TV)
+    assert torch.equal(merged_TV, trained_TV)
+
+
+@pytest.mark.parametrize("scorer", HEAD_SCORERS)
+def test_every_head_scorer_ranks_all_heads_and_leaves_the_base_alone(base: BaseModel, scorer: str) -> None:
+    before = module_weights(base.module)
+    config = JobConfig(
+        heads=HeadsConfig(scorer=scorer, proxy_rows=12, ratio=0.2),
+        training=TrainingConfig(slices=("q", "k", "v") if scorer == "pad" else ("v", "o"), batch_size=3),
+    )
+
+    scores = identify_heads(base, ROWS, GUIDE, config, lambda done, total, metrics: None).scores
+
+    assert torch.tensor(scores).isfinite().all()
+    assert len({score for row in scores for score in row}) == base.info.n_layers * base.info.n_heads
+    assert all(torch.equal(value, before[name]) for name, value in module_weights(base.module).items())
 
 
 def test_greedy_answers_side_by_side_are_those_of_transformers_one_by_one(
