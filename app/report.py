@@ -35,6 +35,8 @@ def _results(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     )
     yield "rows kept", f"{selection['kept']} of {selection['rows']} by {selection['scorer']}"
     share = f"{heads['trained_share']:.2%} of the model"
+    if training["rank"] is not None:
+        share += f", factors of rank {training['rank']} updates"
     yield (
         "trained",
         f"{heads['trained_parameters']:,} parameters ({share}), learning rate {training['learning_rate']:g}",

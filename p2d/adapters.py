@@ -63,7 +63,7 @@ class Manifest:
     projections: tuple[Projection, ...]
     slices: tuple[SliceEntry, ...]
     parameters: int
-    """Trained weights."""
+    """Trained numbers: the weights, or with a rank their factors."""
     dtype: str
     """Of the tensors: fp32 or bf16."""
     sha256: str
@@ -132,7 +132,7 @@ def save_adapter(
         heads=tuple(sorted(set(heads))),
         projections=tuple(projections),
         slices=entries,
-        parameters=sum(tensor.numel() for tensor in tensors.values()),
+        parameters=_parameters(base.info, entries, config.training.rank),
         dtype="bf16" if base.dtype == torch.bfloat16 else "fp32",
         sha256=_sha256(directory / WEIGHTS),
         learning_rate=learning_rate,
@@ -200,6 +200,12 @@ def _entries(info: ModelInfo, heads: Sequence[Head], projections: Sequence[Proje
         for projection in projections
         for units in [units_of(info, projection, [head for at, head in heads if at == layer])]
     )
+
+
+def _parameters(info: ModelInfo, entries: Sequence[SliceEntry], rank: int | None) -> int:
+    units = sum(len(entry.units) for entry in entries)
+    per_unit = info.head_dim * info.hidden_size if rank is None else rank * (info.head_dim + info.hidden_size)
+    return units * per_unit
 
 
 def _write(base: BaseModel, entries: Sequence[SliceEntry], values: Mapping[str, Tensor]) -> None:

@@ -213,6 +213,15 @@ def _faults(config: JobConfig) -> Iterator[ErrorDetail]:
         )
 
 
+def check_rank(config: JobConfig, *, head_dim: int) -> None:
+    """Raise ConfigError if the rank is above the head width: the factors would outnumber the slice that they stand for."""
+    rank = config.training.rank
+    if rank is not None and rank > head_dim:
+        text = f"Expected at most {head_dim}, the width of a head of the base model, got {rank}."
+        detail = ErrorDetail(code="config.rank", message=text, pointer="/training/rank")
+        raise ConfigError("training.rank is above the head width.", errors=[detail])
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Resolution:
     """A config without an `"auto"` that could be decided, and why each was decided so (`pointer -> reason`)."""

@@ -10,8 +10,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from p2d.batches import mean_answer_nll
+from p2d.batches import TOKEN_BUDGET, mean_answer_nll
 from p2d.config import JobConfig
+from p2d.device import memory_guard
 from p2d.errors import Diverged, EngineError
 from p2d.models import BaseModel
 from p2d.optimization import Schedule, SliceTrainer
@@ -20,9 +21,11 @@ from p2d.rendering import RenderedRow
 from p2d.slices import HeadSlices
 
 FIRST_RATE = 2e-3
-"""Where the search begins: best of 5e-4 to 4e-3 on SmolLM2-135M (docs/LOG.md)."""
+"""Where the search begins for full slices: best of 5e-4 to 4e-3 on SmolLM2-135M (docs/LOG.md)."""
+FIRST_RANK_RATE = 8e-3
+"""The same for factors of a low-rank update: AdamW moves every number alike, and a product of small ones moves less."""
 MAX_TRIALS = 4
-MIN_RATE, MAX_RATE = 6.25e-5, 1.6e-2
+MIN_RATE, MAX_RATE = 6.25e-5, 6.4e-2
 """Range of the search; below MIN_RATE even a diverging run gives up."""
 MARGIN = 0.005
 """A higher rate must be better by this share of the loss: short trials flatter high rates. A guess."""
@@ -49,6 +52,19 @@ class Found:
     learning_rate: float
     trials: list[Trial]
     tokens: int
+    token_budget: int
+    """Of a micro-batch: what is left of the given one where memory ran out."""
+
+    @property
+    def at_border(self) -> bool:
+        """Whether the best rate is the highest or lowest tried, so that a better one may lie beyond."""
+        tried = [trial.learning_rate for trial in self.trials]
+        return self.learning_rate in (min(tried), max(tried))
+
+
+def first_rate(rank: int | None) -> float:
+    """Where the search begins."""
+    return FIRST_RATE if rank is None else FIRST_RANK_RATE
 
 
 def watched_rows(rows: int, guide: int) -> int:
@@ -80,7 +96,7 @@ def find_learning_rate(
     steps: int,
     progress: Progress,
 ) -> Found:
-    """Try FIRST_RATE and its double; walk on in the better direction while it helps, MAX_TRIALS at most.
+    """Try the first rate and its double; walk on in the better direction while it helps, MAX_TRIALS at most.
 
     Each trial starts at the base, takes the first `trial_steps` of the run's own rows under a whole schedule, and is judged
     by the loss on held-out rows. The slices are back at the base afterwards.
@@ -90,12 +106,12 @@ def find_learning_rate(
     if not guide:
         raise EngineError("The learning rate cannot be searched without held-out rows.")
     search = _Search(base, slices, rows, list(guide)[: judged_rows(len(rows), len(guide))], config, steps, progress)
-    best = search.trial(FIRST_RATE)
-    factor = 2.0
-    if (other := search.trial(FIRST_RATE * 2)) < best * (1 - MARGIN):
-        best, rate = other, FIRST_RATE * 2
+    rate, factor = first_rate(config.training.rank), 2.0
+    best = search.trial(rate)
+    if (other := search.trial(rate * 2)) < best * (1 - MARGIN):
+        best, rate = other, rate * 2
     else:
-        factor, rate = 0.5, FIRST_RATE
+        factor = 0.5
     while MIN_RATE <= rate * factor <= MAX_RATE and (len(search.trials) < MAX_TRIALS or best == math.inf):
         # Going down, a tie goes to the lower rate.
         limit = best * (1 - MARGIN) if factor > 1 else best * (1 + MARGIN)
@@ -105,7 +121,7 @@ def find_learning_rate(
         best, rate = min(best, loss), rate * factor
     if best == math.inf:
         raise Diverged(f"Training diverged at every learning rate down to {rate:.3g}.", learning_rate=rate)
-    return Found(rate, search.trials, search.tokens)
+    return Found(rate, search.trials, search.tokens, search.token_budget)
 
 
 class _Search:
@@ -125,13 +141,16 @@ class _Search:
         self._config, self._steps, self._progress = config.training, trial_steps(steps), progress
         self._start = slices.masters()
         self._done = 0
+        self.token_budget = TOKEN_BUDGET
         self.trials: list[Trial] = []
         self.tokens = 0
 
     def trial(self, learning_rate: float) -> float:
         """Held-out loss after a short run at a rate; infinite if it diverged."""
         batch_size, seed = self._config.batch_size, str(self._config.seed)
-        trainer = SliceTrainer(self._base, self._slices, self._rows, batch_size=batch_size, seed=seed)
+        trainer = SliceTrainer(
+            self._base, self._slices, self._rows, batch_size=batch_size, seed=seed, token_budget=self.token_budget
+        )
         loss: float | None
         try:
             for _ in range(self._steps):
@@ -139,11 +158,13 @@ class _Search:
                 self.tokens += log.tokens
                 self._done += 1
                 self._progress(self._done, 0, {"loss": log.loss, "trial_learning_rate": learning_rate})
-            loss = mean_answer_nll(self._base, self._guide)
+            with memory_guard("looking at held-out rows"):
+                loss = mean_answer_nll(self._base, self._guide, token_budget=trainer.token_budget)
             loss = loss if math.isfinite(loss) else None
         except Diverged:
             loss = None
         finally:
+            self.token_budget = trainer.token_budget
             self._slices.load_masters(self._start)
         self.trials.append(Trial(learning_rate, loss, trainer.step))
         return math.inf if loss is None else loss

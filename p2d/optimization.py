@@ -16,7 +16,7 @@ from torch import Tensor
 
 from p2d.batches import TOKEN_BUDGET, answer_nll, collate, token_budget_batches
 from p2d.device import memory_guard
-from p2d.errors import Diverged
+from p2d.errors import Diverged, OutOfMemory
 from p2d.models import BaseModel
 from p2d.rendering import RenderedRow
 from p2d.slices import HeadSlices
@@ -77,25 +77,40 @@ class SliceTrainer:
     """Optimizer steps on slices that are installed; which rows a step takes follows from its number alone."""
 
     def __init__(
-        self, base: BaseModel, slices: HeadSlices, rows: Sequence[RenderedRow], *, batch_size: int, seed: str
+        self,
+        base: BaseModel,
+        slices: HeadSlices,
+        rows: Sequence[RenderedRow],
+        *,
+        batch_size: int,
+        seed: str,
+        token_budget: int = TOKEN_BUDGET,
     ) -> None:
-        self._base, self._slices, self._rows = base, slices, rows
+        self._base, self.slices, self._rows = base, slices, rows
         self._batch_size, self._seed = batch_size, seed
+        self.token_budget = token_budget
+        """Tokens of one micro-batch; halved whenever memory runs out."""
         self.optimizer = torch.optim.AdamW(slices.parameters(), lr=0.0, weight_decay=WEIGHT_DECAY)
         self.step = 0
         """Steps done."""
 
     def advance(self, schedule: Schedule) -> StepLog:
-        """Do the next step. Raises Diverged, and updates nothing, if a loss or gradient is not finite; OutOfMemory."""
+        """Do the next step.
+
+        Where memory runs out the step is done again in smaller micro-batches, to the same loss and gradient.
+
+        Raises: Diverged, and updates nothing, if a loss or gradient is not finite; OutOfMemory if one row does not fit.
+        """
         per_epoch = steps_per_epoch(len(self._rows), self._batch_size)
         epoch, place = divmod(self.step, per_epoch)
         order = epoch_order(len(self._rows), self._seed, epoch)
         indices = order[place * self._batch_size : (place + 1) * self._batch_size]
-        with memory_guard("training"):
-            loss, tokens = self._backward(indices)
-        norm = float(torch.nn.utils.get_total_norm([p.grad for p in self._slices.parameters() if p.grad is not None]))
+        rows = [self._rows[index] for index in indices]
+        while (loss := self._backward(rows)) is None:
+            self.slices.zero_grad()  # what the micro-batches before it left
+        norm = float(torch.nn.utils.get_total_norm([p.grad for p in self.slices.parameters() if p.grad is not None]))
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            self._slices.zero_grad()
+            self.slices.zero_grad()
             raise Diverged(
                 f"Loss or gradient was not finite in step {self.step + 1}.", step=self.step + 1, rows=indices
             )
@@ -103,40 +118,51 @@ class SliceTrainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
-        self._slices.zero_grad()
-        self._slices.sync()
+        self.slices.zero_grad()
+        self.slices.sync()
         self.step += 1
+        tokens = sum(self._base.renderer.length(row) for row in rows)
         return StepLog(self.step, epoch, loss, rate, norm, tokens)
 
-    def _backward(self, indices: Sequence[int]) -> tuple[float, int]:
-        """Gradient of the mean loss per answer token of one step's rows, in batches of similar length."""
-        rows = [self._rows[index] for index in indices]
+    def _backward(self, rows: Sequence[RenderedRow]) -> float | None:
+        """Gradient of the mean loss per answer token of one step's rows, in micro-batches of similar length.
+
+        Returns: that loss; None if memory ran out: the budget is then halved and the gradient of no use.
+        """
         answer_tokens = sum(len(row.answer_ids) for row in rows)
         lengths = [self._base.renderer.length(row) for row in rows]
         total = 0.0
-        for batch in token_budget_batches(lengths, TOKEN_BUDGET):
-            nll_B, _ = answer_nll(self._base, collate(self._base.renderer, rows, batch))
-            loss = nll_B.sum() / answer_tokens
-            loss.backward()
-            total += float(loss.detach())
-        return total, sum(lengths)
+        for batch in token_budget_batches(lengths, self.token_budget):
+            try:
+                with memory_guard("training"):
+                    nll_B, _ = answer_nll(self._base, collate(self._base.renderer, rows, batch))
+                    loss = nll_B.sum() / answer_tokens
+                    loss.backward()
+                    total += float(loss.detach())
+            except OutOfMemory:
+                if len(batch) == 1:
+                    raise
+                self.token_budget = lengths[batch[0]] * len(batch) // 2
+                return None
+        return total
 
     def state(self) -> dict[str, Tensor]:
-        """Masters and AdamW moments, for a checkpoint."""
-        tensors = {f"master.{key}": value for key, value in self._slices.masters().items()}
-        for site in self._slices.sites:
-            for name in ("exp_avg", "exp_avg_sq"):
-                moments = self.optimizer.state.get(site.master, {})
-                tensors[f"{name}.{site.key}"] = moments.get(name, torch.zeros_like(site.master)).clone()
+        """Parameters and AdamW moments, for a checkpoint."""
+        tensors = {f"master.{name}": value for name, value in self.slices.masters().items()}
+        for name, parameter in self.slices.named_parameters().items():
+            moments = self.optimizer.state.get(parameter, {})
+            for moment in ("exp_avg", "exp_avg_sq"):
+                tensors[f"{moment}.{name}"] = moments.get(moment, torch.zeros_like(parameter)).clone()
         return tensors
 
     def load_state(self, step: int, tensors: Mapping[str, Tensor]) -> None:
         """Continue after `step` steps as if never interrupted."""
-        self._slices.load_masters({site.key: tensors[f"master.{site.key}"] for site in self._slices.sites})
+        parameters = self.slices.named_parameters()
+        self.slices.load_masters({name: tensors[f"master.{name}"] for name in parameters})
         self.step = step
         self.optimizer.state.clear()
         if step == 0:
             return
-        for site in self._slices.sites:
-            moments = {name: tensors[f"{name}.{site.key}"].to(site.master.device) for name in ("exp_avg", "exp_avg_sq")}
-            self.optimizer.state[site.master] = {"step": torch.tensor(float(step)), **moments}
+        for name, parameter in parameters.items():
+            moments = {kind: tensors[f"{kind}.{name}"].to(parameter.device) for kind in ("exp_avg", "exp_avg_sq")}
+            self.optimizer.state[parameter] = {"step": torch.tensor(float(step)), **moments}

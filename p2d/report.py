@@ -40,7 +40,7 @@ def write_report(inputs: Path, path: Path, *, started: float, device: str) -> No
         "kind": plan.config.kind,
         "config": config_json(plan.config),
         "reasons": plan.reasons,
-        "warnings": plan.warnings,
+        "warnings": plan.warnings + (training["warnings"] if training else []),
         "base_model": asdict(plan.model),
         "device": plan.device,
         "dtype": plan.dtype,

@@ -2,8 +2,9 @@
 
 The weight of a sliced projection always holds the merged values, so the forward pass costs nothing extra and the model
 is the trained model at any time. Only the gradient of the chosen units is ever computed: no full-size gradient exists,
-and none at all below the shallowest chosen layer. Slices and their optimizer state are fp32 masters; `sync` rounds them
-into the weight. Biases stay frozen (decision 0010). Optimizer and loop are `p2d.training`.
+and none at all below the shallowest chosen layer. What is trained is fp32, like its optimizer state: the slices themselves
+or, with a rank, factors of their change (`p2d.low_rank`); `sync` rounds the result into the weight. Biases stay frozen
+(decision 0010). Optimizer and loop are `p2d.training`.
 
 Legend: U chosen unit (query head of q and o, KV group of k and v), E head width, D model width, N token, I, O inputs and
 outputs of a module, S chosen places among them.
@@ -11,6 +12,7 @@ outputs of a module, S chosen places among them.
 
 from __future__ import annotations
 
+import random
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +24,7 @@ from torch import Tensor, nn
 
 from p2d.arch.spec import unit_rows, units_of
 from p2d.config import Projection
+from p2d.low_rank import Factors, fresh_factors
 from p2d.models import BaseModel
 
 Head = tuple[int, int]
@@ -35,8 +38,8 @@ class Site:
     layer: int
     projection: Projection
     units: tuple[int, ...]
-    master: nn.Parameter
-    """Trained values, fp32 [U, E, D]."""
+    trained: nn.Parameter | Factors
+    """The slices in fp32 [U, E, D], or factors of their change."""
     base_UED: Tensor
     """The base model's own values of the slices, in the weight's type."""
     weight_UED: Tensor
@@ -48,6 +51,24 @@ class Site:
     def key(self) -> str:
         """Name in states, adapters and checkpoints."""
         return slice_key(self.layer, self.projection)
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """What is trained, by name: `layers.1.q`, or `layers.1.q.B` and `layers.1.q.A`."""
+        if isinstance(self.trained, Factors):
+            return {f"{self.key}.B": self.trained.B_UER, f"{self.key}.A": self.trained.A_URD}
+        return {self.key: self.trained}
+
+    @property
+    def master(self) -> Tensor:
+        """The trained slices, fp32 [U, E, D]; the parameter itself where there is no rank."""
+        if isinstance(self.trained, Factors):
+            return self.base_UED.float() + self.trained.update()
+        return self.trained
+
+    def gradients(self, g_UED: Tensor) -> tuple[Tensor, ...]:
+        """The fp32 gradient of the slices as gradients of `parameters`, in their order."""
+        return self.trained.gradients(g_UED) if isinstance(self.trained, Factors) else (g_UED,)
 
     def at(self, fraction: float) -> Tensor:
         """The slices part of the way from base (0) to master (1), [U, E, D] in the weight's type."""
@@ -81,7 +102,8 @@ class SlicedModule:
     def forward(self, x: Tensor) -> Tensor:
         """What the module computes, bit for bit, with a gradient for the slices."""
         apply: Any = SliceGradient.apply
-        y: Tensor = apply(x, self.module.weight, self, *(site.master for site in self.sites))
+        parameters = [parameter for site in self.sites for parameter in site.parameters.values()]
+        y: Tensor = apply(x, self.module.weight, self, *parameters)
         return y
 
     def chosen(self, values: Tensor) -> Tensor:
@@ -92,13 +114,13 @@ class SlicedModule:
 class SliceGradient(torch.autograd.Function):
     """A module's own forward; backward yields the gradient of chosen units alone, by one product for all its sites.
 
-    The masters hold the same numbers as W in fp32 and take the gradient; the values used are those in W. Source: our own
-    prototype (docs/decisions/0008): equal to the masked full gradient, 0.90 of its step time.
+    The parameters take the gradient; the values used are those in W. Source: our own prototype (docs/decisions/0008): equal
+    to the masked full gradient, 0.90 of its step time.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, W: Tensor, sliced: SlicedModule, *masters: Tensor) -> Tensor:
-        ctx.sliced, ctx.width = sliced, masters[0].shape[1]
+    def forward(ctx: Any, x: Tensor, W: Tensor, sliced: SlicedModule, *parameters: Tensor) -> Tensor:
+        ctx.sliced = sliced
         # Columns of W meet only their own inputs: keep those, a tenth of x at a tenth of the heads.
         ctx.save_for_backward(sliced.chosen(x) if sliced.is_input else x, W)
         return sliced.own_forward(x)
@@ -112,10 +134,12 @@ class SliceGradient(torch.autograd.Function):
         if ctx.needs_input_grad[0]:  # false in the shallowest chosen layer: backward ends here
             gx = gy @ (W.t() if sliced.transposed else W)
         x_NI, g_NO = x.flatten(0, -2), gy.flatten(0, -2)
-        # Either order of factors gives [S, D] as it is stored in the masters: nothing is transposed in memory.
+        # Either order of factors gives [S, D] in the order of the slices: nothing is transposed in memory.
         g_SD = x_NI.t() @ g_NO if sliced.is_input else sliced.chosen(g_NO).t() @ x_NI
-        g_UED = g_SD.float().unflatten(0, (-1, ctx.width))
-        return gx, None, None, *g_UED.split([len(site.units) for site in sliced.sites])
+        g_UED = g_SD.float().unflatten(0, (-1, sliced.sites[0].base_UED.shape[1]))
+        parts = g_UED.split([len(site.units) for site in sliced.sites])
+        found = [g for site, part in zip(sliced.sites, parts, strict=True) for g in site.gradients(part)]
+        return gx, None, None, *found
 
 
 def slice_key(layer: int, projection: Projection) -> str:
@@ -130,7 +154,16 @@ class HeadSlices:
     each is a parameter once, however many of the group's heads were chosen.
     """
 
-    def __init__(self, base: BaseModel, heads: Sequence[Head], projections: Sequence[Projection]) -> None:
+    def __init__(
+        self,
+        base: BaseModel,
+        heads: Sequence[Head],
+        projections: Sequence[Projection],
+        rank: int | None = None,
+        *,
+        seed: int = 0,
+    ) -> None:
+        """Args: rank: of the update inside each slice, None = the slice itself is trained. seed: of the factors' start."""
         assert heads, "no heads"
         assert projections, "no projections"
         self.heads = sorted(set(heads))
@@ -141,7 +174,7 @@ class HeadSlices:
             assert 0 <= head < base.info.n_heads, (layer, head)
             by_layer[layer].append(head)
         self.sites = [
-            _site(base, layer, projection, units_of(base.info, projection, by_layer[layer]))
+            _site(base, layer, projection, units_of(base.info, projection, by_layer[layer]), rank, seed)
             for layer in sorted(by_layer)
             for projection in projections
         ]
@@ -168,18 +201,22 @@ class HeadSlices:
             vars(sliced.module).pop("forward", None)
 
     def sync(self) -> None:
-        """Round the masters into the weights; call after every change of a master."""
+        """Round the trained slices into the weights; call after every change of a parameter."""
         for site in self.sites:
             site.write(site.master)
 
     def restore(self) -> None:
-        """Put the base model's own values back into the weights, bit for bit; the masters keep what was trained."""
+        """Put the base model's own values back into the weights, bit for bit; the parameters keep what was trained."""
         for site in self.sites:
             site.write(site.base_UED)
 
     def parameters(self) -> list[nn.Parameter]:
-        """The masters, one per sliced projection."""
-        return [site.master for site in self.sites]
+        """What is trained, fp32: one per sliced projection, or two with a rank."""
+        return list(self.named_parameters().values())
+
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """The same by name, in the same order (`Site.parameters`)."""
+        return {name: parameter for site in self.sites for name, parameter in site.parameters.items()}
 
     def site(self, layer: int, projection: Projection) -> Site | None:
         """The sliced projection of a layer, if it is one."""
@@ -188,8 +225,8 @@ class HeadSlices:
 
     @property
     def n_parameters(self) -> int:
-        """Trained weights; shared k/v slices counted once."""
-        return sum(site.master.numel() for site in self.sites)
+        """Trained numbers; shared k/v slices counted once."""
+        return sum(parameter.numel() for parameter in self.parameters())
 
     @property
     def units(self) -> list[tuple[int, Projection, int]]:
@@ -197,7 +234,7 @@ class HeadSlices:
         return [(site.layer, site.projection, unit) for site in self.sites for unit in site.units]
 
     def interpolate(self, fraction: float) -> None:
-        """Set the weights part of the way from base (0) to masters (1); the masters stay."""
+        """Set the weights part of the way from base (0) to trained (1); the parameters stay."""
         for site in self.sites:
             site.write(site.at(fraction))
 
@@ -206,27 +243,29 @@ class HeadSlices:
         return {site.key: site.master.detach().to(site.base_UED.dtype).clone() for site in self.sites}
 
     def masters(self) -> dict[str, Tensor]:
-        """A copy of the fp32 masters, for checkpoints."""
-        return {site.key: site.master.detach().clone() for site in self.sites}
+        """A copy of all parameters by name, for checkpoints: slices [U, E, D], or with a rank their factors."""
+        return {name: parameter.detach().clone() for name, parameter in self.named_parameters().items()}
 
     def load_masters(self, values: Mapping[str, Tensor]) -> None:
-        """Set the masters, and the weights with them."""
-        assert values.keys() == {site.key for site in self.sites}, "slices of other heads or projections"
+        """Set the parameters, and the weights with them."""
+        parameters = self.named_parameters()
+        assert values.keys() == parameters.keys(), "slices of other heads, projections or rank"
         with torch.no_grad():
-            for site in self.sites:
-                site.master.copy_(values[site.key])
+            for name, parameter in parameters.items():
+                parameter.copy_(values[name])
         self.sync()
 
     def gradients(self) -> dict[str, Tensor]:
-        """The fp32 gradients that backward left; zeros where none arrived."""
+        """The fp32 gradients that backward left, by parameter name; zeros where none arrived."""
         return {
-            s.key: torch.zeros_like(s.master) if s.master.grad is None else s.master.grad.clone() for s in self.sites
+            name: torch.zeros_like(p) if p.grad is None else p.grad.clone()
+            for name, p in self.named_parameters().items()
         }
 
     def zero_grad(self) -> None:
         """Forget all gradients."""
-        for site in self.sites:
-            site.master.grad = None
+        for parameter in self.parameters():
+            parameter.grad = None
 
 
 def all_heads(base: BaseModel) -> list[Head]:
@@ -234,13 +273,19 @@ def all_heads(base: BaseModel) -> list[Head]:
     return [(layer, head) for layer in range(base.info.n_layers) for head in range(base.info.n_heads)]
 
 
-def _site(base: BaseModel, layer: int, projection: Projection, units: list[int]) -> Site:
+def _site(base: BaseModel, layer: int, projection: Projection, units: list[int], rank: int | None, seed: int) -> Site:
     weight_UED = base.units(layer, projection)
     index_U = torch.tensor(units, device=base.device)
     base_UED = weight_UED.index_select(0, index_U)
-    # clone: for an fp32 base `float` alone would hand out the base's own copy.
-    master = nn.Parameter(base_UED.float().clone())
-    return Site(layer, projection, tuple(units), master, base_UED, weight_UED, index_U)
+    trained: nn.Parameter | Factors
+    if rank is None:
+        # clone: for an fp32 base `float` alone would hand out the base's own copy.
+        trained = nn.Parameter(base_UED.float().clone())
+    else:
+        start = random.Random(f"{seed}:{slice_key(layer, projection)}").getrandbits(63)  # noqa: S311 - not a secret
+        generator = torch.Generator().manual_seed(start)
+        trained = fresh_factors(base_UED, rank, is_input=projection == "o", generator=generator)
+    return Site(layer, projection, tuple(units), trained, base_UED, weight_UED, index_U)
 
 
 def _sliced_modules(base: BaseModel, sites: Sequence[Site]) -> list[SlicedModule]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from p2d.accounting import StepCost, peak_memory_bytes
-from p2d.config import DATA_SCORERS, JobConfig, Precision, resolve
+from p2d.config import DATA_SCORERS, JobConfig, Precision, check_rank, resolve
 from p2d.errors import ConfigError, ErrorDetail, RowTooLong
 from p2d.files import write_json
 from p2d.model_info import read_model_info
@@ -82,6 +82,7 @@ def validate(call: StepCall, progress: Progress, models: ModelCache, on_checkpoi
 
     meter = _Meter(call)
     info, renderer = read_model_info(call.model_dir), load_renderer(call.model_dir)
+    check_rank(call.config, head_dim=info.head_dim)
     rows = load_rows(call.inputs / "dataset.jsonl")
     apart = call.inputs / "validation.jsonl"
     split = split_rows(

@@ -14,15 +14,19 @@ from pathlib import Path
 
 from torch import Tensor
 
-from p2d.batches import mean_answer_nll
+from p2d.batches import TOKEN_BUDGET, mean_answer_nll
 from p2d.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
 from p2d.config import JobConfig
-from p2d.learning_rates import Trial, find_learning_rate, search_steps, watched_rows
+from p2d.device import memory_guard
+from p2d.learning_rates import Found, Trial, find_learning_rate, search_steps, watched_rows
 from p2d.models import BaseModel
 from p2d.optimization import Schedule, SliceTrainer, StepLog, steps_per_epoch
 from p2d.pipeline import Progress
 from p2d.rendering import RenderedRow
 from p2d.slices import Head, HeadSlices
+
+CHECKPOINT_FORMAT = 2
+"""Of what a checkpoint holds; one of another format is not resumed."""
 
 CHECKPOINT_S = 60.0
 """Seconds between checkpoints; the end of an epoch writes one too. Never changes the result."""
@@ -47,6 +51,12 @@ class TrainingResult:
     tokens: int
     """Of all optimizer steps, trials included, without padding."""
     n_parameters: int
+    """Trained numbers: weights, or with a rank factors."""
+    rank: int | None
+    token_budget: int
+    """Tokens of a micro-batch at the end: less than at the start if memory ran out. Loss and gradient are the same."""
+    warnings: list[str]
+    """What a user should know of the run."""
     seconds: float
     """Of this attempt, search included."""
     search_seconds: float
@@ -61,6 +71,7 @@ class _Run:
     learning_rate: float
     trials: list[Trial]
     tokens: int
+    warnings: list[str] = field(default_factory=list)
     log: list[StepLog] = field(default_factory=list)
     watched: list[float] = field(default_factory=list)
     kept_epoch: int = 0
@@ -94,7 +105,7 @@ def train(
     searching = search_steps(steps) if settings.learning_rate == "auto" else 0
     watch = list(guide)[: watched_rows(len(rows), len(guide))]
     identity = run_identity(base, rows, guide, heads, config)
-    with HeadSlices(base, heads, settings.slices) as slices:
+    with HeadSlices(base, heads, settings.slices, settings.rank, seed=settings.seed) as slices:
         trainer = SliceTrainer(base, slices, rows, batch_size=settings.batch_size, seed=str(settings.seed))
         run = _resumed(resume_from, identity, trainer)
         if run is None:
@@ -102,7 +113,8 @@ def train(
                 found = find_learning_rate(
                     base, slices, rows, guide, config, steps, _shifted(progress, 0, steps + searching)
                 )
-                run = _Run(found.learning_rate, found.trials, found.tokens)
+                run = _Run(found.learning_rate, found.trials, found.tokens, _border_warning(found))
+                trainer.token_budget = found.token_budget
             else:
                 run = _Run(settings.learning_rate, [], 0)
             _save(checkpoint_dir, on_checkpoint, identity, trainer, run)
@@ -115,7 +127,7 @@ def train(
             run.tokens += log.tokens
             epoch_ends = trainer.step % per_epoch == 0
             if epoch_ends:
-                _watch(base, slices, watch, run, epoch=log.epoch)
+                _watch(base, trainer, watch, run, epoch=log.epoch)
             if trainer.step < steps and (epoch_ends or time.monotonic() - saved > CHECKPOINT_S):
                 _save(checkpoint_dir, on_checkpoint, identity, trainer, run)
                 saved = time.monotonic()
@@ -133,6 +145,9 @@ def train(
         steps=steps,
         tokens=run.tokens,
         n_parameters=n_parameters,
+        rank=settings.rank,
+        token_budget=trainer.token_budget,
+        warnings=run.warnings + _memory_warning(trainer.token_budget),
         seconds=time.perf_counter() - started,
         search_seconds=searched_s if run.trials and not resumed_step else 0.0,
         resumed_step=resumed_step,
@@ -143,19 +158,37 @@ def run_identity(
     base: BaseModel, rows: Sequence[RenderedRow], guide: Sequence[RenderedRow], heads: Sequence[Head], config: JobConfig
 ) -> str:
     """Sha256 over everything that decides a training run; a checkpoint of another run is not resumed."""
-    facts = (base.info.digest, str(base.dtype), sorted(heads), asdict(config.training))
+    facts = (CHECKPOINT_FORMAT, base.info.digest, str(base.dtype), sorted(heads), asdict(config.training))
     digest = hashlib.sha256(repr(facts).encode())
     for row in (*rows, *guide):
         digest.update(repr((row.prompt_ids, row.answer_ids)).encode())
     return digest.hexdigest()
 
 
-def _watch(base: BaseModel, slices: HeadSlices, watch: Sequence[RenderedRow], run: _Run, *, epoch: int) -> None:
+def _border_warning(found: Found) -> list[str]:
+    if not found.at_border:
+        return []
+    end = "lowest" if found.learning_rate == min(trial.learning_rate for trial in found.trials) else "highest"
+    return [
+        f"The best learning rate, {found.learning_rate:.3g}, is the {end} that was tried: a better one may lie beyond."
+    ]
+
+
+def _memory_warning(token_budget: int) -> list[str]:
+    if token_budget == TOKEN_BUDGET:
+        return []
+    return [
+        f"Memory ran out: rows were computed in micro-batches of at most {token_budget} tokens, to the same gradient."
+    ]
+
+
+def _watch(base: BaseModel, trainer: SliceTrainer, watch: Sequence[RenderedRow], run: _Run, *, epoch: int) -> None:
     """Look at held-out rows after an epoch and keep its slices unless an earlier epoch did better."""
     if watch:
-        run.watched.append(mean_answer_nll(base, watch))
+        with memory_guard("looking at held-out rows"):
+            run.watched.append(mean_answer_nll(base, watch, token_budget=trainer.token_budget))
     if not watch or run.watched[-1] <= min(run.watched):
-        run.kept_epoch, run.kept = epoch, slices.masters()
+        run.kept_epoch, run.kept = epoch, trainer.slices.masters()
 
 
 def _metrics(log: StepLog, run: _Run) -> dict[str, float]:
@@ -183,6 +216,8 @@ def _save(
         "learning_rate": run.learning_rate,
         "trials": [asdict(trial) for trial in run.trials],
         "tokens": run.tokens,
+        "token_budget": trainer.token_budget,
+        "warnings": run.warnings,
         "log": [asdict(log) for log in run.log],
         "watched": run.watched,
         "kept_epoch": run.kept_epoch,
@@ -197,10 +232,12 @@ def _resumed(directory: Path | None, identity: str, trainer: SliceTrainer) -> _R
         return None
     trainer.load_state(checkpoint.step, checkpoint.tensors)
     facts = checkpoint.facts
+    trainer.token_budget = facts["token_budget"]  # other micro-batches would sum in another order
     return _Run(
         learning_rate=facts["learning_rate"],
         trials=[Trial(**trial) for trial in facts["trials"]],
         tokens=facts["tokens"],
+        warnings=list(facts["warnings"]),
         log=[StepLog(**log) for log in facts["log"]],
         watched=list(facts["watched"]),
         kept_epoch=facts["kept_epoch"],

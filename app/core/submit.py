@@ -19,8 +19,8 @@ from app.db.jobs import Job, get_job, insert_job
 from app.db.selections import SelectionRecord, get_selection
 from app.db.steps import insert_steps
 from app.errors import DatasetNotFound, HeadMapMismatch, HeadMapNotFound, SelectionMismatch, SelectionNotFound
-from p2d.config import JobConfig, check, config_json
-from p2d.errors import DatasetTooSmall, ErrorDetail, P2DError
+from p2d.config import JobConfig, check, check_rank, config_json
+from p2d.errors import ConfigError, DatasetTooSmall, ErrorDetail, P2DError
 from p2d.model_info import ModelInfo
 from p2d.plans import held_out_count
 
@@ -87,12 +87,16 @@ class Content(Protocol):
 def refusals(
     conn: Connection, config: JobConfig, model: ModelInfo, dataset: Content, validation: Content | None
 ) -> Iterator[P2DError]:
-    """Everything about datasets and earlier results that forbids the job; writes nothing.
+    """Everything about model, datasets and earlier results that forbids the job; writes nothing.
 
     The API also asks before it stores an uploaded file, so that a refused job leaves nothing behind.
     """
     if config.heads.head_map is not None:
         yield from _head_map_refusals(conn, model, config.heads.head_map)
+    try:
+        check_rank(config, head_dim=model.head_dim)
+    except ConfigError as error:
+        yield error
     proxy_rows = 0 if config.heads.head_map is not None else config.heads.proxy_rows
     try:
         held_out_count(dataset.rows, validation.rows if validation else None, proxy_rows=proxy_rows)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -11,11 +11,13 @@ import torch
 
 from p2d.adapters import load_adapter, save_adapter
 from p2d.config import JobConfig, TrainingConfig
-from p2d.errors import Cancelled, Diverged
-from p2d.models import BaseModel
+from p2d.errors import Cancelled, Diverged, OutOfMemory
+from p2d.learning_rates import FIRST_RANK_RATE, FIRST_RATE
+from p2d.models import BaseModel, load_base_model
 from p2d.optimization import Schedule, epoch_order
 from p2d.rendering import RenderedRow
 from p2d.training import TrainingResult, train
+from tests.factories import some_rows, tiny_model_dir
 from tests.p2d.test_slices import HEADS, assert_same, weights_of
 
 CONFIG = JobConfig(training=TrainingConfig(slices=("q", "k", "v", "o"), epochs=3, learning_rate=1e-2, batch_size=3))
@@ -180,7 +182,7 @@ def test_the_epoch_with_the_lowest_held_out_loss_is_kept(
     tiny: BaseModel, rendered: list[RenderedRow], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     losses = iter([1.0, 0.5, 0.7])
-    monkeypatch.setattr("p2d.training.mean_answer_nll", lambda base, rows: next(losses))
+    monkeypatch.setattr("p2d.training.mean_answer_nll", lambda base, rows, **_: next(losses))
 
     result = run(tiny, rendered)
     two_epochs = run_two_of_three(tiny, rendered, monkeypatch)
@@ -191,7 +193,7 @@ def test_the_epoch_with_the_lowest_held_out_loss_is_kept(
 
 def run_two_of_three(base: BaseModel, rows: list[RenderedRow], monkeypatch: pytest.MonkeyPatch) -> TrainingResult:
     """Two epochs under the schedule of three."""
-    monkeypatch.setattr("p2d.training.mean_answer_nll", lambda base, rows: 1.0)
+    monkeypatch.setattr("p2d.training.mean_answer_nll", lambda base, rows, **_: 1.0)
     monkeypatch.setattr("p2d.training.Schedule", lambda peak, steps: Schedule(peak, 9))
     return run(base, rows, replace(CONFIG, training=replace(CONFIG.training, epochs=2)))
 
@@ -210,3 +212,122 @@ def test_the_order_of_rows_follows_from_seed_and_epoch_alone() -> None:
     assert epoch_order(5, "7", 0) == epoch_order(5, "7", 0)
     assert len({tuple(epoch_order(50, seed, epoch)) for seed in ("0", "1") for epoch in (0, 1)}) == 4
     assert sorted(epoch_order(50, "0", 3)) == list(range(50))
+
+
+@dataclass
+class Memory:
+    """A machine whose memory holds the logits of so many positions and no more."""
+
+    positions: int
+    seen: list[int] = field(default_factory=list)
+
+    def attach(self, base: BaseModel) -> None:
+        base.module.get_submodule(base.spec.lm_head).register_forward_pre_hook(self._allocate)
+
+    def _allocate(self, module: torch.nn.Module, given: tuple[torch.Tensor]) -> None:
+        self.seen.append(len(given[0]))
+        if len(given[0]) > self.positions:
+            raise torch.OutOfMemoryError(f"no room for {len(given[0])} positions")
+
+
+def test_where_memory_runs_out_smaller_micro_batches_reach_the_same_gradient(
+    tiny: BaseModel, rendered: list[RenderedRow]
+) -> None:
+    config = replace(CONFIG, training=replace(CONFIG.training, batch_size=9))
+    roomy = run(tiny, rendered, config)
+    answers = sorted(len(row.answer_ids) for row in rendered[:9])
+    memory = Memory(positions=2 * answers[-1])
+    memory.attach(tiny)
+
+    tight = train(tiny, rendered[:9], [], HEADS, config, quiet)
+
+    # Only the order of sums differs; Adam's first steps make much of that where a gradient is nearly zero.
+    for ours, theirs in zip(tight.log, roomy.log, strict=True):
+        assert ours.loss == pytest.approx(theirs.loss, rel=1e-5)
+        assert ours.grad_norm == pytest.approx(theirs.grad_norm, rel=1e-4)
+        assert (ours.learning_rate, ours.tokens) == (theirs.learning_rate, theirs.tokens)
+    assert tight.token_budget < roomy.token_budget
+    assert [warning for warning in tight.warnings if "Memory ran out" in warning]
+    assert not roomy.warnings
+    failures = [positions > memory.positions for positions in memory.seen]
+    assert 0 < sum(failures) == sum(failures[: len(failures) // 2])  # learnt once, in the first step
+
+
+def test_a_run_that_ran_out_of_memory_resumes_with_the_micro_batches_that_fitted(
+    tiny: BaseModel, rendered: list[RenderedRow], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("p2d.training.CHECKPOINT_S", 0.0)
+    Memory(positions=20).attach(tiny)
+    uncut = run(tiny, rendered)
+
+    def cut(done: int, total: int, metrics: Mapping[str, float]) -> None:
+        if done == 5:
+            raise Cancelled("stop")
+
+    with pytest.raises(Cancelled):
+        train(tiny, rendered[:9], rendered[9:], HEADS, CONFIG, cut, checkpoint_dir=tmp_path)
+    resumed = train(tiny, rendered[:9], rendered[9:], HEADS, CONFIG, quiet, resume_from=tmp_path)
+
+    assert (resumed.resumed_step, resumed.token_budget) == (5, uncut.token_budget)
+    assert uncut.watched
+    assert resumed.log == uncut.log
+
+
+def test_a_row_that_alone_does_not_fit_ends_the_run_and_leaves_the_base(
+    tiny: BaseModel, rendered: list[RenderedRow]
+) -> None:
+    before = weights_of(tiny)
+    Memory(positions=min(len(row.answer_ids) for row in rendered) - 1).attach(tiny)
+
+    with pytest.raises(OutOfMemory) as caught:
+        train(tiny, rendered[:9], [], HEADS, CONFIG, quiet)
+
+    assert caught.value.code == "engine.out_of_memory"
+    assert_same(weights_of(tiny), before)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "phi3"])
+@pytest.mark.parametrize("rank", [None, 2])
+def test_a_cut_run_of_any_layout_and_rank_ends_bit_identical(
+    tmp_path: Path, family: str, rank: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("p2d.training.CHECKPOINT_S", 0.0)
+    base = load_base_model(tiny_model_dir(tmp_path / family, family=family), precision="fp32", device="cpu")
+    rows = [base.renderer.render(row) for row in some_rows(6)]
+    config = replace(CONFIG, training=replace(CONFIG.training, rank=rank, epochs=2))
+    before = weights_of(base)
+
+    def cut(done: int, total: int, metrics: Mapping[str, float]) -> None:
+        if done == 3:
+            raise Cancelled("stop")
+
+    uncut = train(base, rows, rows[:2], HEADS, config, quiet)
+    with pytest.raises(Cancelled):
+        train(base, rows, rows[:2], HEADS, config, cut, checkpoint_dir=tmp_path)
+    resumed = train(base, rows, rows[:2], HEADS, config, quiet, resume_from=tmp_path)
+
+    assert resumed.resumed_step == 3
+    assert_same(resumed.state, uncut.state)
+    assert resumed.log == uncut.log
+    assert_same(weights_of(base), before)
+
+
+def test_a_best_rate_at_the_end_of_what_was_tried_is_pointed_out(
+    tiny: BaseModel, rendered: list[RenderedRow], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(CONFIG, training=replace(CONFIG.training, learning_rate="auto"))
+    losses = iter([1.0, 0.9, 0.8, 0.7])  # ever better, the higher the rate
+    monkeypatch.setattr("p2d.learning_rates.mean_answer_nll", lambda base, rows, **_: next(losses))
+    still_falling = run(tiny, rendered, config)
+    losses = iter([1.0, 0.8, 0.9])
+    enclosed = run(tiny, rendered, config)
+
+    assert "highest that was tried" in still_falling.warnings[0]
+    assert still_falling.learning_rate == max(trial.learning_rate for trial in still_falling.trials)
+    assert enclosed.warnings == []
+
+
+def test_the_search_for_a_rank_begins_higher(tiny: BaseModel, rendered: list[RenderedRow]) -> None:
+    config = replace(CONFIG, training=replace(CONFIG.training, learning_rate="auto", rank=2))
+
+    assert run(tiny, rendered, config).trials[0].learning_rate == FIRST_RANK_RATE > FIRST_RATE
