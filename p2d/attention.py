@@ -1,8 +1,8 @@
-"""The attention function of every loaded model: SDPA, a faster way for short rows on CPUs, and a probe of the mass.
+"""The attention function of every loaded model: SDPA, a faster way for short rows on CPUs, trees, and a probe of the mass.
 
 It is registered with transformers by name. While a probe (`p2d.probe`) is on, it is shown every layer's queries and keys,
 without changing a bit of the output. So there is no `output_attentions` (which forces the eager kernel and holds
-[H, T, T] per layer), and no second pass.
+[H, T, T] per layer), and no second pass. While a tree (`p2d.branches`) is on, each branch attends to the trunk and itself.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from p2d.branches import active_tree
 from p2d.cpu_attention import is_for_short_rows, short_causal_attention
 from p2d.probe import active_probe
 
@@ -31,16 +32,30 @@ def _attention(
 ) -> tuple[Tensor, None]:
     """What transformers calls in every layer: [B, H, T, E] in, [B, T, H, E] out."""
     scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
+    window: int | None = kwargs.get("sliding_window")
     if (probe := active_probe()) is not None:
         layer = module.layer_idx
         assert isinstance(layer, int)
-        probe.read(layer, query, key, scaling)
-    if is_for_short_rows(query, key, value, attention_mask, kwargs.get("dropout", 0.0)):
-        out_BHTE = short_causal_attention(query, key, value, scaling)
-        return out_BHTE.transpose(1, 2).contiguous(), None
-    output: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    return output
+        probe.read(layer, query, key, scaling, window)
+
+    def attend(q_BHTE: Tensor, k_BGTE: Tensor, v_BGTE: Tensor, mask: Tensor | None) -> Tensor:
+        if is_for_short_rows(q_BHTE, k_BGTE, v_BGTE, mask, kwargs.get("dropout", 0.0)):
+            return short_causal_attention(q_BHTE, k_BGTE, v_BGTE, scaling).transpose(1, 2).contiguous()
+        out_BTHE: Tensor = sdpa_attention_forward(module, q_BHTE, k_BGTE, v_BGTE, mask, **kwargs)[0]
+        return out_BTHE
+
+    if (tree := active_tree()) is not None:
+        return tree.attend(query, key, value, window, attend), None
+    return attend(query, key, value, attention_mask), None
+
+
+def _mask(**kwargs: Any) -> Tensor | None:
+    """What transformers calls before the first layer: the mask of SDPA; none for a tree, which knows who sees whom."""
+    if active_tree() is not None:
+        return None
+    mask: Tensor | None = sdpa_mask(**kwargs)
+    return mask
 
 
 AttentionInterface.register(ATTENTION, _attention)
-AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+AttentionMaskInterface.register(ATTENTION, _mask)

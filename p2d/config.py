@@ -33,6 +33,8 @@ HEAD_SCORERS = {
 
 DATA_SCORERS = {
     "alignment": "p2d.responses.alignment:alignment",
+    "alignment_information": "p2d.responses.alignment_information:alignment_information",
+    "information": "p2d.responses.information:information",
     "icl": "p2d.responses.icl:icl",
     "random": "p2d.responses.random:random",  # control arm, never a default
 }
@@ -66,6 +68,9 @@ RECIPES = {
 
 MIN_ROWS = 200
 """Fewest rows that an automatic data ratio leaves. A guess until the learning curve is measured (docs/LOG.md)."""
+
+POOL_FACTOR = 3
+"""Fast mode scores a random pool of this many times the rows that are kept. By measurement (docs/decisions/0012)."""
 
 DEFAULT_RATIO = 0.10
 """Share of heads and of rows kept by default: the paper's 10 %."""
@@ -154,6 +159,22 @@ def top_count(ratio: float, total: int) -> int:
     return min(total, max(1, math.ceil(ratio * total - 1e-9)))
 
 
+def pool_count(data: DataConfig, rows: int) -> int:
+    """How many of `rows` rows are scored: all, or in fast mode a pool of POOL_FACTOR times the rows that are kept."""
+    if data.mode == "faithful":
+        return rows
+    assert data.ratio != "auto", "resolve the config first"
+    return min(rows, POOL_FACTOR * top_count(data.ratio, rows))
+
+
+def first_chosen_layer(config: JobConfig, layers: int) -> int:
+    """Shallowest layer whose heads may be chosen: 0, or in fast mode the middle one.
+
+    Training computes no gradient below the shallowest chosen head, and what comes from there can be cached.
+    """
+    return layers // 2 if config.data.mode == "fast" else 0
+
+
 def proxy_guide_rows(proxy_rows: int, guide_rows: int) -> int:
     """How many held-out rows a proxy is judged on: a third of its own rows, but at least 16 where there are so many.
 
@@ -200,6 +221,7 @@ def _faults(config: JobConfig) -> Iterator[ErrorDetail]:
             yield ErrorDetail(
                 code="config.too_small", message=f"Expected at least {least}, got {value}.", pointer=pointer
             )
+    yield from _contradictions(config)
     rate = training.learning_rate
     if rate != "auto" and not (math.isfinite(rate) and rate > 0):
         yield ErrorDetail(
@@ -220,6 +242,33 @@ def check_rank(config: JobConfig, *, head_dim: int) -> None:
         text = f"Expected at most {head_dim}, the width of a head of the base model, got {rank}."
         detail = ErrorDetail(code="config.rank", message=text, pointer="/training/rank")
         raise ConfigError("training.rank is above the head width.", errors=[detail])
+
+
+def _contradictions(config: JobConfig) -> Iterator[ErrorDetail]:
+    """Settings of stage 2 that each are right and together mean nothing."""
+    data = config.data
+    scorer = data.scorer
+    if scorer == "auto" and config.recipe in RECIPES:
+        scorer = RECIPES[config.recipe].data_scorer
+    metric = DataConfig().metric
+    if data.metric != metric and scorer != "icl":
+        yield ErrorDetail(
+            code="config.metric",
+            message=f"The data scorer {scorer!r} judges no answers; only 'icl' has a metric.",
+            pointer="/data/metric",
+        )
+    if data.mode == "fast" and scorer == "random":
+        yield ErrorDetail(
+            code="config.mode",
+            message="The data scorer 'random' costs nothing: it has no fast mode.",
+            pointer="/data/mode",
+        )
+    if data.mode == "fast" and scorer == "icl" and data.metric != metric:
+        yield ErrorDetail(
+            code="config.mode",
+            message="In fast mode 'icl' judges no answers; leave data.metric out or use mode 'faithful'.",
+            pointer="/data/mode",
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -46,18 +46,29 @@ def task_metric(
     return total / len(rows)
 
 
+def _nothing() -> None:
+    """For callers that do not watch."""
+
+
 @torch.no_grad()
 def generate(
-    base: BaseModel, prompts: Sequence[list[int]], *, limit: int, on_token: Callable[[], None]
+    base: BaseModel,
+    prompts: Sequence[list[int]],
+    *,
+    limit: int,
+    on_token: Callable[[], None] = _nothing,
+    after: Sequence[int] = (),
 ) -> list[list[int]]:
     """Greedy answers to prompts (without the shared prefix, which is put first), each up to its stop token or `limit`.
 
     One batch with a key-value cache; rows that have stopped leave it. Prompts are padded on the left, so that all rows
     write their next token at the same place.
+
+    Args: after: tokens that all prompts stand behind, prefix included, instead of the prefix: computed once for all.
     """
-    prefix, stop = base.renderer.prefix_ids, base.renderer.stop_ids
+    prefix, stop = [] if after else base.renderer.prefix_ids, base.renderer.stop_ids
     width = len(prefix) + max(len(ids) for ids in prompts)
-    limit = min(limit, base.info.context_length - width)
+    limit = min(limit, base.info.context_length - width - len(after))
     input_ids_BT = torch.full((len(prompts), width), base.renderer.pad_id, device=base.device)
     mask_BT = torch.zeros_like(input_ids_BT)
     for b, ids in enumerate(prompts):
@@ -67,7 +78,11 @@ def generate(
     answers: list[list[int]] = [[] for _ in prompts]
     alive = list(range(len(prompts)))
     cache = Cache(layer_class_to_replicate=RoomyLayer)
-    position_BT = (mask_BT.cumsum(1) - 1).clamp(min=0)
+    position_BT = (mask_BT.cumsum(1) - 1).clamp(min=0) + len(after)
+    if after:
+        base.hidden(torch.tensor([list(after)], device=base.device), past_key_values=cache)
+        cache.batch_repeat_interleave(len(prompts))
+        mask_BT = torch.cat([mask_BT.new_ones(len(prompts), len(after)), mask_BT], dim=1)
     for _ in range(limit):
         h_BTD = base.hidden(input_ids_BT, mask_BT, position_ids=position_BT, past_key_values=cache)
         next_B: Tensor = base.logits(h_BTD[:, -1]).argmax(-1)
@@ -107,6 +122,14 @@ class RoomyLayer(DynamicLayer):
         self._key_room[:, :, known:total] = key_states
         self._value_room[:, :, known:total] = value_states
         return self._show(total)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every row `repeats` times."""
+        total = self.get_seq_length()
+        self._key_room, self._value_room = (
+            room.repeat_interleave(repeats, dim=0) for room in (self._key_room, self._value_room)
+        )
+        self._show(total)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these rows only."""

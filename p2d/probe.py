@@ -1,14 +1,16 @@
-"""How much attention chosen token positions pay to chosen spans of keys, read inside the model's own forward pass.
+"""How much attention chosen tokens pay to chosen spans of keys, read inside the model's own forward pass.
 
-`p2d.attention` shows the probe every layer's queries and keys. Only the probed rows of the attention matrix are formed. What
-the mass means is the scorer's business.
+`p2d.attention` shows the probe every layer's queries and keys. Only the probed rows of the attention matrix are formed,
+one reader and one layer at a time, and only over the keys that the reader sees. What the mass means is the scorer's
+business.
 
-Legend: B batch, T token, H query head, G KV group, E head width, Q probed position, S span of keys.
+Legend: L layer, B line of a batch, T token, H query head, G KV group, E head width, Q probed token, K key that is seen,
+N reader, S span of keys.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -16,44 +18,59 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+Span = tuple[int, int]
+"""[start, stop) among a line's tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reader:
+    """Neighbouring tokens whose attention is read and averaged."""
+
+    line: int
+    tokens: Span
+    sees: tuple[Span, ...]
+    """What the model lets them see, in the order of its positions, apart from being causal: the last one holds `tokens`.
+    One span in a plain sequence; trunk and own branch in a `p2d.branches.Tree`."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ProbePlan:
     """What one forward pass should read."""
 
-    position_BQ: Tensor
-    """Positions, within this pass, of the tokens whose attention is read; padded with 0."""
-    valid_BQ: Tensor
-    """False where `position_BQ` is padding."""
-    past: int
-    """Keys that stand in the cache before this pass."""
-    spans: tuple[tuple[int, int], ...]
-    """[start, stop) of each span in key columns, cache included."""
+    readers: tuple[Reader, ...]
+    spans: tuple[Span, ...]
+    """Spans of keys, each inside one of the spans that every reader sees."""
+    layers: range
 
 
 @dataclass(slots=True)
 class Probe:
     """Collects masses while it is on; give it a plan before each forward pass to be read."""
 
-    n_layers: int
     plan: ProbePlan | None = None
     _mass: dict[int, Tensor] = field(default_factory=dict)
 
     def take(self) -> Tensor:
-        """The masses of the last pass, [L, B, H, S] fp32: mean over the probed tokens of the probability on each span.
+        """The masses of the last pass, [L, N, H, S] fp32: mean over a reader's tokens of the probability on each span.
 
-        Clears the plan. That every layer called the probe is asserted: a family that keeps its own attention function
-        would otherwise give silence instead of numbers.
+        Clears the plan. That every layer of the plan called the probe is asserted: a family that keeps its own attention
+        function would otherwise give silence instead of numbers.
         """
-        assert sorted(self._mass) == list(range(self.n_layers)), f"the probe saw layers {sorted(self._mass)}"
-        mass_LBHS = torch.stack([self._mass[layer] for layer in range(self.n_layers)])
+        wanted = [] if self.plan is None else list(self.plan.layers)
+        assert wanted, "the probe was given no plan"
+        assert sorted(self._mass) == wanted, f"the probe saw layers {sorted(self._mass)}"
+        mass_LNHS = torch.stack([self._mass[layer] for layer in wanted])
         self._mass, self.plan = {}, None
-        return mass_LBHS
+        return mass_LNHS
 
-    def read(self, layer: int, query_BHTE: Tensor, key_BGTE: Tensor, scaling: float) -> None:
-        """Note the masses of one layer."""
+    def read(self, layer: int, query_BHTE: Tensor, key_BGTE: Tensor, scaling: float, window: int | None) -> None:
+        """Note the masses of one layer, if the plan wants it."""
         assert self.plan is not None
-        self._mass[layer] = span_mass(query_BHTE, key_BGTE, scaling, self.plan)
+        if layer in self.plan.layers:
+            masses = [
+                span_mass(query_BHTE, key_BGTE, scaling, window, one, self.plan.spans) for one in self.plan.readers
+            ]
+            self._mass[layer] = torch.stack(masses)
 
 
 _ACTIVE: ContextVar[Probe | None] = ContextVar("p2d_attention_probe", default=None)
@@ -66,9 +83,9 @@ def active_probe() -> Probe | None:
 
 
 @contextmanager
-def probe_attention(n_layers: int) -> Iterator[Probe]:
+def probe_attention() -> Iterator[Probe]:
     """A probe that reads every forward pass of the block that it has a plan for; `use_attention` comes before."""
-    probe = Probe(n_layers=n_layers)
+    probe = Probe()
     token = _ACTIVE.set(probe)
     try:
         yield probe
@@ -76,22 +93,53 @@ def probe_attention(n_layers: int) -> Iterator[Probe]:
         _ACTIVE.reset(token)
 
 
-def span_mass(query_BHTE: Tensor, key_BGTE: Tensor, scaling: float, plan: ProbePlan) -> Tensor:
-    """Mean attention probability that the probed tokens put on each span, [B, H, S] fp32.
+def span_mass(
+    query_BHTE: Tensor,
+    key_BGTE: Tensor,
+    scaling: float,
+    window: int | None,
+    reader: Reader,
+    spans: Sequence[Span],
+) -> Tensor:
+    """Mean attention probability that the reader's tokens put on each span, [H, S] fp32.
 
-    Only the probed rows of the attention matrix are formed. Sequences are padded on the right, so that being causal is
-    the whole mask.
+    Args: window: most keys that a token sees, itself included; None = all before it.
     """
-    b, h, _, e = query_BHTE.shape
-    groups, keys = key_BGTE.shape[1:3]
-    index = plan.position_BQ[:, None, :, None].expand(b, h, -1, e)
+    heads = query_BHTE.shape[1]
     # fp32: a bf16 score of 10 is rounded by up to 0.03, which is 3 % of its probability.
-    picked_BHQE = query_BHTE.gather(2, index).float()
-    score = picked_BHQE.reshape(b, groups, -1, e) @ key_BGTE.float().mT * scaling
-    score_BHQT = score.reshape(b, h, -1, keys)
-    column_T = torch.arange(keys, device=score.device)
-    future_BQT = column_T > (plan.position_BQ + plan.past)[:, :, None]
-    prob_BHQT = score_BHQT.masked_fill(future_BQT[:, None], float("-inf")).softmax(-1)
-    mass_BHQS = torch.stack([prob_BHQT[..., start:stop].sum(-1) for start, stop in plan.spans], dim=-1)
-    weight_BQ = plan.valid_BQ / plan.valid_BQ.sum(1, keepdim=True)
-    return torch.einsum("bhqs,bq->bhs", mass_BHQS, weight_BQ.float())
+    query_HQE = query_BHTE[reader.line, :, slice(*reader.tokens)].float() * scaling
+    key_GKE = torch.cat([key_BGTE[reader.line, :, slice(*seen)] for seen in reader.sees], dim=1).float()
+    groups, keys, e = key_GKE.shape
+    # The heads of a group stand below each other, so that its keys are used as they are, not repeated.
+    score_HQK = (query_HQE.reshape(groups, -1, e) @ key_GKE.mT).view(heads, -1, keys)
+    _hide(score_HQK, reader, window)
+    # One exponential for each score; only the spans' columns are ever divided. The maximum keeps it in range.
+    score_HQK.sub_(score_HQK.amax(-1, keepdim=True)).exp_()
+    total_HQ = score_HQK.sum(-1)
+    mass_HQS = torch.stack([score_HQK[..., slice(*_place(span, reader.sees))].sum(-1) for span in spans], dim=-1)
+    return (mass_HQS / total_HQ[..., None]).mean(1)
+
+
+def _hide(score_HQK: Tensor, reader: Reader, window: int | None) -> None:
+    """Give every key that a token does not see the score -inf, in place."""
+    tokens, keys = score_HQK.shape[1:]
+    own = reader.sees[-1]
+    first = keys - (own[1] - own[0]) + reader.tokens[0] - own[0]
+    """Place of the first probed token among the keys that the reader sees."""
+    from_Q = torch.arange(first, first + tokens, device=score_HQK.device)[:, None]
+    # Every key before the first probed token is seen by all of them: only the columns from there on are masked.
+    key_K = torch.arange(first, keys, device=score_HQK.device)
+    score_HQK[..., first:].masked_fill_(key_K > from_Q, float("-inf"))
+    if window is not None and first + tokens > window:
+        key_K = torch.arange(keys, device=score_HQK.device)
+        score_HQK.masked_fill_(key_K <= from_Q - window, float("-inf"))
+
+
+def _place(span: Span, sees: Sequence[Span]) -> Span:
+    """Where a span of the line stands among the keys that a reader sees."""
+    before = 0
+    for start, stop in sees:
+        if start <= span[0] and span[1] <= stop:
+            return before + span[0] - start, before + span[1] - start
+        before += stop - start
+    raise AssertionError(f"the span {span} is not inside what the reader sees, {sees}")

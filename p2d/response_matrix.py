@@ -1,14 +1,15 @@
-"""The response matrix: how strongly each head responds to each row, kept in shards by row range. numpy, no torch.
+"""The response matrix: how strongly heads respond to rows, kept in shards by row range. numpy, no torch.
 
-Data scorers make shards and `p2d.selection` does arithmetic on them; they meet here and in files, nowhere else.
+Data scorers make shards and `p2d.selection` does arithmetic on them; they meet here and in files, nowhere else. A matrix
+grows by another shard; none is ever rewritten. Files are mapped into memory, one shard at a time.
 
-Legend: R row, N head counted through the layers (`layer * n_heads + head`).
+Legend: R scored row, N head counted through the scored layers (`(layer - layers.start) * n_heads + head`).
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -18,38 +19,50 @@ import numpy.typing as npt
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-Combine = Literal["response", "product", "rank"]
-"""How a row's score is made: `response` = of the heads alone, `product` = response x quality (quality > 0),
-`rank` = mean of the two ranks."""
+Combine = Literal["response", "product", "rank", "quality"]
+"""How a row's score is made: `response` = of the heads alone, `product` = response x quality (quality >= 0),
+`rank` = mean of the two ranks, `quality` = of the row alone, whatever the heads."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ResponseShard:
-    """Responses of all heads to a contiguous range of rows. A pure function of the range, the dataset and the config."""
+    """Responses of heads to the rows of a contiguous range. A pure function of the range, the dataset and the config."""
 
-    start: int
+    span: range
+    """The rows that the shard answers for."""
+    row_R: npt.NDArray[np.int64]
+    """Those of them that were scored, ascending: all, or in fast mode the ones in the pool."""
+    layers: range
+    """Layers whose heads were scored; empty for `quality`."""
+    n_heads: int
+    """Heads per layer."""
     response_RN: npt.NDArray[np.float16]
     quality_R: npt.NDArray[np.float32] | None = None
     scorer: str
     combine: Combine
-    n_heads: int
-    """Heads per layer."""
 
     def __post_init__(self) -> None:
         assert self.response_RN.dtype == np.float16
+        assert self.response_RN.shape == (len(self.row_R), len(self.layers) * self.n_heads)
         assert (self.quality_R is None) == (self.combine == "response")
-
-    @property
-    def rows(self) -> range:
-        return range(self.start, self.start + len(self.response_RN))
+        assert (len(self.layers) == 0) == (self.combine == "quality")
 
 
 def save_shard(path: Path, shard: ResponseShard) -> None:
     """Write one shard as safetensors."""
-    tensors: dict[str, npt.NDArray[np.generic]] = {"response": np.ascontiguousarray(shard.response_RN)}
+    tensors: dict[str, npt.NDArray[np.generic]] = {
+        "response": np.ascontiguousarray(shard.response_RN),
+        "rows": np.ascontiguousarray(shard.row_R, dtype=np.int64),
+    }
     if shard.quality_R is not None:
         tensors["quality"] = np.ascontiguousarray(shard.quality_R, dtype=np.float32)
-    facts = {"start": shard.start, "scorer": shard.scorer, "combine": shard.combine, "n_heads": shard.n_heads}
+    facts = {
+        "span": [shard.span.start, shard.span.stop],
+        "layers": [shard.layers.start, shard.layers.stop],
+        "scorer": shard.scorer,
+        "combine": shard.combine,
+        "n_heads": shard.n_heads,
+    }
     # One entry alone: safetensors writes several in random order, and equal shards must be equal files.
     save_file(tensors, str(path), metadata={"facts": json.dumps(facts)})
 
@@ -60,21 +73,27 @@ def load_shard(path: Path) -> ResponseShard:
         facts = json.loads(file.metadata()["facts"])
         names = set(file.keys())
         return ResponseShard(
-            start=facts["start"],
+            span=range(*facts["span"]),
+            row_R=file.get_tensor("rows"),
+            layers=range(*facts["layers"]),
+            n_heads=facts["n_heads"],
             response_RN=file.get_tensor("response"),
             quality_R=file.get_tensor("quality") if "quality" in names else None,
             scorer=facts["scorer"],
             combine=facts["combine"],
-            n_heads=facts["n_heads"],
         )
 
 
-def load_shards(paths: Sequence[Path]) -> list[ResponseShard]:
-    """Read all shards of one matrix, in row order. A gap or overlap between them is our own mistake."""
-    shards = sorted((load_shard(path) for path in paths), key=lambda shard: shard.start)
+def read_shards(paths: Sequence[Path]) -> Iterator[ResponseShard]:
+    """The shards of one matrix in row order, one in memory at a time. A gap or overlap is our own mistake."""
     expected = 0
-    for shard in shards:
-        assert shard.start == expected, f"shard starts at row {shard.start}, expected {expected}"
-        assert (shard.scorer, shard.combine) == (shards[0].scorer, shards[0].combine)
-        expected += len(shard.rows)
-    return shards
+    for path in sorted(paths, key=_start):
+        shard = load_shard(path)
+        assert shard.span.start == expected, f"shard starts at row {shard.span.start}, expected {expected}"
+        expected = shard.span.stop
+        yield shard
+
+
+def _start(path: Path) -> int:
+    with safe_open(str(path), framework="numpy") as file:
+        return int(json.loads(file.metadata()["facts"])["span"][0])

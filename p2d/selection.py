@@ -2,12 +2,16 @@
 
 score of a row = sum over the chosen heads of the row's responses, combined with the row's quality as the scorer says;
 the top `ceil(ratio * rows)` are kept, ties by row order. Another head set or ratio costs no model pass.
+
+Two things a cheap scoring may leave out, and what then holds:
+- a chosen head in a layer that was not scored adds nothing; where no chosen head was scored, all scored heads stand in;
+- a row that was not scored (fast mode's pool) has no score, ranks behind all that have one, and is never kept.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,16 +28,23 @@ Floats = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Selection:
-    """A score for every row, and the view that a ratio takes of it."""
+    """A score for every scored row, and the view that a ratio takes of it."""
 
     score_R: Floats
+    """NaN where the row was not scored."""
     quality_R: Floats | None
+    """The same."""
     rank_R: npt.NDArray[np.int64]
-    """0 = best."""
+    """0 = best; rows that were not scored come last, in row order."""
     kept: int
+    scored: int
+    """Rows that were scored."""
     scorer: str
     combine: Combine
     heads: int
+    """Chosen heads."""
+    heads_scored: int
+    """Those among them that have responses. 0: all scored heads stood in, or the scorer looks at none (`quality`)."""
 
     @property
     def kept_rows(self) -> list[int]:
@@ -46,40 +57,72 @@ class SelectionSummary:
     """What the report says about a selection; holds no row text."""
 
     rows: int
+    scored: int
+    """Rows that were scored; fewer than `rows` in fast mode, where the others could not be kept."""
     kept: int
     scorer: str
     combine: Combine
     heads: int
+    heads_scored: int
+    """Chosen heads that have responses, see `Selection`."""
     score_quantiles: list[float]
-    """Of all rows: minimum, quarter, median, three quarters, maximum."""
+    """Of all scored rows: minimum, quarter, median, three quarters, maximum."""
     kept_score_min: float
 
 
-def select_rows(shards: Sequence[ResponseShard], heads: Sequence[tuple[int, int]], ratio: float) -> Selection:
-    """Score every row by what the chosen heads respond, and keep the best.
+def select_rows(shards: Iterable[ResponseShard], heads: Sequence[tuple[int, int]], ratio: float) -> Selection:
+    """Score every scored row by what the chosen heads respond, and keep the best.
 
-    Args:    shards: all of one matrix, in row order. heads: (layer, head) pairs. ratio: share of rows kept, (0, 1].
+    Args:    shards: all of one matrix, in row order; each is asked for once and let go. heads: (layer, head) pairs.
+             ratio: share of all rows kept, (0, 1].
     Raises:  EngineError if a score is not finite.
     """
-    first = shards[0]
-    columns = np.array([layer * first.n_heads + head for layer, head in heads], dtype=np.intp)
-    # float64 sums: fp16 values of 27 heads added in fp16 would tie.
-    response_R = np.concatenate([shard.response_RN[:, columns].sum(axis=1, dtype=np.float64) for shard in shards])
-    qualities = [shard.quality_R for shard in shards if shard.quality_R is not None]
-    quality_R = np.concatenate(qualities).astype(np.float64) if qualities else None
-    score_R = combine(response_R, quality_R, first.combine)
-    bad = np.flatnonzero(~np.isfinite(score_R))
+    sums: list[Floats] = []
+    qualities: list[npt.NDArray[np.float32]] = []
+    places: list[npt.NDArray[np.int64]] = []
+    rows, columns, shard = 0, np.zeros(0, dtype=np.intp), None
+    for shard in shards:
+        columns = _columns(shard, heads)
+        used = shard.response_RN[:, columns] if len(columns) else shard.response_RN
+        # float64 sums: fp16 values of 27 heads added in fp16 would tie.
+        sums.append(used.sum(axis=1, dtype=np.float64))
+        places.append(shard.row_R)
+        if shard.quality_R is not None:
+            qualities.append(shard.quality_R)
+        rows = shard.span.stop
+    assert shard is not None
+    place_R = np.concatenate(places)
+    quality = np.concatenate(qualities).astype(np.float64) if qualities else None
+    score = combine(np.concatenate(sums), quality, shard.combine)
+    bad = place_R[~np.isfinite(score)]
     if len(bad):
         raise EngineError(f"The scores of {len(bad)} rows are not finite.", rows=[int(row) for row in bad[:20]])
+    score_R = _spread(score, place_R, rows)
     return Selection(
         score_R=score_R,
-        quality_R=quality_R,
-        rank_R=ranks(-score_R),
-        kept=top_count(ratio, len(score_R)),
-        scorer=first.scorer,
-        combine=first.combine,
+        quality_R=None if quality is None else _spread(quality, place_R, rows),
+        rank_R=ranks(-score_R),  # NaN sorts behind every number
+        kept=min(top_count(ratio, rows), len(place_R)),
+        scored=len(place_R),
+        scorer=shard.scorer,
+        combine=shard.combine,
         heads=len(heads),
+        heads_scored=len(columns),
     )
+
+
+def _columns(shard: ResponseShard, heads: Sequence[tuple[int, int]]) -> npt.NDArray[np.intp]:
+    """Columns of the chosen heads that were scored."""
+    first = shard.layers.start
+    scored = [(layer - first) * shard.n_heads + head for layer, head in heads if layer in shard.layers]
+    return np.array(scored, dtype=np.intp)
+
+
+def _spread(value_R: Floats, place_R: npt.NDArray[np.int64], rows: int) -> Floats:
+    """Values of scored rows as values of all rows, NaN elsewhere."""
+    spread_R = np.full(rows, np.nan)
+    spread_R[place_R] = value_R
+    return spread_R
 
 
 def combine(response_R: Floats, quality_R: Floats | None, how: Combine) -> Floats:
@@ -87,6 +130,8 @@ def combine(response_R: Floats, quality_R: Floats | None, how: Combine) -> Float
     if how == "response":
         return response_R
     assert quality_R is not None
+    if how == "quality":
+        return quality_R
     if how == "product":
         return response_R * quality_R
     worst = len(response_R) - 1
@@ -105,11 +150,13 @@ def summarise(selection: Selection) -> SelectionSummary:
     kept = selection.score_R[selection.rank_R < selection.kept]
     return SelectionSummary(
         rows=len(selection.score_R),
+        scored=selection.scored,
         kept=selection.kept,
         scorer=selection.scorer,
         combine=selection.combine,
         heads=selection.heads,
-        score_quantiles=[float(q) for q in np.quantile(selection.score_R, [0, 0.25, 0.5, 0.75, 1])],
+        heads_scored=selection.heads_scored,
+        score_quantiles=[float(q) for q in np.nanquantile(selection.score_R, [0, 0.25, 0.5, 0.75, 1])],
         kept_score_min=float(kept.min()),
     )
 
@@ -124,7 +171,8 @@ class SelectedRow:
     row: int
     line: int
     """Line of the user's file."""
-    score: float
+    score: float | None
+    """None where the row was not scored, as `quality` where the scorer has none."""
     quality: float | None
     rank: int
     """0 = best."""
@@ -143,14 +191,18 @@ def write_selection(path: Path, selection: Selection, rows: Sequence[Row]) -> No
             line: dict[str, str | float | bool | None] = {
                 "row": index,
                 "line": row.line,
-                "score": float(selection.score_R[index]),
-                "quality": None if selection.quality_R is None else float(selection.quality_R[index]),
+                "score": _number(selection.score_R, index),
+                "quality": _number(selection.quality_R, index),
                 "rank": int(selection.rank_R[index]),
                 "kept": kept,
             }
             if kept:
                 line |= {"prompt": row.prompt, "answer": row.answer}
             file.write(json.dumps(line, ensure_ascii=False, separators=(",", ":"), allow_nan=False) + "\n")
+
+
+def _number(value_R: Floats | None, row: int) -> float | None:
+    return None if value_R is None or np.isnan(value_R[row]) else float(value_R[row])
 
 
 def read_selection(path: Path) -> Iterator[SelectedRow]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from p2d.accounting import StepCost, peak_memory_bytes
-from p2d.config import DATA_SCORERS, JobConfig, Precision, check_rank, resolve
+from p2d.config import DATA_SCORERS, JobConfig, Precision, check_rank, first_chosen_layer, resolve
 from p2d.errors import ConfigError, ErrorDetail, RowTooLong
 from p2d.files import write_json
 from p2d.model_info import read_model_info
@@ -202,18 +202,18 @@ def respond(call: StepCall, progress: Progress, models: ModelCache, on_checkpoin
         )
     )
     save_shard(call.out / f"responses-{call.shard:05d}.safetensors", responses.shard)
-    _write_cost(meter, base, tokens=responses.tokens, rows=len(span), flops=responses.flops)
+    _write_cost(meter, base, tokens=responses.tokens, rows=len(responses.shard.row_R), flops=responses.flops)
 
 
 def select(call: StepCall, progress: Progress, models: ModelCache, on_checkpoint: OnCheckpoint) -> None:
     """Stage 2, second half: keep the rows that the chosen heads respond to. No torch."""
-    from p2d.response_matrix import load_shards
+    from p2d.response_matrix import read_shards
     from p2d.selection import select_rows, summarise, write_selection
 
     meter, plan = _Meter(call), load_plan(call.inputs / "plan.json")
     rows = load_rows(call.inputs / "rows.jsonl")
     chosen = _chosen_heads(call, plan)
-    shards = load_shards(sorted(call.inputs.glob("responses-*.safetensors")))
+    shards = read_shards(list(call.inputs.glob("responses-*.safetensors")))
     assert plan.config.data.ratio != "auto"
     selection = select_rows(shards, chosen, plan.config.data.ratio)
     write_selection(call.out / "selection.jsonl", selection, rows)
@@ -231,7 +231,7 @@ def _chosen_heads(call: StepCall, plan: Plan) -> list[Head]:
         text = f"The head map is of {head_map.model_name!r}; the job's base model is {plan.model.name!r}."
         detail = ErrorDetail(code="config.head_map", message=text, pointer="/heads/head_map")
         raise ConfigError(text, errors=[detail])
-    return head_map.top(plan.config.heads.ratio)
+    return head_map.top(plan.config.heads.ratio, from_layer=first_chosen_layer(plan.config, head_map.n_layers))
 
 
 # --- train -----------------------------------------------------------------------------------------------------------

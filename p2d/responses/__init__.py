@@ -1,7 +1,7 @@
-"""Data scorers: rows -> responses of every head. One file each, named in `p2d.config.DATA_SCORERS`.
+"""Data scorers: rows -> responses of heads. One file each, named in `p2d.config.DATA_SCORERS`.
 
-A scorer is a function `(ResponseInput) -> ResponseShard`. The shard must be a pure function of the input without
-`progress`: the same range gives the same bytes, whichever worker computes it and however often.
+A scorer is a function `(ResponseInput) -> Responses`. The shard must be a pure function of the input without `progress`:
+the same range gives the same bytes, whichever worker computes it and however often.
 """
 
 from __future__ import annotations
@@ -9,7 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from p2d.config import JobConfig, Projection
+import numpy as np
+import numpy.typing as npt
+
+from p2d.config import JobConfig, Projection, pool_count
 from p2d.models import BaseModel
 from p2d.pipeline import Progress, no_progress
 from p2d.response_matrix import ResponseShard
@@ -26,11 +29,23 @@ class ResponseInput:
     guide: Sequence[Row]
     """Held-out rows of the task; never the rows that the result is evaluated on."""
     span: range
-    """The rows to score."""
+    """The rows that the shard answers for."""
     slices: tuple[Projection, ...]
     """The projections that will be trained."""
     config: JobConfig
     progress: Progress = no_progress
+
+    def wanted(self) -> npt.NDArray[np.int64]:
+        """The rows of the span to score, ascending: all of them, or in fast mode those in the pool.
+
+        The pool is drawn over the whole dataset, so that it is the same in every shard.
+        """
+        row_R = np.arange(self.span.start, self.span.stop)
+        count = pool_count(self.config.data, len(self.rows))
+        if count == len(self.rows):
+            return row_R
+        drawn = np.random.default_rng([self.config.training.seed, len(self.rows), count]).permutation(len(self.rows))
+        return np.sort(drawn[:count][(drawn[:count] >= self.span.start) & (drawn[:count] < self.span.stop)])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

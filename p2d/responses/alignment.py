@@ -1,14 +1,16 @@
 """Response of a head to a row = cosine between the row's gradient and the held-out rows' mean gradient, at the base model.
 
 To first order this answers "does this row move this head the way the task wants". Only gradients with respect to the
-trained projections' slices of the head count. No per-row gradient of a weight is ever formed: dot products and norms come
-from the layer's input x and its output gradient g (the gradient of a row is `sum over t of g_t x_t^T`).
+head's slices count. No per-row gradient of a weight is ever formed: dot products and norms come from the layer's input x
+and its output gradient g (the gradient of a row is `sum over t of g_t x_t^T`).
     <gradient, M> = sum over t of g_t . (M x_t)
     |gradient|^2  = sum over t, s of (g_t . g_s) (x_t . x_s)
 Ours, not the paper's: AUROC 0.91 for clean against corrupted rows where in-context mass gave 0.50 (docs/LOG.md).
 
+Which slices and layers are read is a matter of cost: the backward pass ends at the shallowest layer that is read.
+
 Legend: B row of a batch, T token, U unit (query head in q and o, KV group in k and v), E head width, D the other side's
-width, N head counted through the layers.
+width, R row, L scored layer, H query head.
 """
 
 from __future__ import annotations
@@ -18,11 +20,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from p2d import flops
-from p2d.arch.spec import HEAD_WISE, group_of, n_units
+from p2d.arch.spec import HEAD_WISE, group_of, n_units, unit_rows
 from p2d.batches import answer_nll, collate, token_budget_batches
 from p2d.config import Projection
 from p2d.errors import Diverged
@@ -31,6 +34,8 @@ from p2d.models import BaseModel
 from p2d.rendering import RenderedRow
 from p2d.response_matrix import ResponseShard
 from p2d.responses import ResponseInput, Responses
+
+Floats = npt.NDArray[np.float64]
 
 CPU_TOKENS = 1024
 GPU_TOKENS = 16384
@@ -41,48 +46,76 @@ Place = tuple[int, Projection]
 
 
 def alignment(given: ResponseInput) -> Responses:
-    """Cosines of every row of the span with the guide's mean gradient, for every head.
+    """Cosines of every wanted row with the guide's mean gradient, for every head of the scored layers.
 
     Raises: Diverged if a gradient is not finite.
     """
-    base = given.base
+    found = align(given)
+    shard = ResponseShard(
+        span=given.span,
+        row_R=given.wanted(),
+        layers=found.layers,
+        n_heads=given.base.info.n_heads,
+        response_RN=found.cosine_RN.astype(np.float16),
+        scorer="alignment",
+        combine="response",
+    )
+    return Responses(shard=shard, tokens=found.tokens, flops=round(found.flops))
+
+
+@dataclass(frozen=True, slots=True)
+class Aligned:
+    """What the passes over guide and rows gave."""
+
+    cosine_RN: Floats
+    layers: range
+    nll_R: Floats
+    """Nats of each row's whole answer, given its prompt: the same forward pass knows it."""
+    tokens: int
+    flops: float
+
+
+def scored_layers(info: ModelInfo) -> range:
+    """Layers whose heads get a response."""
+    return range(info.n_layers)
+
+
+def align(given: ResponseInput) -> Aligned:
+    """Pass over the guide, then over the wanted rows. Raises Diverged if a gradient is not finite."""
+    base, row_R, layers = given.base, given.wanted(), scored_layers(given.base.info)
     guide = [base.renderer.render(row) for row in given.guide]
-    rows = [base.renderer.render(given.rows[index]) for index in given.span]
-    sizes = [(base.renderer.length(row), len(row.answer_ids)) for row in (*guide, *rows)]
-    total = len(guide) + len(rows)
+    rows = [base.renderer.render(given.rows[index]) for index in row_R]
+    places = [(layer, name) for layer in layers for name in given.slices]
+    total, done = len(guide) + len(rows), 0
 
     mean = MeanGradient()
-    for done in _backward_passes(base, guide, given.slices, lambda _: mean.add):
+    for indices, _ in _backward_passes(base, guide, places, lambda _: mean.add):
+        done += len(indices)
         given.progress(done, total, {})
-    products = RowProducts(base.info, mean.gradient, rows=len(rows))
-    for done in _backward_passes(base, rows, given.slices, products.of_rows):
-        given.progress(len(guide) + done, total, {})
+    products = RowProducts(base, mean.gradient, layers, rows=len(rows))
+    nll_R = np.zeros(len(rows))
+    for indices, nll_B in _backward_passes(base, rows, places, products.of_rows):
+        nll_R[indices] = nll_B
+        done += len(indices)
+        given.progress(done, total, {})
 
     cosine_RN = products.cosines()
     bad = np.flatnonzero(~np.isfinite(cosine_RN).all(axis=1))
     if len(bad):
-        raise Diverged(
-            f"The gradients of {len(bad)} rows are not finite.", rows=[given.span[int(row)] for row in bad[:20]]
-        )
-    shard = ResponseShard(
-        start=given.span.start,
-        response_RN=cosine_RN.astype(np.float16),
-        scorer="alignment",
-        combine="response",
-        n_heads=base.info.n_heads,
-    )
+        raise Diverged(f"The gradients of {len(bad)} rows are not finite.", rows=[int(row_R[row]) for row in bad[:20]])
+    sizes = [[(base.renderer.length(row), len(row.answer_ids)) for row in some] for some in (guide, rows)]
     operations = flops.alignment(
-        base.info, guide=sizes[: len(guide)], rows=sizes[len(guide) :], projections=given.slices
+        base.info, guide=sizes[0], rows=sizes[1], projections=given.slices, from_layer=layers.start
     )
-    return Responses(shard=shard, tokens=sum(length for length, _ in sizes), flops=round(operations))
+    return Aligned(cosine_RN, layers, nll_R, sum(length for some in sizes for length, _ in some), operations)
 
 
 Sink = Callable[[Place, Tensor, Tensor], None]
-"""Takes a projection's input x_BTI and output gradient g_BTO as soon as backward reaches it."""
+"""Takes a projection's `cut_BTUE` and `other_BTD` (see `_sides`) as soon as backward reaches it."""
 
 
 @contextmanager
-def tap_gradients(base: BaseModel, slices: Sequence[Projection], sink: Sink) -> Iterator[None]:
+def tap_gradients(base: BaseModel, places: Sequence[Place], sink: Sink) -> Iterator[None]:
     """Call `sink` for each projection during backward, although no weight asks for a gradient."""
 
     def tap(place: Place) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
@@ -90,15 +123,11 @@ def tap_gradients(base: BaseModel, slices: Sequence[Projection], sink: Sink) -> 
             x_BTI = args[0].detach()
             if not output.requires_grad:
                 output.requires_grad_()  # the graph starts here: nothing below needs a backward pass
-            output.register_hook(lambda g_BTO: sink(place, x_BTI, g_BTO))
+            output.register_hook(lambda g_BTO: sink(place, *_sides(base, place[1], x_BTI, g_BTO)))
 
         return hook
 
-    handles = [
-        base.projection(layer, name).register_forward_hook(tap((layer, name)))
-        for layer in range(base.info.n_layers)
-        for name in slices
-    ]
+    handles = [base.projection(*place).register_forward_hook(tap(place)) for place in places]
     try:
         yield
     finally:
@@ -106,80 +135,75 @@ def tap_gradients(base: BaseModel, slices: Sequence[Projection], sink: Sink) -> 
             handle.remove()
 
 
+def _sides(base: BaseModel, name: Projection, x_BTI: Tensor, g_BTO: Tensor) -> tuple[Tensor, Tensor]:
+    """A projection's two factors, `cut_BTUE` and `other_BTD`: the one that heads cut is g for q, k, v and x for o.
+
+    Where q, k and v share a module, the cut takes each unit's own outputs of it.
+    """
+    units = range(n_units(base.info, name))
+    if name == "o":
+        return x_BTI.unflatten(-1, (len(units), base.info.head_dim)), g_BTO
+    own = [unit_rows(base.spec, base.info, name, unit) for unit in units]
+    return torch.stack([g_BTO[..., rows.start : rows.stop] for rows in own], dim=2), x_BTI
+
+
 def _backward_passes(
-    base: BaseModel, rendered: Sequence[RenderedRow], slices: Sequence[Projection], sink_of: Callable[[list[int]], Sink]
-) -> Iterator[int]:
-    """Forward and backward over all rows in batches of similar length; yields how many rows are done."""
+    base: BaseModel, rendered: Sequence[RenderedRow], places: Sequence[Place], sink_of: Callable[[list[int]], Sink]
+) -> Iterator[tuple[list[int], Floats]]:
+    """Forward and backward over all rows in batches of similar length; yields each batch's rows and their nats."""
     lengths = [base.renderer.length(row) for row in rendered]
     budget = CPU_TOKENS if base.device.type == "cpu" else GPU_TOKENS
-    done = 0
     for indices in token_budget_batches(lengths, budget):
-        with torch.enable_grad(), tap_gradients(base, slices, sink_of(indices)):
+        with torch.enable_grad(), tap_gradients(base, places, sink_of(indices)):
             nll_B, tokens_B = answer_nll(base, collate(base.renderer, rendered, indices))
             (nll_B / tokens_B).sum().backward()
-        done += len(indices)
-        yield done
+        yield indices, nll_B.detach().double().cpu().numpy()
 
 
 class MeanGradient:
-    """Sum over rows of each projection's gradient (the mean's direction is all that a cosine needs), fp32."""
+    """Sum over rows of each projection's gradient [U, E, D] (the mean's direction is all that a cosine needs), fp32."""
 
     def __init__(self) -> None:
         self.gradient: dict[Place, Tensor] = {}
 
-    def add(self, place: Place, x_BTI: Tensor, g_BTO: Tensor) -> None:
-        gradient_OI = g_BTO.flatten(0, 1).float().T @ x_BTI.flatten(0, 1).float()
+    def add(self, place: Place, cut_BTUE: Tensor, other_BTD: Tensor) -> None:
+        units, width = cut_BTUE.shape[2:]
+        cut_NC = cut_BTUE.flatten(2).flatten(0, 1).float()
+        gradient_UED = (cut_NC.T @ other_BTD.flatten(0, 1).float()).view(units, width, -1)
         if place in self.gradient:
-            self.gradient[place] += gradient_OI
+            self.gradient[place] += gradient_UED
         else:
-            self.gradient[place] = gradient_OI
-
-
-@dataclass(frozen=True, slots=True)
-class _Sides:
-    """A layer's two factors, ordered so that the first is the one that heads cut: g for q, k, v and x for o."""
-
-    cut_BTUE: Tensor
-    other_BTD: Tensor
-
-
-def _sides(info: ModelInfo, name: Projection, x_BTI: Tensor, g_BTO: Tensor) -> _Sides:
-    cut, other = (x_BTI, g_BTO) if name == "o" else (g_BTO, x_BTI)
-    return _Sides(cut.unflatten(-1, (n_units(info, name), info.head_dim)), other)
+            self.gradient[place] = gradient_UED
 
 
 class RowProducts:
     """Dot products with the mean gradient, and squared norms, of every row and head, summed over the projections."""
 
-    def __init__(self, info: ModelInfo, mean: dict[Place, Tensor], *, rows: int) -> None:
-        self._info, self._mean = info, mean
-        shape = (rows, info.n_layers, info.n_heads)
+    def __init__(self, base: BaseModel, mean: dict[Place, Tensor], layers: range, *, rows: int) -> None:
+        self._info, self._mean, self._first = base.info, mean, layers.start
+        shape = (rows, len(layers), base.info.n_heads)
         self._dot_RLH = np.zeros(shape, dtype=np.float64)
         self._square_RLH = np.zeros(shape, dtype=np.float64)
         self._mean_square_LH = np.zeros(shape[1:], dtype=np.float64)
-        for (layer, name), gradient_OI in mean.items():
-            dimension = 1 if name == "o" else 0
-            cut = gradient_OI.unflatten(dimension, (n_units(info, name), info.head_dim))
-            square_U = cut.square().sum(dim=[d for d in range(3) if d != dimension])
-            self._mean_square_LH[layer] += _per_head(info, name, square_U)
+        for (layer, name), gradient_UED in mean.items():
+            self._mean_square_LH[layer - self._first] += _per_head(
+                self._info, name, gradient_UED.square().sum(dim=(1, 2))
+            )
 
     def of_rows(self, indices: list[int]) -> Sink:
         """A sink for a batch that holds these rows."""
 
-        def add(place: Place, x_BTI: Tensor, g_BTO: Tensor) -> None:
-            layer, name = place
-            sides = _sides(self._info, name, x_BTI, g_BTO)
-            mean_OI = self._mean[place].to(x_BTI.dtype)
-            along_BTC = g_BTO @ mean_OI if name == "o" else x_BTI @ mean_OI.T
-            dot_BU = (sides.cut_BTUE.float() * along_BTC.view_as(sides.cut_BTUE).float()).sum(dim=(1, 3))
+        def add(place: Place, cut_BTUE: Tensor, other_BTD: Tensor) -> None:
+            layer, name = place[0] - self._first, place[1]
+            mean_CD = self._mean[place].flatten(0, 1).to(other_BTD.dtype)
+            along_BTUE = (other_BTD @ mean_CD.T).unflatten(-1, cut_BTUE.shape[2:])
+            dot_BU = (cut_BTUE.float() * along_BTUE.float()).sum(dim=(1, 3))
             self._dot_RLH[indices, layer] += _per_head(self._info, name, dot_BU)
-            self._square_RLH[indices, layer] += _per_head(
-                self._info, name, gradient_squares(sides.cut_BTUE, sides.other_BTD)
-            )
+            self._square_RLH[indices, layer] += _per_head(self._info, name, gradient_squares(cut_BTUE, other_BTD))
 
         return add
 
-    def cosines(self) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
+    def cosines(self) -> Floats:
         """[R, L * H]; 0 where the row or the guide does not move the head at all."""
         scale = np.sqrt(self._square_RLH * self._mean_square_LH)
         # Through where=scale != 0, not scale > 0: a NaN gradient must stay a NaN, so that it is noticed.
@@ -200,7 +224,7 @@ def gradient_squares(cut_BTUE: Tensor, other_BTD: Tensor) -> Tensor:
     return torch.stack(squares, dim=1)
 
 
-def _per_head(info: ModelInfo, name: Projection, value_U: Tensor) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
+def _per_head(info: ModelInfo, name: Projection, value_U: Tensor) -> Floats:
     """Values of units (last axis) as values of query heads: a KV group's is given to each of its heads."""
     value = value_U.double().cpu().numpy()
     if name in HEAD_WISE:

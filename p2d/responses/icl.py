@@ -1,34 +1,49 @@
 """Response of a head to a row = attention that answers pay to the row when it is shown as an example in context.
 
 After Data Whisperer (arXiv 2505.12212): rows are split in two folds; groups of `n_demos` rows of one fold are shown
-before `n_queries` rows of the other. Ours: answers are given (teacher forcing), so nothing is generated; the mass is read
-inside the same forward pass; demonstrations are computed once for all queries of a group (their keys are shared).
+before `n_queries` rows of the other. Ours: answers are given (teacher forcing), so nothing has to be generated; the mass
+is read inside the same forward pass; demonstrations are computed once, the queries are branches after them.
 - response: mean attention of the queries' answer tokens to the demo, per demo token, the prefix left out, divided by the
   mean of its slot: the first slot draws 10 to 20 times the mass of the others, which would rank rows by the shuffle.
-- quality: exp(log-likelihood per answer token with the demos, minus without), positive; the row's score is the product.
+- quality: what `data.metric` makes of the queries' answers; the row's score is the product. The default is
+  exp(log-likelihood per answer token with the demos, minus without). All metrics: METRICS.
 
-Legend: B query, H head, L layer, S slot of a demonstration, N head counted through the layers.
+Fast mode reads the masses alone, of the lower two thirds of the layers: the pass stops there, no answer is judged, and
+each group shows at least FAST_DEMOS rows.
+
+Legend: B query, L layer, H query head, S slot of a demonstration, R row, N head counted through the layers, T token.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 from torch.nn import functional
-from transformers import DynamicCache
 
 from p2d import flops
 from p2d.batches import answer_nll, collate, token_budget_batches
+from p2d.branches import Tree, branching, plant
+from p2d.config import Metric
+from p2d.depth import first_layers
 from p2d.errors import Diverged
+from p2d.generation import answer_limit, generate
+from p2d.metrics import METRICS as TEXT_METRICS
+from p2d.model_info import ModelInfo
 from p2d.models import BaseModel
-from p2d.probe import Probe, ProbePlan, probe_attention
+from p2d.probe import Probe, ProbePlan, Reader, Span, probe_attention
 from p2d.rendering import RenderedRow
 from p2d.response_matrix import ResponseShard
 from p2d.responses import ResponseInput, Responses
+from p2d.rows import Row
+
+Floats = npt.NDArray[np.float64]
 
 FOLDS = 2
 """Data Whisperer's k."""
@@ -40,6 +55,55 @@ the gains of different groups are against the same questions."""
 TOKENS = 4096
 """Tokens of one batch of queries without demos."""
 
+KEPT_RENDERED = 1024
+"""Rendered rows kept at most: each is asked for twice or more, close together."""
+
+FAST_DEMOS = 20
+"""Fewest demonstrations of a group in fast mode: a query's cost is shared by as many rows."""
+
+FAST_DEPTH = 2 / 3
+"""Share of the layers that fast mode computes: masses of deeper heads are not read."""
+
+
+def icl(given: ResponseInput) -> Responses:
+    """Masses and gains of every row of the span. Raises Diverged if a likelihood or a mass is not finite."""
+    base, info, data = given.base, given.base.info, given.config.data
+    fast = data.mode == "fast"
+    layers = range(max(1, round(FAST_DEPTH * info.n_layers)) if fast else info.n_layers)
+    render = lru_cache(KEPT_RENDERED)(lambda row: base.renderer.render(given.rows[row]))
+    collected = _Collected(given.wanted(), len(layers) * info.n_heads)
+    judge = None if fast else METRICS[data.metric](base)
+    tokens, operations = 0, 0.0
+    with torch.no_grad(), probe_attention() as probe:
+        for group in form_groups(given, render):
+            scene = set_scene(base, [render(demo) for demo in group.demos], [render(query) for query in group.queries])
+            mass_SN, h_TD = read_masses(base, probe, scene, layers)
+            verdict = NO_VERDICT
+            if judge is not None:
+                assert h_TD is not None
+                verdict = judge(scene, [given.rows[query] for query in group.queries], h_TD)
+            collected.add(group, mass_SN, verdict.quality)
+            tokens += len(scene.ids) + verdict.tokens
+            operations += scene.flops(info, layers) + verdict.flops
+            given.progress(collected.rows_seen, collected.rows, {} if fast else {"quality": verdict.quality})
+    response_RN, quality_R = collected.finish()
+    if not (np.isfinite(response_RN).all() and np.isfinite(quality_R).all()):
+        raise Diverged("A likelihood or an attention mass is not finite.")
+    shard = ResponseShard(
+        span=given.span,
+        row_R=given.wanted(),
+        layers=layers,
+        n_heads=info.n_heads,
+        response_RN=response_RN.astype(np.float16),
+        quality_R=None if fast else quality_R.astype(np.float32),
+        scorer="icl",
+        combine="response" if fast else "product",
+    )
+    return Responses(shard=shard, tokens=tokens, flops=round(operations))
+
+
+# --- who is shown to whom --------------------------------------------------------------------------------------------
+
 
 @dataclass(frozen=True, slots=True)
 class Group:
@@ -47,42 +111,6 @@ class Group:
 
     demos: tuple[int, ...]
     queries: tuple[int, ...]
-
-
-def icl(given: ResponseInput) -> Responses:
-    """Masses and gains of every row of the span. Raises Diverged if a likelihood is not finite."""
-    base, config = given.base, given.config
-    fold_R = assign_folds(len(given.rows), config.training.seed)
-    pools = [query_pool(fold_R, fold) for fold in range(FOLDS)]
-    rendered = {row: base.renderer.render(given.rows[row]) for row in {*given.span, *pools[0], *pools[1]}}
-    groups = list(form_groups(given, fold_R, pools, rendered))
-    asked = sorted({query for group in groups for query in group.queries})
-    with torch.no_grad():
-        alone_nll = dict(zip(asked, _nll_alone(base, [rendered[row] for row in asked]), strict=True))
-        collected = _Collected(len(given.span), base.info.n_layers * base.info.n_heads)
-        tokens = sum(base.renderer.length(rendered[row]) for row in asked)
-        alone = [(base.renderer.length(rendered[row]), len(rendered[row].answer_ids)) for row in asked]
-        operations = flops.forward(base.info, flops.work_of(alone))
-        with probe_attention(base.info.n_layers) as probe:
-            for done, group in enumerate(groups, start=1):
-                mass_SN, nll_B = read_group(base, probe, group, rendered)
-                gain = float(np.mean([alone_nll[query] - nll for query, nll in zip(group.queries, nll_B, strict=True)]))
-                collected.add(group, mass_SN, gain, start=given.span.start)
-                tokens += sum(base.renderer.length(rendered[row]) for row in (*group.demos, *group.queries))
-                operations += _group_flops(base, group, rendered)
-                given.progress(done, len(groups), {"gain": gain})
-    response_RN, quality_R = collected.finish()
-    if not (np.isfinite(response_RN).all() and np.isfinite(quality_R).all()):
-        raise Diverged("A likelihood or an attention mass is not finite.")
-    shard = ResponseShard(
-        start=given.span.start,
-        response_RN=response_RN.astype(np.float16),
-        quality_R=quality_R.astype(np.float32),
-        scorer="icl",
-        combine="product",
-        n_heads=base.info.n_heads,
-    )
-    return Responses(shard=shard, tokens=tokens, flops=round(operations))
 
 
 def assign_folds(rows: int, seed: int) -> npt.NDArray[np.int64]:
@@ -97,125 +125,238 @@ def query_pool(fold_R: npt.NDArray[np.int64], fold: int) -> list[int]:
     return [int(row) for row in (other if len(other) else np.arange(len(fold_R)))[:QUERY_POOL]]
 
 
-def form_groups(
-    given: ResponseInput,
-    fold_R: npt.NDArray[np.int64],
-    pools: Sequence[Sequence[int]],
-    rendered: dict[int, RenderedRow],
-) -> Iterator[Group]:
-    """Groups that show every row of the span at least once; a pure function of the span, the seed and the dataset.
+def form_groups(given: ResponseInput, render: Callable[[int], RenderedRow]) -> Iterator[Group]:
+    """Groups that show every wanted row of the span at least once, one after another as they are asked for.
 
-    A group that would not fit the model's context has fewer demonstrations.
+    A pure function of the span, the seed and the dataset. A group that would not fit the model's context has fewer
+    demonstrations.
     """
-    base, span = given.base, given.span
+    base, data, seed, span = given.base, given.config.data, given.config.training.seed, given.span
+    fold_R = assign_folds(len(given.rows), seed)
+    most = max(data.n_demos, FAST_DEMOS) if data.mode == "fast" else data.n_demos
+    wanted = given.wanted()
     turn = 0
     for fold in range(FOLDS):
-        rows = [row for row in span if fold_R[row] == fold]
-        order = np.random.default_rng([given.config.training.seed, span.start, span.stop, fold]).permutation(rows)
-        waiting = [int(row) for row in order]
-        size = min(given.config.data.n_demos, len(rows))
+        pool = query_pool(fold_R, fold)
+        rows = wanted[fold_R[wanted] == fold]
+        order = np.random.default_rng([seed, span.start, span.stop, fold]).permutation(rows)
+        size = min(most, len(rows))
         # The last group is filled up with rows shown before, so that every slot is seen equally often.
-        waiting += waiting[: -len(waiting) % size] if size else []
+        filling = order[: -len(order) % size] if size else order
+        waiting = deque(int(row) for row in (*order, *filling))
         while waiting:
-            pool = pools[fold]
-            queries = tuple(dict.fromkeys(pool[(turn + i) % len(pool)] for i in range(given.config.data.n_queries)))
-            turn += given.config.data.n_queries
-            room = base.info.context_length - max(base.renderer.length(rendered[query]) for query in queries)
+            queries = tuple(dict.fromkeys(pool[(turn + i) % len(pool)] for i in range(data.n_queries)))
+            turn += data.n_queries
+            room = base.info.context_length - max(base.renderer.length(render(query)) for query in queries)
             demos: list[int] = []
             while waiting and len(demos) < size:
-                room -= _demo_length(base, rendered[waiting[0]])
+                row = render(waiting[0])
+                room -= len(row.prompt_ids) + len(row.answer_ids) + len(base.renderer.separator_ids)
                 if demos and room < 0:
                     break
-                demos.append(waiting.pop(0))
+                demos.append(waiting.popleft())
             yield Group(tuple(demos), queries)
 
 
-def _demo_length(base: BaseModel, row: RenderedRow) -> int:
-    return len(row.prompt_ids) + len(row.answer_ids) + len(base.renderer.separator_ids)
+# --- one group -------------------------------------------------------------------------------------------------------
 
 
-def _group_flops(base: BaseModel, group: Group, rendered: dict[int, RenderedRow]) -> float:
-    shown = len(base.renderer.prefix_ids) + sum(_demo_length(base, rendered[demo]) for demo in group.demos)
-    queries = [rendered[query] for query in group.queries]
-    sizes = [(len(row.prompt_ids) + len(row.answer_ids), len(row.answer_ids)) for row in queries]
-    return flops.icl_group(base.info, shown=shown, queries=sizes)
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """A group as one line of tokens: prefix and demonstrations are the trunk, each query with its answer is a branch."""
+
+    ids: list[int]
+    tree: Tree
+    demos: tuple[Span, ...]
+    """Where each demonstration stands in the line."""
+    answers: tuple[Span, ...]
+    """Where each query's answer stands in the line."""
+    queries: tuple[RenderedRow, ...]
+
+    @property
+    def trunk_ids(self) -> list[int]:
+        """What is shown before the queries."""
+        return self.ids[: self.tree.trunk]
+
+    def flops(self, info: ModelInfo, layers: range) -> float:
+        """Of the pass that reads the masses of these layers."""
+        sizes = [(len(row.prompt_ids) + len(row.answer_ids), len(row.answer_ids)) for row in self.queries]
+        deep = None if layers.stop == info.n_layers else layers.stop
+        return flops.icl_group(info, shown=self.tree.trunk, queries=sizes, to_layer=deep)
 
 
-def _nll_alone(base: BaseModel, rendered: Sequence[RenderedRow]) -> list[float]:
-    """Nats per answer token of each row without demonstrations."""
-    nll = np.zeros(len(rendered))
-    lengths = [base.renderer.length(row) for row in rendered]
-    for indices in token_budget_batches(lengths, TOKENS):
-        nll_B, tokens_B = answer_nll(base, collate(base.renderer, rendered, indices))
-        nll[indices] = (nll_B / tokens_B).double().cpu().numpy()
-    return [float(value) for value in nll]
-
-
-def read_group(
-    base: BaseModel, probe: Probe, group: Group, rendered: dict[int, RenderedRow]
-) -> tuple[npt.NDArray[np.float64], list[float]]:
-    """One group: mass per demo token [S, N], and each query's nats per answer token. Two passes over disjoint tokens."""
+def set_scene(base: BaseModel, demos: Sequence[RenderedRow], queries: Sequence[RenderedRow]) -> Scene:
+    """Lay a group out."""
     ids: list[int] = list(base.renderer.prefix_ids)
-    spans: list[tuple[int, int]] = []
-    for demo in group.demos:
-        row = rendered[demo]
+    spans: list[Span] = []
+    for row in demos:
         spans.append((len(ids), len(ids) + len(row.prompt_ids) + len(row.answer_ids)))
         ids += [*row.prompt_ids, *row.answer_ids, *base.renderer.separator_ids]
-    cache = DynamicCache(config=base.module.config)
-    base.hidden(torch.tensor([ids], device=base.device), past_key_values=cache)
-    cache.batch_repeat_interleave(len(group.queries))
+    tree = plant(len(ids), [len(row.prompt_ids) + len(row.answer_ids) for row in queries])
+    for row in queries:
+        ids += [*row.prompt_ids, *row.answer_ids]
+    answers = tuple((stop - len(row.answer_ids), stop) for (_, stop), row in zip(tree.branches, queries, strict=True))
+    return Scene(ids, tree, tuple(spans), answers, tuple(queries))
 
-    queries = [rendered[query] for query in group.queries]
-    width = max(len(row.prompt_ids) + len(row.answer_ids) for row in queries)
-    longest = max(len(row.answer_ids) for row in queries)
-    input_ids_BT = torch.full((len(queries), width), base.renderer.pad_id)
-    position_BQ = torch.zeros((len(queries), longest), dtype=torch.long)
-    valid_BQ = torch.zeros((len(queries), longest), dtype=torch.bool)
-    for b, row in enumerate(queries):
-        both = [*row.prompt_ids, *row.answer_ids]
-        input_ids_BT[b, : len(both)] = torch.tensor(both)
-        position_BQ[b, : len(row.answer_ids)] = torch.arange(len(row.prompt_ids), len(both))
-        valid_BQ[b, : len(row.answer_ids)] = True
-    input_ids_BT, position_BQ, valid_BQ = (t.to(base.device) for t in (input_ids_BT, position_BQ, valid_BQ))
-    probe.plan = ProbePlan(position_BQ=position_BQ, valid_BQ=valid_BQ, past=len(ids), spans=tuple(spans))
-    h_BTD = base.hidden(input_ids_BT, past_key_values=cache)
+
+def read_masses(base: BaseModel, probe: Probe, scene: Scene, layers: range) -> tuple[Floats, Tensor | None]:
+    """One forward pass: mass of each demonstration per demo token, [S, N], mean over the queries; and the line's last
+    hidden states h_TD where the pass went through all layers (else it stops after the last of `layers`)."""
+    readers = tuple(Reader(0, span, scene.tree.sees(b)) for b, span in enumerate(scene.answers))
+    probe.plan = ProbePlan(readers=readers, spans=scene.demos, layers=layers)
+    ids_1T = torch.tensor([scene.ids], device=base.device)
+    h_TD: Tensor | None = None
+    with branching(scene.tree):
+        position_1T = scene.tree.positions(base.device)
+        if layers.stop == base.info.n_layers:
+            h_TD = base.hidden(ids_1T, position_ids=position_1T)[0]
+        else:
+            with first_layers(base, layers.stop):
+                base.hidden(ids_1T, position_ids=position_1T)
     mass_LBHS = probe.take()
-
-    row_N, column_N = valid_BQ.nonzero(as_tuple=True)
-    at_N = position_BQ[row_N, column_N]
-    logits_NV = base.logits(h_BTD[row_N, at_N - 1]).float()  # a token is predicted from the one before it
-    nll_N = functional.cross_entropy(logits_NV, input_ids_BT[row_N, at_N], reduction="none")
-    nll_B = torch.zeros(len(queries), device=base.device).index_add(0, row_N, nll_N) / valid_BQ.sum(1)
-
-    length_S = torch.tensor([stop - start for start, stop in spans], device=base.device)
+    length_S = torch.tensor([stop - start for start, stop in scene.demos], device=base.device)
     mass_SN = (mass_LBHS.mean(dim=1) / length_S).permute(2, 0, 1).flatten(1)
-    return mass_SN.double().cpu().numpy(), [float(value) for value in nll_B]
+    return mass_SN.double().cpu().numpy(), h_TD
 
 
 class _Collected:
-    """Masses by row and by slot, until all groups of the span are read."""
+    """Masses by row and by slot, until all groups of the span are read: one number per row and head, no more."""
 
-    def __init__(self, rows: int, heads: int) -> None:
-        self._entries: list[tuple[int, int, npt.NDArray[np.float64]]] = []
-        self._gain_R = np.zeros(rows)
-        self._times_R = np.zeros(rows)
-        self._shape = (rows, heads)
+    def __init__(self, row_R: npt.NDArray[np.int64], heads: int) -> None:
+        self._place = {int(row): place for place, row in enumerate(row_R)}
+        self._mass_RN = np.zeros((len(row_R), heads), dtype=np.float32)
+        self._slot_R = np.full(len(row_R), -1)
+        self._quality_R = np.zeros(len(row_R))
+        self._sum_SN: list[Floats] = []
+        self._times_S: list[int] = []
+        self.rows, self.rows_seen = len(row_R), 0
 
-    def add(self, group: Group, mass_SN: npt.NDArray[np.float64], gain: float, *, start: int) -> None:
+    def add(self, group: Group, mass_SN: Floats, quality: float) -> None:
+        """Note a group. A row that fills a group up, having been shown before, counts for its slot's mean alone."""
         for slot, demo in enumerate(group.demos):
-            self._entries.append((demo - start, slot, mass_SN[slot]))
-            self._gain_R[demo - start] += gain
-            self._times_R[demo - start] += 1
+            if slot == len(self._sum_SN):
+                self._sum_SN.append(np.zeros(mass_SN.shape[1]))
+                self._times_S.append(0)
+            self._sum_SN[slot] += mass_SN[slot]
+            self._times_S[slot] += 1
+            place = self._place[demo]
+            if self._slot_R[place] < 0:
+                self._mass_RN[place] = mass_SN[slot]
+                self._slot_R[place], self._quality_R[place] = slot, quality
+                self.rows_seen += 1
 
-    def finish(self) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-        """Response [R, N], each divided by its slot's mean per head and averaged over groups; and quality [R]."""
-        slots = 1 + max(slot for _, slot, _ in self._entries)
-        sum_SN, times_S = np.zeros((slots, self._shape[1])), np.zeros(slots)
-        for _, slot, mass_N in self._entries:
-            sum_SN[slot] += mass_N
-            times_S[slot] += 1
-        mean_SN = sum_SN / times_S[:, None]
-        response_RN = np.zeros(self._shape)
-        for row, slot, mass_N in self._entries:
-            response_RN[row] += np.divide(mass_N, mean_SN[slot], out=np.zeros_like(mass_N), where=mean_SN[slot] != 0)
-        return response_RN / self._times_R[:, None], np.exp(self._gain_R / self._times_R)
+    def finish(self) -> tuple[npt.NDArray[np.float32], Floats]:
+        """Response [R, N], each divided by its slot's mean per head; and quality [R]."""
+        for slot, (sum_N, times) in enumerate(zip(self._sum_SN, self._times_S, strict=True)):
+            mean_N = (sum_N / times).astype(np.float32)
+            rows = self._slot_R == slot
+            self._mass_RN[rows] = np.divide(
+                self._mass_RN[rows], mean_N, out=np.zeros_like(self._mass_RN[rows]), where=mean_N != 0
+            )
+        return self._mass_RN, self._quality_R
+
+
+# --- metrics ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What a group's queries are worth after its demonstrations."""
+
+    quality: float
+    """>= 0."""
+    tokens: int = 0
+    """Of passes besides the one that reads the masses, as are `flops`."""
+    flops: float = 0.0
+
+
+NO_VERDICT = Verdict(1.0)
+
+Judge = Callable[[Scene, Sequence[Row], Tensor], Verdict]
+"""(scene, the queries' rows, h_TD of the scene)."""
+
+
+class _LogLikelihoodGain:
+    """exp(mean over queries of the log-likelihood per answer token with the demonstrations, minus without)."""
+
+    def __init__(self, base: BaseModel) -> None:
+        self._base = base
+        self._alone: dict[tuple[int, ...], float] = {}
+
+    def __call__(self, scene: Scene, rows: Sequence[Row], h_TD: Tensor) -> Verdict:
+        logits_NV, target_N, query_N = _forced(self._base, scene, h_TD)
+        nll_N = functional.cross_entropy(logits_NV, target_N, reduction="none").double()
+        sum_B = torch.zeros(len(rows), dtype=torch.float64, device=nll_N.device).index_add(0, query_N, nll_N)
+        nll = [float(total) / len(query.answer_ids) for total, query in zip(sum_B, scene.queries, strict=True)]
+        without, sizes = self._without(scene.queries)
+        operations = flops.forward(self._base.info, flops.work_of(sizes))
+        gain = float(np.mean(without) - np.mean(nll))
+        return Verdict(float(np.exp(gain)), sum(length for length, _ in sizes), operations)
+
+    def _without(self, queries: Sequence[RenderedRow]) -> tuple[list[float], list[tuple[int, int]]]:
+        """Nats per answer token without demonstrations; of each query only once, since many groups ask the same ones.
+        And (tokens, answer tokens) of those that were computed now."""
+        keys = [(*query.prompt_ids, -1, *query.answer_ids) for query in queries]
+        new = [query for query, key in zip(queries, keys, strict=True) if key not in self._alone]
+        sizes = [(self._base.renderer.length(query), len(query.answer_ids)) for query in new]
+        for indices in token_budget_batches([length for length, _ in sizes], TOKENS):
+            nll_B, tokens_B = answer_nll(self._base, collate(self._base.renderer, new, indices))
+            for index, nll in zip(indices, (nll_B / tokens_B).tolist(), strict=True):
+                self._alone[(*new[index].prompt_ids, -1, *new[index].answer_ids)] = nll
+        return [self._alone[key] for key in keys], sizes
+
+
+def _token_accuracy(base: BaseModel) -> Judge:
+    """Share of the queries' answer tokens that are the model's first choice, each given the right ones before it."""
+
+    def judge(scene: Scene, rows: Sequence[Row], h_TD: Tensor) -> Verdict:
+        logits_NV, target_N, _ = _forced(base, scene, h_TD)
+        return Verdict(float((logits_NV.argmax(-1) == target_N).double().mean()))
+
+    return judge
+
+
+def _forced(base: BaseModel, scene: Scene, h_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits [N, V] fp32 that predict each answer token of the scene, those tokens, and which query each belongs to."""
+    at_N = torch.cat([torch.arange(start, stop) for start, stop in scene.answers]).to(h_TD.device)
+    sizes = torch.tensor([stop - start for start, stop in scene.answers])
+    query_N = torch.repeat_interleave(torch.arange(len(sizes)), sizes).to(h_TD.device)
+    target_N = torch.tensor(scene.ids, device=h_TD.device)[at_N]
+    # A token is predicted from the one before it; prompts are never empty, so that one is in the same branch.
+    return base.logits(h_TD[at_N - 1]).float(), target_N, query_N
+
+
+def _written(metric: str) -> Callable[[BaseModel], Judge]:
+    """A metric on the answers that the model writes itself, greedily and all queries at once, up to the length of the
+    longest reference. Decoding dominates the cost, by far."""
+
+    def for_base(base: BaseModel) -> Judge:
+        def judge(scene: Scene, rows: Sequence[Row], h_TD: Tensor) -> Verdict:
+            answers = generate(
+                base,
+                [query.prompt_ids for query in scene.queries],
+                limit=answer_limit(scene.queries),
+                after=scene.trunk_ids,
+            )
+            scores = [
+                TEXT_METRICS[metric](base.renderer.decode(ids), row.answer)
+                for ids, row in zip(answers, rows, strict=True)
+            ]
+            trunk = scene.tree.trunk
+            sizes = [len(query.prompt_ids) + len(ids) for query, ids in zip(scene.queries, answers, strict=True)]
+            pairs = flops.causal_pairs(trunk) + sum(flops.causal_pairs(size, past=trunk) for size in sizes)
+            work = flops.Work(tokens=trunk + sum(sizes), pairs=pairs, logits=sum(len(ids) for ids in answers))
+            return Verdict(sum(scores) / len(scores), trunk + sum(sizes), flops.forward(base.info, work))
+
+        return judge
+
+    return for_base
+
+
+METRICS: dict[Metric, Callable[[BaseModel], Judge]] = {
+    "log_likelihood": _LogLikelihoodGain,
+    "token_accuracy": _token_accuracy,
+    "exact_match": _written("exact_match"),
+    "rouge_l": _written("rouge_l"),
+}
+"""`data.metric` -> how the answers of a group are judged."""

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from p2d.arch import ARCHS
 from p2d.batches import answer_nll, collate
 from p2d.config import JobConfig, Projection
-from p2d.models import BaseModel
+from p2d.models import BaseModel, load_base_model
 from p2d.responses import ResponseInput
 from p2d.responses.alignment import alignment, gradient_squares
 from p2d.rows import Row
 from p2d.slices import HeadSlices
-from tests.factories import some_rows
+from tests.factories import some_rows, tiny_model_dir
 
 ROWS, GUIDE = some_rows(6), some_rows(3, first=40)
 
@@ -43,6 +46,21 @@ def test_a_response_is_the_cosine_of_autograds_gradients(tiny: BaseModel, slices
         for row, gradient in enumerate(gradients(tiny, ROWS, (layer, head), slices)):
             expected = float(torch.nn.functional.cosine_similarity(gradient, mean, dim=0))
             assert response_RN[row, layer * tiny.info.n_heads + head] == pytest.approx(expected, abs=2e-3)  # fp16
+
+
+@pytest.mark.parametrize("family", sorted(ARCHS))
+def test_a_response_is_that_cosine_in_every_family(family: str, tmp_path: Path) -> None:
+    slices: tuple[Projection, ...] = ("q", "k", "v", "o")
+    base = load_base_model(tiny_model_dir(tmp_path / family, family=family), precision="fp32", device="cpu")
+
+    shard = alignment(given(base, slices, range(2))).shard
+
+    head = (base.info.n_layers - 1, base.info.n_heads - 1)
+    mean = torch.stack(gradients(base, GUIDE, head, slices)).mean(0)
+    column = (head[0] - shard.layers.start) * base.info.n_heads + head[1]
+    for row, gradient in enumerate(gradients(base, ROWS[:2], head, slices)):
+        expected = float(torch.nn.functional.cosine_similarity(gradient, mean, dim=0))
+        assert shard.response_RN[row, column] == pytest.approx(expected, abs=2e-3)  # fp16
 
 
 def test_responses_do_not_depend_on_how_rows_are_sharded(tiny: BaseModel) -> None:

@@ -20,7 +20,7 @@ from p2d.probe import probe_attention
 from p2d.rendering import RenderedRow
 from p2d.responses import ResponseInput
 from p2d.responses.alignment import alignment
-from p2d.responses.icl import Group, read_group
+from p2d.responses.icl import METRICS, read_masses, set_scene
 from p2d.rows import Row
 from p2d.slices import Head, HeadSlices
 
@@ -132,15 +132,17 @@ def test_alignment_scoring(tiny: BaseModel, projections: tuple[Projection, ...])
 
 @pytest.mark.usefixtures("squares")
 def test_a_group_of_in_context_scoring(tiny: BaseModel, rendered: list[RenderedRow]) -> None:
-    demos, query = rendered[:3], rendered[5]
-    shown = len(tiny.renderer.prefix_ids) + sum(
-        len(row.prompt_ids) + len(row.answer_ids) + len(tiny.renderer.separator_ids) for row in demos
-    )
-    asked = (len(query.prompt_ids) + len(query.answer_ids), len(query.answer_ids))
-    group = Group(demos=(0, 1, 2), queries=(5, 6))
+    scene = set_scene(tiny, rendered[:3], [rendered[5]] * 2)
+    every = range(tiny.info.n_layers)
 
-    with torch.no_grad(), probe_attention(tiny.info.n_layers) as probe:
-        found = counted(lambda: read_group(tiny, probe, group, dict(enumerate([*rendered[:6], query]))))
+    def read_and_judge() -> None:
+        _, h_TD = read_masses(tiny, probe, scene, every)
+        assert h_TD is not None
+        METRICS["token_accuracy"](tiny)(scene, [], h_TD)
 
-    closed = flops.icl_group(tiny.info, shown=shown, queries=[asked, asked])
-    assert closed == pytest.approx(found, rel=TOLERANCE)
+    with torch.no_grad(), probe_attention() as probe:
+        found = counted(read_and_judge)
+        found_lower = counted(lambda: read_masses(tiny, probe, scene, range(2)))
+
+    assert scene.flops(tiny.info, every) == pytest.approx(found, rel=TOLERANCE)
+    assert scene.flops(tiny.info, range(2)) == pytest.approx(found_lower, rel=TOLERANCE)

@@ -9,34 +9,50 @@ import pytest
 import torch
 
 from p2d.batches import answer_nll, collate
-from p2d.config import DataConfig, JobConfig
+from p2d.config import DataConfig, JobConfig, Metric
+from p2d.generation import generate
+from p2d.metrics import rouge_l
 from p2d.models import BaseModel
 from p2d.probe import probe_attention
 from p2d.rendering import RenderedRow
 from p2d.responses import ResponseInput
-from p2d.responses.icl import Group, _Collected, assign_folds, form_groups, query_pool, read_group
+from p2d.responses.icl import METRICS, Group, Scene, _Collected, assign_folds, form_groups, icl, read_masses, set_scene
 from tests.factories import some_rows
 
 ROWS = some_rows(20)
 
 
-def given(base: BaseModel, span: range = range(20)) -> ResponseInput:
-    config = JobConfig(data=DataConfig(n_demos=3, n_queries=2))
+def given(base: BaseModel, span: range = range(20), data: DataConfig | None = None) -> ResponseInput:
+    config = JobConfig(data=data or DataConfig(n_demos=3, n_queries=2))
     return ResponseInput(base=base, rows=ROWS, guide=[], span=span, slices=("v",), config=config)
 
 
-def groups_of(
-    base: BaseModel, span: range = range(20)
-) -> tuple[list[Group], np.ndarray[tuple[int, ...], np.dtype[np.int64]]]:
-    rendered = {index: base.renderer.render(row) for index, row in enumerate(ROWS)}
-    fold_R = assign_folds(len(ROWS), seed=0)
-    return list(
-        form_groups(given(base, span), fold_R, [query_pool(fold_R, 0), query_pool(fold_R, 1)], rendered)
-    ), fold_R
+def groups_of(base: BaseModel, span: range = range(20), data: DataConfig | None = None) -> list[Group]:
+    return list(form_groups(given(base, span, data), lambda row: base.renderer.render(ROWS[row])))
+
+
+def a_scene(base: BaseModel) -> Scene:
+    rendered = [base.renderer.render(row) for row in ROWS]
+    return set_scene(base, [rendered[0], rendered[3]], [rendered[5], rendered[6]])
+
+
+def judged(base: BaseModel, metric: Metric) -> float:
+    scene = a_scene(base)
+    with torch.no_grad(), probe_attention() as probe:
+        _, h_TD = read_masses(base, probe, scene, range(base.info.n_layers))
+        assert h_TD is not None
+        return METRICS[metric](base)(scene, [ROWS[5], ROWS[6]], h_TD).quality
+
+
+def as_long_rows(base: BaseModel) -> list[RenderedRow]:
+    """Each query of the scene as one row whose prompt shows the demonstrations."""
+    scene = a_scene(base)
+    shown = scene.trunk_ids[len(base.renderer.prefix_ids) :]
+    return [RenderedRow([*shown, *query.prompt_ids], query.answer_ids) for query in scene.queries]
 
 
 def test_every_row_of_the_span_is_shown_and_queries_come_from_the_other_fold(tiny: BaseModel) -> None:
-    groups, fold_R = groups_of(tiny, range(4, 15))
+    groups, fold_R = groups_of(tiny, range(4, 15)), assign_folds(len(ROWS), seed=0)
 
     assert {row for group in groups for row in group.demos} == set(range(4, 15))
     for group in groups:
@@ -53,7 +69,7 @@ def test_a_group_never_outgrows_the_context(tiny: BaseModel) -> None:
     context = 3 * longest
     small = replace(tiny, info=replace(tiny.info, context_length=context))
 
-    groups, _ = groups_of(small)
+    groups = groups_of(small)
 
     for group in groups:
         query = max(tiny.renderer.length(tiny.renderer.render(ROWS[row])) for row in group.queries)
@@ -65,31 +81,82 @@ def test_a_group_never_outgrows_the_context(tiny: BaseModel) -> None:
 
 
 def test_the_likelihood_after_shared_demos_is_that_of_one_long_sequence(tiny: BaseModel) -> None:
-    rendered = {index: tiny.renderer.render(row) for index, row in enumerate(ROWS)}
-    group = Group(demos=(0, 3), queries=(5, 6))
-    with torch.no_grad(), probe_attention(tiny.info.n_layers) as probe:
-        _, nll_B = read_group(tiny, probe, group, rendered)
+    gains = []
+    with torch.no_grad():
+        for long, query in zip(as_long_rows(tiny), a_scene(tiny).queries, strict=True):
+            after_B, tokens_B = answer_nll(tiny, collate(tiny.renderer, [long], [0]))
+            alone_B, _ = answer_nll(tiny, collate(tiny.renderer, [query], [0]))
+            gains.append(float((alone_B - after_B) / tokens_B))
 
-    shown = [
-        t
-        for demo in group.demos
-        for t in (*rendered[demo].prompt_ids, *rendered[demo].answer_ids, *tiny.renderer.separator_ids)
-    ]
-    for query, nll in zip(group.queries, nll_B, strict=True):
-        long = RenderedRow([*shown, *rendered[query].prompt_ids], rendered[query].answer_ids)
+    assert judged(tiny, "log_likelihood") == pytest.approx(np.exp(np.mean(gains)), rel=1e-4)
+
+
+def test_token_accuracy_is_the_share_of_first_choices(tiny: BaseModel) -> None:
+    hits = []
+    for long in as_long_rows(tiny):
+        ids_1T = torch.tensor([[*tiny.renderer.prefix_ids, *long.prompt_ids, *long.answer_ids]])
         with torch.no_grad():
-            expected_B, tokens_B = answer_nll(tiny, collate(tiny.renderer, [long], [0]))
-        assert nll == pytest.approx(float(expected_B / tokens_B), rel=1e-4)
+            choice_T = tiny.logits(tiny.hidden(ids_1T)[0]).argmax(-1)
+        answer = len(long.answer_ids)
+        hits += (choice_T[-answer - 1 : -1] == ids_1T[0, -answer:]).tolist()
+
+    assert judged(tiny, "token_accuracy") == pytest.approx(np.mean(hits))
+
+
+def test_written_answers_after_shared_demos_are_those_of_one_long_prompt(tiny: BaseModel) -> None:
+    scene, limit = a_scene(tiny), 12
+    written = generate(tiny, [query.prompt_ids for query in scene.queries], limit=limit, after=scene.trunk_ids)
+
+    assert written == [generate(tiny, [long.prompt_ids], limit=limit)[0] for long in as_long_rows(tiny)]
+
+
+def test_written_answers_are_judged_by_the_text_metric(tiny: BaseModel) -> None:
+    longest = max(len(query.answer_ids) for query in a_scene(tiny).queries)
+    texts = [tiny.renderer.decode(generate(tiny, [long.prompt_ids], limit=longest)[0]) for long in as_long_rows(tiny)]
+
+    expected = np.mean([rouge_l(text, row.answer) for text, row in zip(texts, [ROWS[5], ROWS[6]], strict=True)])
+    assert judged(tiny, "rouge_l") == pytest.approx(expected)
+    assert judged(tiny, "exact_match") == 0.0
+
+
+@pytest.mark.parametrize("metric", sorted(METRICS))
+def test_every_metric_is_the_quality_of_the_rows_shown(tiny: BaseModel, metric: Metric) -> None:
+    shard = icl(given(tiny, range(6), DataConfig(n_demos=3, n_queries=2, metric=metric))).shard
+
+    assert shard.combine == "product"
+    assert shard.quality_R is not None
+    assert (shard.quality_R >= 0).all()
+
+
+FAST = DataConfig(mode="fast", ratio=0.2, n_demos=3, n_queries=2)
+
+
+def test_fast_mode_reads_the_lower_layers_of_the_same_masses(tiny: BaseModel) -> None:
+    scene = a_scene(tiny)
+    with torch.no_grad(), probe_attention() as probe:
+        every_SN, _ = read_masses(tiny, probe, scene, range(3))
+        lower_SN, h_TD = read_masses(tiny, probe, scene, range(2))
+
+    assert h_TD is None
+    np.testing.assert_array_equal(lower_SN, every_SN[:, : 2 * tiny.info.n_heads])
+
+
+def test_fast_mode_shows_more_rows_to_a_query_and_judges_no_answer(tiny: BaseModel) -> None:
+    shard = icl(given(tiny, range(20), FAST)).shard
+
+    assert max(len(group.demos) for group in groups_of(tiny, range(20), FAST)) > FAST.n_demos
+    assert (shard.layers, shard.combine, shard.quality_R) == (range(2), "response", None)
+    assert len(shard.row_R) == 3 * 4  # three times the rows that are kept
 
 
 def test_the_mass_of_a_slot_is_taken_out() -> None:
     rng = np.random.default_rng(0)
     worth = rng.uniform(1, 2, size=(40, 1))
-    collected = _Collected(40, 1)
+    collected = _Collected(np.arange(40), 1)
     for start in range(0, 40, 4):
         demos = tuple(range(start, start + 4))
         sink = np.array([[20.0], [1.0], [1.0], [1.0]])  # the first slot draws twenty times the mass
-        collected.add(Group(demos, (0,)), worth[list(demos)] * sink, gain=0.0, start=0)
+        collected.add(Group(demos, (0,)), worth[list(demos)] * sink, quality=1.0)
 
     response_RN, quality_R = collected.finish()
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from p2d.errors import EngineError
-from p2d.response_matrix import Combine, ResponseShard, load_shards, save_shard
+from p2d.response_matrix import Combine, ResponseShard, read_shards, save_shard
 from p2d.rows import Row
 from p2d.selection import load_kept, read_selection, select_rows, summarise, write_selection
 
@@ -19,15 +19,26 @@ HEADS = [(0, 1), (1, 0)]
 
 
 def a_shard(
-    response: list[list[float]], quality: list[float] | None = None, *, start: int = 0, combine: Combine = "response"
+    response: list[list[float]],
+    quality: list[float] | None = None,
+    *,
+    start: int = 0,
+    combine: Combine = "response",
+    layers: range = range(2),
+    scored: list[int] | None = None,
+    stop: int | None = None,
 ) -> ResponseShard:
+    """A shard of every row from `start` on; of the rows `scored` alone where given."""
+    stop = start + len(response) if stop is None else stop
     return ResponseShard(
-        start=start,
-        response_RN=np.array(response, dtype=np.float16),
+        span=range(start, stop),
+        row_R=np.array(range(start, stop) if scored is None else scored, dtype=np.int64),
+        layers=layers,
+        n_heads=2,
+        response_RN=np.array(response, dtype=np.float16).reshape(len(response), 2 * len(layers)),
         quality_R=None if quality is None else np.array(quality, dtype=np.float32),
         scorer="alignment",
         combine=combine,
-        n_heads=2,
     )
 
 
@@ -64,6 +75,47 @@ def test_ranks_combine_whatever_the_units() -> None:
     assert select_rows([shard], HEADS, ratio=0.3).score_R.tolist() == [0, 1, 2]
 
 
+def test_a_row_quality_alone_needs_no_heads() -> None:
+    shard = a_shard([[], [], []], [0.5, 2.0, -1.0], combine="quality", layers=range(0))
+
+    selection = select_rows([shard], HEADS, ratio=0.3)
+
+    assert selection.score_R.tolist() == [0.5, 2.0, -1.0]
+    assert selection.kept_rows == [1]
+    assert selection.heads_scored == 0
+
+
+def test_a_chosen_head_in_a_layer_that_was_not_scored_adds_nothing() -> None:
+    selection = select_rows([a_shard([[1, 5], [2, 4]], layers=range(1, 2))], [(0, 1), (1, 0)], ratio=0.5)
+
+    assert selection.score_R.tolist() == [1, 2]
+    assert (selection.heads, selection.heads_scored) == (2, 1)
+
+
+def test_all_scored_heads_stand_in_where_no_chosen_head_was_scored() -> None:
+    selection = select_rows([a_shard([[1, 5], [2, 3]], layers=range(1, 2))], [(0, 0), (0, 1)], ratio=0.5)
+
+    assert selection.score_R.tolist() == [6, 5]
+    assert (selection.heads, selection.heads_scored) == (2, 0)
+
+
+def test_a_row_outside_the_pool_is_never_kept(tmp_path: Path) -> None:
+    rows = [Row(f"prompt {n}", f"answer {n}", line=n) for n in range(6)]
+    shards = [
+        a_shard([[0, 1, 1, 0]], scored=[2], start=0, stop=3),
+        a_shard([[0, 9, 9, 0]], scored=[4], start=3, stop=6),
+    ]
+
+    selection = select_rows(shards, HEADS, ratio=0.5)
+    write_selection(tmp_path / "selection.jsonl", selection, rows)
+
+    assert selection.kept_rows == [2, 4]  # ratio asks for three, two were scored
+    assert selection.rank_R.tolist() == [2, 3, 1, 4, 0, 5]
+    assert [line.score for line in read_selection(tmp_path / "selection.jsonl")] == [None, None, 2.0, None, 18.0, None]
+    summary = summarise(selection)
+    assert (summary.rows, summary.scored, summary.kept, summary.score_quantiles[0]) == (6, 2, 2, 2.0)
+
+
 def test_a_score_that_is_not_finite_stops_the_job() -> None:
     with pytest.raises(EngineError) as caught:
         select_rows([a_shard([[0, 1, 0, 0], [0, float("nan"), 0, 0]])], HEADS, ratio=0.5)
@@ -81,7 +133,7 @@ def test_shards_read_back_in_row_order_whatever_their_names(tmp_path: Path) -> N
     save_shard(tmp_path / "a.safetensors", a_shard([[0, 1, 0, 0]], start=2))
     save_shard(tmp_path / "b.safetensors", a_shard([[0, 2, 0, 0], [0, 3, 0, 0]], start=0))
 
-    shards = load_shards([tmp_path / "a.safetensors", tmp_path / "b.safetensors"])
+    shards = read_shards([tmp_path / "a.safetensors", tmp_path / "b.safetensors"])
 
     assert select_rows(shards, HEADS, ratio=1.0).score_R.tolist() == [2, 3, 1]
 
@@ -90,7 +142,7 @@ def test_a_missing_shard_is_noticed(tmp_path: Path) -> None:
     save_shard(tmp_path / "a.safetensors", a_shard([[0, 1, 0, 0]], start=2))
 
     with pytest.raises(AssertionError, match="expected 0"):
-        load_shards([tmp_path / "a.safetensors"])
+        list(read_shards([tmp_path / "a.safetensors"]))
 
 
 def test_the_file_holds_the_text_of_kept_rows_alone(tmp_path: Path) -> None:
