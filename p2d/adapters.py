@@ -169,26 +169,28 @@ def merge(base_dir: Path, adapter_dir: Path, out: Path) -> Path:
     if out.exists():
         raise ModelError(f"{out.name!r} exists already.")
     spec: ArchSpec = load(ARCHS, info.model_type, what="model family", pointer="/base_model")
-    targets: dict[str, list[SliceEntry]] = defaultdict(list)  # several where q, k and v share a weight
+    targets: dict[tuple[str, str], list[SliceEntry]] = defaultdict(list)  # several where q, k and v share a weight
     for entry in adapter.manifest.slices:
-        targets[spec.weight_name(entry.layer, entry.projection)].append(entry)
+        targets[spec.stored_names(entry.layer, entry.projection)].append(entry)
     part = out.with_name(f".{out.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     left_out = shutil.ignore_patterns("*.safetensors", DIGEST_CACHE, ".*")
     shutil.copytree(base_dir, part, ignore=left_out)
-    written: set[str] = set()
+    written: set[tuple[str, str]] = set()
     for file in sorted(base_dir.glob("*.safetensors")):
         tensors = load_file(file)
-        for name in targets.keys() & tensors.keys():
-            for entry in targets[name]:
+        for names, entries in targets.items():
+            if (name := next((name for name in names if name in tensors), None)) is None:
+                continue
+            for entry in entries:
                 _put(unit_view(spec, info, entry.projection, tensors[name]), entry, adapter.tensors[entry.key])
-            written.add(name)
+            written.add(names)
         with safe_open(file, framework="pt") as source:
             metadata = source.metadata()
         save_file(tensors, part / file.name, metadata=metadata)
         (part / file.name).chmod(0o644)
     if written != targets.keys():
-        raise ModelError(f"The files of {info.name!r} lack the weight {min(targets.keys() - written)!r}.")
+        raise ModelError(f"The files of {info.name!r} lack the weight {min(targets.keys() - written)[0]!r}.")
     return part.rename(out)
 
 

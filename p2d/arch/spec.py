@@ -81,12 +81,13 @@ class ArchSpec:
         return paths[projection].format(layer)
 
     def weight_name(self, layer: int, projection: Projection) -> str:
-        """Name of its weight in the checkpoint files."""
+        """Name of its weight in the model."""
         return f"{self.path(layer, projection)}.weight"
 
-    def bias_name(self, layer: int, projection: Projection) -> str:
-        """Name of its bias in the checkpoint files, where the family has one."""
-        return f"{self.path(layer, projection)}.bias"
+    def stored_names(self, layer: int, projection: Projection) -> tuple[str, str]:
+        """Names of its weight in checkpoint files: as in the model or, as GPT-2's own files have it, from the backbone on."""
+        name = self.weight_name(layer, projection)
+        return name, name.removeprefix(f"{self.backbone}.")
 
 
 def group_of(info: ModelInfo, head: int) -> int:
@@ -123,6 +124,14 @@ def unit_rows(spec: ArchSpec, info: ModelInfo, projection: Projection, unit: int
     else:
         start = (3 * unit + FUSED_ORDER.index(projection)) * width
     return range(start, start + width)
+
+
+def weight_shape(spec: ArchSpec, info: ModelInfo, projection: Projection) -> tuple[int, int]:
+    """Shape of the weight that holds one projection, as stored."""
+    shared: tuple[Projection, ...] = (projection,) if spec.layout == "separate" or projection == "o" else FUSED_ORDER
+    width = sum(n_units(info, name) for name in shared) * info.head_dim
+    rows, columns = (info.hidden_size, width) if projection == "o" else (width, info.hidden_size)
+    return (columns, rows) if spec.transposed else (rows, columns)
 
 
 def unit_view(spec: ArchSpec, info: ModelInfo, projection: Projection, weight: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -269,6 +270,23 @@ def test_an_adapter_round_trips_bit_for_bit_and_merges_into_the_same_model(
     assert torch.equal(adapted_TV, trained_TV)
     assert torch.equal(reverted_TV, plain_TV)
     assert torch.equal(merged_TV, trained_TV)
+
+
+def test_files_that_name_weights_from_the_backbone_on_are_read_and_merged(tmp_path: Path) -> None:
+    directory = tiny_model_dir(tmp_path / "gpt2", family="gpt2")
+    tensors = load_file(directory / "model.safetensors")
+    older = {name.removeprefix("transformer."): value for name, value in tensors.items()}
+    save_file(older, directory / "model.safetensors", metadata={"format": "pt"})
+    base = load_base_model(directory, precision="fp32", device="cpu")
+    state = {"layers.1.v": base.units(1, "v")[[2]] + 1}
+    save_adapter(
+        tmp_path / "a", base=base, heads=[(1, 2)], projections=("v",), state=state, config=JobConfig(), learning_rate=1
+    )
+
+    merged = load_base_model(merge(directory, tmp_path / "a", tmp_path / "merged"), precision="fp32", device="cpu")
+
+    assert torch.equal(merged.units(1, "v")[[2]], state["layers.1.v"])
+    assert torch.equal(merged.units(1, "v")[3:], base.units(1, "v")[3:])
 
 
 @pytest.mark.parametrize("scorer", HEAD_SCORERS)

@@ -67,6 +67,15 @@ def test_pickled_weights_and_code_from_the_model_are_never_used(tmp_path: Path) 
     assert not (tmp_path / "ran").exists()
 
 
+def test_heads_that_stand_elsewhere_than_described_are_refused(tmp_path: Path) -> None:
+    directory = tiny_model_dir(tmp_path / "neox", family="gpt_neox")
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"num_key_value_heads": 2}))  # which GPT-NeoX ignores
+
+    with pytest.raises(ModelError, match="query_key_value"):
+        load_base_model(directory, device="cpu")
+
+
 def test_an_unsupported_family_is_named(tmp_path: Path) -> None:
     directory = tiny_model_dir(tmp_path / "tiny")
     config = json.loads((directory / "config.json").read_text())
