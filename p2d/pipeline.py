@@ -48,12 +48,14 @@ STEPS: Mapping[str, StepSpec] = {
         reads=("dataset.jsonl",),
         optional_reads=("validation.jsonl",),
         writes=("rows.jsonl", "guide.jsonl", "evaluation.jsonl", "plan.json", "accounting-validate.json"),
+        optional_writes=("rows.index",),
         needs_model=False,
         needs_tokenizer=True,
     ),
     "heads": StepSpec(
         stage="identifying_heads",
         reads=("rows.jsonl", "guide.jsonl", "plan.json"),
+        optional_reads=("rows.index",),
         writes=("head_map.json", "accounting-heads.json"),
         needs_model=True,
         needs_tokenizer=True,
@@ -61,6 +63,7 @@ STEPS: Mapping[str, StepSpec] = {
     "respond": StepSpec(
         stage="selecting_data",
         reads=("rows.jsonl", "guide.jsonl", "plan.json"),
+        optional_reads=("rows.index",),
         writes=("responses-*.safetensors", "accounting-respond-*.json"),
         needs_model=True,
         needs_tokenizer=True,
@@ -68,6 +71,7 @@ STEPS: Mapping[str, StepSpec] = {
     "select": StepSpec(
         stage="selecting_data",
         reads=("rows.jsonl", "plan.json", "head_map.json", "responses-*.safetensors"),
+        optional_reads=("rows.index",),
         writes=("selection.jsonl", "selection_summary.json", "accounting-select.json"),
         needs_model=False,
     ),
@@ -91,6 +95,7 @@ STEPS: Mapping[str, StepSpec] = {
             "manifest.json",
             "training.json",
         ),
+        optional_reads=("rows.index",),
         writes=("evaluation.json", "accounting-evaluate.json"),
         needs_model=True,
         needs_tokenizer=True,

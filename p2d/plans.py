@@ -7,6 +7,7 @@ the final numbers). Nothing is ever chosen by the rows that the result is judged
 from __future__ import annotations
 
 import random
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ from p2d.config import JobConfig, config_from_json
 from p2d.errors import DatasetTooSmall, ErrorDetail
 from p2d.files import read_json, write_json
 from p2d.model_info import ModelInfo
+from p2d.row_files import RowView
+from p2d.row_keys import RowKeys
 from p2d.rows import Row
 
 GUIDE_ROWS = 32
@@ -78,11 +81,11 @@ def load_plan(path: Path) -> Plan:
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """The three disjoint sets, each in the order of the user's file."""
+    """The three disjoint sets, each in the order of the user's file: views, in which no row is held."""
 
-    train: list[Row]
-    guide: list[Row]
-    evaluation: list[Row]
+    train: Sequence[Row]
+    guide: Sequence[Row]
+    evaluation: Sequence[Row]
 
 
 def held_out_count(rows: int, validation: int | None, *, proxy_rows: int) -> int:
@@ -113,19 +116,19 @@ def split_rows(rows: Sequence[Row], validation: Sequence[Row] | None, *, seed: i
     """
     rng = random.Random(seed)  # noqa: S311 - not a secret
     count = held_out_count(len(rows), None if validation is None else len(validation), proxy_rows=proxy_rows)
-    train = list(rows)
-    if validation is None:
+    train, held = rows, validation
+    if held is None:
         chosen = set(rng.sample(range(len(rows)), count))
-        held = [row for index, row in enumerate(rows) if index in chosen]
-        train = [row for index, row in enumerate(rows) if index not in chosen]
-    else:
-        held = list(validation)
+        train = RowView(rows, array("q", (index for index in range(len(rows)) if index not in chosen)))
+        held = RowView(rows, sorted(chosen))
     guides = set(rng.sample(range(len(held)), min(GUIDE_ROWS, 2 * len(held) // 5)))
-    guide = [row for index, row in enumerate(held) if index in guides]
-    return Split(train, guide, [row for index, row in enumerate(held) if index not in guides])
+    judging = array("q", (index for index in range(len(held)) if index not in guides))
+    return Split(train, RowView(held, sorted(guides)), RowView(held, judging))
 
 
 def leaked(split: Split) -> int:
     """How many held-out rows stand in the training rows too, word for word."""
-    seen = {(row.prompt, row.answer) for row in split.train}
-    return sum((row.prompt, row.answer) in seen for row in (*split.guide, *split.evaluation))
+    seen = RowKeys()
+    for row in split.train:
+        seen.add(row)
+    return sum(row in seen for rows in (split.guide, split.evaluation) for row in rows)

@@ -11,6 +11,7 @@ Two things a cheap scoring may leave out, and what then holds:
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ import numpy.typing as npt
 from p2d.config import top_count
 from p2d.errors import EngineError
 from p2d.response_matrix import Combine, ResponseShard
+from p2d.row_files import RowFile, line_starts
 from p2d.rows import Row
 
 Floats = npt.NDArray[np.float64]
@@ -212,8 +214,21 @@ def read_selection(path: Path) -> Iterator[SelectedRow]:
             yield SelectedRow(**json.loads(line))
 
 
-def load_kept(path: Path) -> list[Row]:
-    """The kept rows of a selection.jsonl, in row order."""
-    kept = [line for line in read_selection(path) if line.kept]
-    assert kept, "a selection keeps at least one row"
-    return [Row(line.prompt or "", line.answer or "", line.line) for line in kept]
+_KEPT = re.compile(rb'"kept"\s*:\s*true')
+"""The field, without parsing the line: inside a row's text the quotes are escaped."""
+
+
+def load_kept(path: Path) -> RowFile:
+    """The kept rows of a selection.jsonl, in row order, each read when it is looked at."""
+    starts = line_starts(path, _is_kept)
+    assert starts, "a selection keeps at least one row"
+    return RowFile(path, starts, _kept_row)
+
+
+def _is_kept(line: bytes) -> bool:
+    return _KEPT.search(line) is not None
+
+
+def _kept_row(line: bytes) -> Row:
+    kept = SelectedRow(**json.loads(line))
+    return Row(kept.prompt or "", kept.answer or "", kept.line)

@@ -20,6 +20,7 @@ from p2d.model_info import read_model_info
 from p2d.pipeline import ModelCache, Progress, StepCall, shard_range
 from p2d.plans import Plan, RowCounts, Split, leaked, load_plan, save_plan, split_rows
 from p2d.registry import load
+from p2d.row_files import open_rows, write_row_file
 from p2d.rows import Row, content_hash, load_rows, write_rows
 
 if TYPE_CHECKING:
@@ -83,11 +84,11 @@ def validate(call: StepCall, progress: Progress, models: ModelCache, on_checkpoi
     meter = _Meter(call)
     info, renderer = read_model_info(call.model_dir), load_renderer(call.model_dir)
     check_rank(call.config, head_dim=info.head_dim)
-    rows = load_rows(call.inputs / "dataset.jsonl")
+    rows = open_rows(call.inputs / "dataset.jsonl")
     apart = call.inputs / "validation.jsonl"
     split = split_rows(
         rows,
-        load_rows(apart) if apart.is_file() else None,
+        open_rows(apart) if apart.is_file() else None,
         seed=call.config.training.seed,
         proxy_rows=call.config.heads.proxy_rows if call.config.heads.head_map is None else 0,
     )
@@ -116,7 +117,7 @@ def validate(call: StepCall, progress: Progress, models: ModelCache, on_checkpoi
         dtype=dtype,
         estimate_s=estimate_seconds(info, config, speed, train=train, guide=guide, evaluation=evaluation),
     )
-    write_rows(call.out / "rows.jsonl", split.train)
+    write_row_file(call.out / "rows.jsonl", split.train)
     write_rows(call.out / "guide.jsonl", split.guide)
     write_rows(call.out / "evaluation.jsonl", split.evaluation)
     save_plan(call.out / "plan.json", plan)
@@ -137,24 +138,26 @@ def _count_tokens(
     total = sum(len(rows) for _, rows in sets)
     counts: list[RowCounts] = []
     errors: list[ErrorDetail] = []
-    done = 0
+    done = too_long = 0
     for pointer, rows in sets:
-        tokens = answers = longest = 0
+        tokens = answers = longest = listed = 0
         for row in rows:
             rendered = renderer.render(row)
             length = renderer.length(rendered)
             tokens, answers, longest = tokens + length, answers + len(rendered.answer_ids), max(longest, length)
             if length > limit:
-                message = f"The row has {length} tokens; at most {limit} fit."
-                errors.append(ErrorDetail(code=RowTooLong.code, message=message, pointer=pointer, line=row.line))
+                too_long, listed = too_long + 1, listed + 1
+                if listed <= MAX_LISTED:  # of each set: enough for the first ones of all in line order
+                    message = f"The row has {length} tokens; at most {limit} fit."
+                    errors.append(ErrorDetail(code=RowTooLong.code, message=message, pointer=pointer, line=row.line))
             done += 1
             if done % 500 == 0 or done == total:
                 progress(done, total, {})
         counts.append(RowCounts(rows=len(rows), tokens=tokens, answer_tokens=answers, longest=longest))
     if errors:
         errors.sort(key=lambda error: (error.pointer, error.line))
-        text = f"{len(errors)} row(s) are longer than {limit} tokens."
-        raise RowTooLong(text, errors=errors[:MAX_LISTED], errors_total=len(errors), limit=limit)
+        text = f"{too_long} row(s) are longer than {limit} tokens."
+        raise RowTooLong(text, errors=errors[:MAX_LISTED], errors_total=too_long, limit=limit)
     return counts[0], counts[1], counts[2]
 
 
@@ -167,7 +170,7 @@ def heads(call: StepCall, progress: Progress, models: ModelCache, on_checkpoint:
     from p2d.step_flops import proxy_flops
 
     meter, plan = _Meter(call), load_plan(call.inputs / "plan.json")
-    rows, guide = load_rows(call.inputs / "rows.jsonl"), load_rows(call.inputs / "guide.jsonl")
+    rows, guide = open_rows(call.inputs / "rows.jsonl"), load_rows(call.inputs / "guide.jsonl")
     base = meter.base(models, plan)
     head_map = identify_heads(base, rows, guide, plan.config, progress)
     head_map.save(call.out / "head_map.json")
@@ -185,7 +188,7 @@ def respond(call: StepCall, progress: Progress, models: ModelCache, on_checkpoin
     from p2d.responses import DataScorer, ResponseInput
 
     meter, plan = _Meter(call), load_plan(call.inputs / "plan.json")
-    rows, guide = load_rows(call.inputs / "rows.jsonl"), load_rows(call.inputs / "guide.jsonl")
+    rows, guide = open_rows(call.inputs / "rows.jsonl"), load_rows(call.inputs / "guide.jsonl")
     scorer: DataScorer = load(DATA_SCORERS, plan.config.data.scorer, what="data scorer", pointer="/data/scorer")
     assert plan.config.training.slices != "auto"
     base = meter.base(models, plan)
@@ -211,7 +214,7 @@ def select(call: StepCall, progress: Progress, models: ModelCache, on_checkpoint
     from p2d.selection import select_rows, summarise, write_selection
 
     meter, plan = _Meter(call), load_plan(call.inputs / "plan.json")
-    rows = load_rows(call.inputs / "rows.jsonl")
+    rows = open_rows(call.inputs / "rows.jsonl")
     chosen = _chosen_heads(call, plan)
     shards = read_shards(list(call.inputs.glob("responses-*.safetensors")))
     assert plan.config.data.ratio != "auto"
@@ -306,8 +309,8 @@ def evaluate(call: StepCall, progress: Progress, models: ModelCache, on_checkpoi
     base = meter.base(models, plan)
     judge = Judge(
         base=base,
-        rows=load_rows(call.inputs / "evaluation.jsonl"),
-        train=load_rows(call.inputs / "rows.jsonl"),
+        rows=open_rows(call.inputs / "evaluation.jsonl"),
+        train=open_rows(call.inputs / "rows.jsonl"),
         guide=load_rows(call.inputs / "guide.jsonl"),
         kept=load_kept(call.inputs / "selection.jsonl"),
         heads=_chosen_heads(call, plan),

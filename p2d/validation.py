@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from p2d.errors import DatasetEmpty, DatasetError, DatasetTooLarge, ErrorDetail
+from p2d.row_keys import RowKeys
 from p2d.rows import MAX_ROW_BYTES, Format, Row, extra_fields, hash_row, read_rows, write_rows
 
 MAX_LISTED = 10_000
@@ -93,7 +94,7 @@ class _Reading:
         self.digest = hashlib.sha256()
         self.rows = self.longest_row_chars = self.duplicates = 0
         self.duplicate_lines: list[int] = []
-        self._seen: set[bytes] = set()  # 16-byte digests: about 80 bytes a row, so 80 MB at the limit of rows
+        self._seen = RowKeys()
         self._errors: list[ErrorDetail] = []
         self._by_code: Counter[str] = Counter()
 
@@ -131,10 +132,7 @@ class _Reading:
     def _count(self, row: Row) -> None:
         hash_row(self.digest, row)
         self.longest_row_chars = max(self.longest_row_chars, len(row.prompt) + len(row.answer))
-        key = hashlib.blake2b(digest_size=16)
-        hash_row(key, row)
-        if (digest := key.digest()) in self._seen:
+        if not self._seen.add(row):
             self.duplicates += 1
             if len(self.duplicate_lines) < 100:
                 self.duplicate_lines.append(row.line)
-        self._seen.add(digest)

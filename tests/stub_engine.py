@@ -14,7 +14,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from p2d.config import resolve
@@ -180,7 +180,7 @@ def _package(call: StepCall) -> None:
     write_json(call.out / "report.json", {"attempts": tried, "files": sorted(p.name for p in call.inputs.iterdir())})
 
 
-def _counts(rows: list[Row]) -> RowCounts:
+def _counts(rows: Sequence[Row]) -> RowCounts:
     return RowCounts(rows=len(rows), tokens=10 * len(rows), answer_tokens=5 * len(rows), longest=10)
 
 

@@ -150,7 +150,7 @@ def test_the_file_holds_the_text_of_kept_rows_alone(tmp_path: Path) -> None:
     selection = select_rows([a_shard([[0, n, 0, 0] for n in (1, 3, 2)])], HEADS, ratio=0.5)
     write_selection(tmp_path / "selection.jsonl", selection, rows)
 
-    assert load_kept(tmp_path / "selection.jsonl") == [rows[1], rows[2]]
+    assert list(load_kept(tmp_path / "selection.jsonl")) == [rows[1], rows[2]]
     first, second, _ = read_selection(tmp_path / "selection.jsonl")
     assert (first.kept, first.prompt, first.rank, first.line) == (False, None, 2, 0)
     assert (second.kept, second.prompt, second.rank, second.score) == (True, "prompt 1", 0, 3.0)
