@@ -207,6 +207,15 @@ def apply(model: Path, adapter: Path, to: Path) -> None:
     out.print(f"The adapted model is in {to}.", markup=False)
 
 
+@cli.command()
+def export(model: Path, adapter: Path, to: Path) -> None:
+    """Write a head adapter as a PEFT LoRA of the same base model, without loss."""
+    from p2d.peft_export import export_peft
+
+    export_peft(model, adapter, to)
+    out.print(f"The LoRA is in {to}.", markup=False)
+
+
 @models.command("add")
 def models_add(
     name: str,

@@ -1,0 +1,98 @@
+"""A head adapter as a PEFT LoRA of the same base model, for tools that know no head adapters.
+
+A change of some rows is a LoRA whose A holds those rows' change and whose B places them (zeros and ones); of some columns the
+other way round. Nothing is approximated: base + LoRA are the adapter's values, bit for bit in a bf16 base, within one fp32
+rounding in an fp32 one. The price is a LoRA as wide as the rows are many; merging (`p2d.adapters.merge`) costs nothing.
+
+Legend: S chosen places of a module, I, O its inputs and outputs, E head width, D model width, U chosen unit.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from p2d.adapters import Adapter, SliceEntry, load_adapter
+from p2d.arch import ARCHS
+from p2d.arch.spec import ArchSpec, unit_rows, unit_view
+from p2d.errors import AdapterMismatch, ModelError
+from p2d.model_info import ModelInfo, read_model_info
+from p2d.registry import load
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+def export_peft(base_dir: Path, adapter_dir: Path, out: Path) -> Path:
+    """Write `adapter_config.json` and `adapter_model.safetensors`, which `PeftModel.from_pretrained` reads.
+
+    Raises: AdapterMismatch, ModelError; ModelError too if `out` exists.
+    """
+    from peft import LoraConfig  # a second to import, and only here
+
+    adapter, info = load_adapter(adapter_dir), read_model_info(base_dir)
+    if info.digest != adapter.manifest.base_digest:
+        raise AdapterMismatch(f"The adapter was not trained on {info.name!r}.", expected=adapter.manifest.base_digest)
+    if out.exists():
+        raise ModelError(f"{out.name!r} exists already.")
+    spec: ArchSpec = load(ARCHS, info.model_type, what="model family", pointer="/base_model")
+    by_path: dict[str, list[SliceEntry]] = defaultdict(list)
+    for entry in adapter.manifest.slices:
+        by_path[spec.path(entry.layer, entry.projection)].append(entry)
+    tensors: dict[str, Tensor] = {}
+    ranks: dict[str, int] = {}
+    for path, entries in by_path.items():
+        A_SI, B_OS = _lora(spec, info, adapter, entries, _weight(base_dir, spec, entries[0]))
+        tensors[f"base_model.model.{path}.lora_A.weight"] = A_SI
+        tensors[f"base_model.model.{path}.lora_B.weight"] = B_OS
+        ranks[path] = len(A_SI)
+    out.mkdir(parents=True)
+    save_file(tensors, out / WEIGHTS, metadata={"format": "pt"})
+    (out / WEIGHTS).chmod(0o644)  # safetensors writes for the owner alone
+    config = LoraConfig(
+        base_model_name_or_path=info.name,
+        task_type="CAUSAL_LM",
+        target_modules=list(by_path),
+        r=max(ranks.values()),
+        lora_alpha=max(ranks.values()),
+        rank_pattern=ranks,
+        alpha_pattern=ranks,  # alpha = rank: B A is added as it is
+        fan_in_fan_out=spec.transposed,
+        inference_mode=True,
+    )
+    config.save_pretrained(os.fspath(out))
+    return out
+
+
+def _lora(
+    spec: ArchSpec, info: ModelInfo, adapter: Adapter, entries: list[SliceEntry], weight: Tensor
+) -> tuple[Tensor, Tensor]:
+    """A [S, I] and B [O, S] of one module, fp32: the changes of all its sliced projections side by side."""
+    changes_SD, places = [], []
+    for entry in entries:
+        base_UED = unit_view(spec, info, entry.projection, weight)[list(entry.units)].float()
+        changes_SD.append((adapter.tensors[entry.key].float() - base_UED).flatten(0, 1))
+        places += [place for unit in entry.units for place in unit_rows(spec, info, entry.projection, unit)]
+    change_SD = torch.cat(changes_SD)
+    outputs, inputs = weight.t().shape if spec.transposed else weight.shape
+    is_input = entries[0].projection == "o"
+    place_SN = torch.zeros(len(places), inputs if is_input else outputs)
+    place_SN[torch.arange(len(places)), places] = 1.0
+    if is_input:
+        return place_SN, change_SD.t().contiguous()
+    return change_SD.contiguous(), place_SN.t().contiguous()
+
+
+def _weight(base_dir: Path, spec: ArchSpec, entry: SliceEntry) -> Tensor:
+    names = spec.stored_names(entry.layer, entry.projection)
+    for file in sorted(base_dir.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as source:
+            if stored := next((name for name in names if name in source.keys()), None):  # noqa: SIM118 - not a mapping
+                weight: Tensor = source.get_tensor(stored)
+                return weight
+    raise ModelError(f"The files of {base_dir.name!r} lack the weight {names[0]!r}.")
