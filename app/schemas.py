@@ -262,6 +262,9 @@ class DatasetReportView(View):
     duplicates: int
     duplicate_lines: list[int]
     warnings: list[str]
+    compression: Literal["gzip", "zstd"] | None = Field(
+        default=None, description="How the file came; lines are those of the unpacked file."
+    )
 
 
 class EventView(View):

@@ -19,8 +19,7 @@ from p2d.config import JobConfig, check
 from p2d.errors import DatasetFileMissing
 from p2d.files import read_json, write_json
 from p2d.pipeline import STEPS, ModelCache, PlannedStep, StepCall, plan_steps, run_step
-from p2d.rows import sniff_format
-from p2d.validation import validate_file
+from p2d.validation import check_file
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -70,7 +69,8 @@ def adapt(
     """Find heads, select rows, train, evaluate; leaves the head adapter and the report in `out`.
 
     Args:    model: directory with config.json, tokenizer.json and safetensors.
-             data, validation: a jsonl, json, csv or parquet file, or a `datasets.Dataset` with the same field names.
+             data, validation: a jsonl, json, csv or parquet file, plain, gzip or zstd; or a `datasets.Dataset` with the same
+             field names.
              head_map, selection: files of an earlier job, instead of making them anew.
     Raises:  P2DError: every error that a user may see.
     """
@@ -161,7 +161,7 @@ def _take(data: Path | str | Dataset, normalised: Path) -> int:
     else:  # through a file, so that a table gets the same checks and the same messages
         path = normalised.with_suffix(".table.jsonl")
         data.to_json(path)
-    return validate_file(path, sniff_format(path, path.name), normalised=normalised).rows
+    return check_file(path, path.name, normalised=normalised).rows
 
 
 def _run_steps(

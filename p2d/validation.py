@@ -8,12 +8,13 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from p2d.compression import Compression, plain_name, unpacked
 from p2d.errors import DatasetEmpty, DatasetError, DatasetTooLarge, ErrorDetail
 from p2d.row_keys import RowKeys
-from p2d.rows import MAX_ROW_BYTES, Format, Row, extra_fields, hash_row, read_rows, write_rows
+from p2d.rows import MAX_ROW_BYTES, Format, Row, extra_fields, hash_row, read_rows, sniff_format, write_rows
 
 MAX_LISTED = 10_000
 """Bad lines listed at most; `errors_total` and the counts by code go on."""
@@ -44,6 +45,23 @@ class DatasetReport:
     duplicate_lines: tuple[int, ...]
     """Lines of the first 100 of them."""
     warnings: tuple[str, ...]
+    compression: Compression | None = None
+    """How the file came; lines are those of the unpacked file."""
+
+
+def check_file(path: Path, file_name: str, limits: DatasetLimits | None = None, *, normalised: Path) -> DatasetReport:
+    """`validate_file` for a file as users send it: of any format, plain or compressed. Limits hold for the unpacked bytes.
+
+    Args:   file_name: as its user calls it, which tells CSV from the rest. normalised: see `validate_file`; what is
+            unpacked lies beside it for so long.
+    Raises: as `validate_file`, and DatasetError for a stream that cannot be unpacked.
+    """
+    limits = limits or DatasetLimits()
+    scratch = normalised.with_name(normalised.name + ".unpacked")
+    with unpacked(path, scratch, max_bytes=limits.max_bytes) as (plain, compression):
+        format = sniff_format(plain, plain_name(file_name))
+        report = validate_file(plain, format, limits, normalised=normalised)
+    return replace(report, size_bytes=path.stat().st_size, compression=compression)
 
 
 def validate_file(

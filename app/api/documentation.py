@@ -15,7 +15,7 @@ _PROBLEM = {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}
 _FILE = {
     "type": "string",
     "format": "binary",
-    "description": "JSON Lines, a JSON array, CSV with a header, or Parquet.",
+    "description": "JSON Lines, a JSON array, CSV with a header, or Parquet; plain, or as one gzip or zstd stream.",
 }
 
 

@@ -14,8 +14,7 @@ from app.db.datasets import Dataset, insert_dataset, same_dataset
 from app.db.engine import Connection
 from app.settings import Settings
 from p2d.errors import DatasetError, ErrorDetail
-from p2d.rows import sniff_format
-from p2d.validation import DatasetLimits, DatasetReport, validate_file
+from p2d.validation import DatasetLimits, DatasetReport, check_file
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,7 +47,7 @@ def inspect(path: Path, file_name: str, settings: Settings, *, pointer: str = ""
     )
     normalised = path.with_name(path.name + ".rows")
     try:
-        report = validate_file(path, sniff_format(path, file_name), limits, normalised=normalised)
+        report = check_file(path, file_name, limits, normalised=normalised)
     except DatasetError as error:
         if pointer:
             error.errors = tuple(replace(detail, pointer=pointer + (detail.pointer or "")) for detail in error.errors)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import io
 import json
 import socket
@@ -42,6 +43,23 @@ def test_the_same_content_in_another_format_is_the_same_dataset(api: Api) -> Non
 
     assert again.status_code == 200
     assert again.json() == {**first, "deduplicated": True}
+
+
+def test_a_compressed_file_is_the_same_dataset_and_says_how_it_came(api: Api) -> None:
+    packed = gzip.compress(rows(25, start=6000))
+
+    dataset = api.upload(packed, "sums.jsonl.gz").json()
+
+    assert (dataset["format"], dataset["rows"], dataset["size_bytes"]) == ("jsonl", 25, len(packed))
+    assert api.http.get(f"/datasets/{dataset['id']}/report").json()["compression"] == "gzip"
+    assert api.upload(rows(25, start=6000)).json()["id"] == dataset["id"]
+
+
+def test_a_small_file_that_unpacks_above_the_limit_is_refused_and_leaves_nothing(api: Api) -> None:
+    answer = api.upload(gzip.compress(b" " * (api.settings.max_upload_bytes + 1)))
+
+    assert (answer.status_code, answer.json()["code"]) == (413, "dataset.too_large")
+    assert api.uploading() == []
 
 
 def test_equal_uploads_at_once_make_one_dataset(api: Api) -> None:
