@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -18,13 +19,14 @@ from p2d.adapters import load_adapter, merge, save_adapter
 from p2d.arch import ARCHS
 from p2d.arch.spec import n_units, unit_rows, unit_view, units_of
 from p2d.batches import answer_nll, collate
-from p2d.config import HEAD_SCORERS, HeadsConfig, JobConfig, Projection, TrainingConfig
+from p2d.config import DATA_SCORERS, HEAD_SCORERS, HeadsConfig, JobConfig, Projection, TrainingConfig
 from p2d.generation import generate
 from p2d.identify import identify_heads
 from p2d.models import BaseModel, load_base_model
+from p2d.registry import load
 from p2d.rendering import RenderedRow
-from p2d.responses import ResponseInput
-from p2d.responses.icl import icl
+from p2d.responses import DataScorer, ResponseInput
+from p2d.responses.alignment import alignment
 from p2d.slices import HeadSlices
 from tests.factories import TINY, WINDOW, some_rows, tiny_model_dir
 
@@ -105,6 +107,18 @@ def test_the_description_counts_what_the_loaded_model_has(base: BaseModel, refer
     mlp = reference.get_submodule(base.spec.layers + ".0.mlp")
     matrices = sum(weight.numel() for weight in mlp.parameters() if weight.ndim == 2)
     assert matrices == base.info.mlp_matrices * base.info.hidden_size * base.info.intermediate_size
+
+
+def test_the_description_knows_the_window_of_the_loaded_model(
+    base: BaseModel, reference: PreTrainedModel, rendered: list[RenderedRow]
+) -> None:
+    with torch.no_grad():
+        attentions = reference(ids_of(base, rendered[0]), output_attentions=True).attentions
+
+    seen = [int((prob_BHTT[0, :, -1] > 0).any(0).sum()) for prob_BHTT in attentions]
+    windowed = [keys for keys in seen if keys < attentions[0].shape[-1]]
+    assert (len(windowed), set(windowed)) == (base.info.n_windowed_layers, {WINDOW} if windowed else set())
+    assert base.info.window == (WINDOW if windowed else None)
 
 
 def test_the_slices_of_all_units_cover_each_weight_once(base: BaseModel) -> None:
@@ -324,9 +338,33 @@ def given(base: BaseModel, slices: tuple[Projection, ...]) -> ResponseInput:
     return ResponseInput(base=base, rows=ROWS, guide=GUIDE, span=range(6), slices=slices, config=JobConfig())
 
 
-def test_in_context_responses_are_finite_for_every_head(base: BaseModel) -> None:
-    shard = icl(given(base, ("v", "o"))).shard
+@pytest.mark.parametrize("name", DATA_SCORERS)
+def test_every_data_scorer_gives_finite_responses_of_every_head(base: BaseModel, name: str) -> None:
+    scorer: DataScorer = load(DATA_SCORERS, name, what="data scorer", pointer="/data/scorer")
 
-    assert shard.response_RN.shape == (6, base.info.n_layers * base.info.n_heads)
-    assert torch.from_numpy(shard.response_RN).isfinite().all()
-    assert float(shard.response_RN.min()) >= 0
+    shard = scorer(given(base, ("v", "o"))).shard
+
+    assert np.isfinite(shard.response_RN).all()
+    assert shard.response_RN.shape == (6, len(shard.layers) * base.info.n_heads)
+
+
+@pytest.mark.parametrize("slices", [("v", "o"), ("q", "k", "v")])
+def test_an_aligned_row_is_one_whose_own_gradient_points_the_guides_way(
+    base: BaseModel, reference: PreTrainedModel, slices: tuple[Projection, ...]
+) -> None:
+    def gradient(row: RenderedRow, layer: int, head: int) -> Tensor:
+        reference.zero_grad()
+        eager_nll(reference, base, row).backward()
+        units = [(projection, units_of(base.info, projection, [head])) for projection in slices]
+        return torch.cat([full_gradient(reference, base, layer, name)[unit].flatten() for name, unit in units])
+
+    shard = alignment(given(base, slices)).shard
+
+    for layer, head in [(1, 0), (2, 4)]:
+        guide = [base.renderer.render(row) for row in GUIDE]
+        mean = torch.stack([gradient(row, layer, head) / len(row.answer_ids) for row in guide]).mean(0)
+        for index in range(6):
+            row = gradient(base.renderer.render(ROWS[index]), layer, head)
+            expected = float(torch.nn.functional.cosine_similarity(row, mean, dim=0))
+            column = (layer - shard.layers.start) * base.info.n_heads + head
+            assert shard.response_RN[index, column] == pytest.approx(expected, abs=2e-3)  # fp16

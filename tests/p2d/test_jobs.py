@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from p2d import Result, adapt, identify_heads, select_data
-from p2d.adapters import load_adapter
+from p2d.adapters import load_adapter, merge
 from p2d.config import Control, DataConfig, HeadsConfig, JobConfig, TrainingConfig
 from p2d.errors import Cancelled, ConfigError, DatasetFileMissing, DatasetTooSmall, RowTooLong
 from p2d.evaluation import row_losses
@@ -79,6 +79,29 @@ def test_a_recipe_adapts_the_model_and_reports(recipe: str, tiny_dir: Path, file
     assert report["evaluation"]["full_fine_tuning"]["projected"] is True
     expected = {"default": ("attribution", "alignment", ["v", "o"]), "paper": ("pad", "icl", ["q", "k", "v"])}[recipe]
     assert (report["heads"]["scorer"], report["selection"]["scorer"], report["heads"]["projections"]) == expected
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gemma3_text"])
+def test_a_family_with_fused_weights_and_one_with_windows_are_adapted_the_same_way(
+    family: str, files: Path, tmp_path: Path
+) -> None:
+    directory = tiny_model_dir(tmp_path / family, family=family)
+
+    result = adapt(
+        model=directory,
+        data=files / "train.jsonl",
+        validation=files / "held_out.jsonl",
+        out=tmp_path / "out",
+        config=a_config(),
+        device="cpu",
+    )
+
+    evaluation = result.report["evaluation"]
+    assert evaluation["loss_after"] < evaluation["loss_before"]
+    merged = load_base_model(merge(directory, result.out, tmp_path / "merged"), precision="fp32", device="cpu")
+    split = split_rows(load_rows(files / "train.jsonl"), load_rows(files / "held_out.jsonl"), seed=0, proxy_rows=8)
+    loss = row_losses(merged, [merged.renderer.render(row) for row in split.evaluation]).mean
+    assert loss == pytest.approx(evaluation["loss_after"], rel=1e-2)  # trained in bf16 where the machine has it
 
 
 def test_the_reported_loss_is_that_of_base_and_adapter_loaded_afresh(
