@@ -26,7 +26,7 @@ WARM_UP = 0.1
 FLOOR = 0.1
 """Rate at the end, as a share of the peak (the paper's)."""
 WEIGHT_DECAY = 0.01
-"""On slices only. A guess: torch's default."""
+"""On what is trained only: slices, or with a rank their factors. A guess: torch's default."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,8 +14,9 @@ from p2d.config import JobConfig, TrainingConfig
 from p2d.errors import Cancelled, Diverged, OutOfMemory
 from p2d.learning_rates import FIRST_RANK_RATE, FIRST_RATE
 from p2d.models import BaseModel, load_base_model
-from p2d.optimization import Schedule, epoch_order
+from p2d.optimization import Schedule, SliceTrainer, epoch_order
 from p2d.rendering import RenderedRow
+from p2d.slices import HeadSlices
 from p2d.training import TrainingResult, train
 from tests.factories import some_rows, tiny_model_dir
 from tests.p2d.test_slices import HEADS, assert_same, weights_of
@@ -331,3 +332,22 @@ def test_the_search_for_a_rank_begins_higher(tiny: BaseModel, rendered: list[Ren
     config = replace(CONFIG, training=replace(CONFIG.training, learning_rate="auto", rank=2))
 
     assert run(tiny, rendered, config).trials[0].learning_rate == FIRST_RANK_RATE > FIRST_RATE
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+def test_a_gradient_that_is_not_finite_stops_before_anything_is_updated(
+    tiny: BaseModel, rendered: list[RenderedRow], rank: int | None
+) -> None:
+    with HeadSlices(tiny, HEADS, ("v", "o"), rank) as slices:
+        trainer = SliceTrainer(tiny, slices, rendered, batch_size=3, seed="0")
+        trainer.advance(Schedule(1e-2, 10))
+        before, weights = trainer.state(), weights_of(tiny)
+        # The loss stays finite: only the way back is broken.
+        broken = tiny.projection(2, "o").register_full_backward_hook(lambda _m, _i, _o: (_i[0] * float("nan"),))
+        with pytest.raises(Diverged):
+            trainer.advance(Schedule(1e-2, 10))
+        broken.remove()
+
+        assert_same(trainer.state(), before)
+        assert_same(weights_of(tiny), weights)
+        assert trainer.advance(Schedule(1e-2, 10)).step == 2
