@@ -1,0 +1,346 @@
+"""Fast mode against faithful mode: do they like the same rows, and do models trained by them come out the same?
+
+    python -m benchmarks.fidelity --model DIR            # on the task's rows
+    python -m benchmarks.fidelity --model DIR --junk 0.5 # half of the rows get another row's answer
+
+Every seed draws its own pool, order of training and random rows. The arms (faithful, fast, random rows) take turns. Fast mode
+is fit to ship if its mean held-out loss is above the faithful mode's by no more than the seed noise: the standard deviation of
+an arm over the seeds, pooled over the arms. Writes fast_mode.json and fast_mode.md; a pool is one entry, the other stays.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from statistics import fmean, variance
+from typing import Any
+
+import numpy as np
+import torch
+
+from p2d import flops
+from p2d.config import DATA_SCORERS, DataConfig, HeadsConfig, JobConfig, TrainingConfig, first_chosen_layer, resolve
+from p2d.evaluation import row_losses
+from p2d.head_maps import Head, HeadMap, spearman
+from p2d.identify import identify_heads
+from p2d.models import BaseModel, load_base_model
+from p2d.registry import load
+from p2d.responses import ResponseInput, Responses
+from p2d.rows import Row, read_rows
+from p2d.selection import Selection, select_rows
+from p2d.slices import HeadSlices
+from p2d.training import train
+
+ROOT = Path(__file__).resolve().parent.parent
+ARMS = ("faithful", "fast", "random")
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """One trained model."""
+
+    name: str
+    seed: int
+    loss: float
+    """Nats per answer token of the held-out rows."""
+    train_s: float
+    train_flops: int
+    junk: float
+    """Share of junk among its rows."""
+
+
+@dataclass(slots=True)
+class Pool:
+    """What was found on one pool of rows."""
+
+    rows: int
+    kept: int
+    junk: float
+    base_loss: float
+    faithful_s: float
+    faithful_flops: int
+    fast_s: list[float] = field(default_factory=list)
+    fast_flops: list[int] = field(default_factory=list)
+    rank_correlation: list[float] = field(default_factory=list)
+    """Spearman's, of the scores of the rows that both modes scored; one per seed."""
+    agreement: list[float] = field(default_factory=list)
+    """Share of the rows that fast mode kept which faithful mode would keep of the same pool."""
+    arms: list[Arm] = field(default_factory=list)
+
+    def losses(self, name: str) -> list[float]:
+        """Held-out losses of an arm, by seed."""
+        return [arm.loss for arm in self.arms if arm.name == name]
+
+    def verdict(self) -> dict[str, float | bool | int]:
+        """Whether fast mode is within the noise of the seeds."""
+        seeds = len(self.losses("fast"))
+        noise = fmean(variance(self.losses(name)) for name in ARMS) ** 0.5 if seeds > 1 else float("nan")
+        difference = fmean(self.losses("fast")) - fmean(self.losses("faithful"))
+        return {"seeds": seeds, "difference": difference, "noise": noise, "ships": difference <= noise}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run, write the results, print the verdict; 0 if fast mode is fit to ship."""
+    options = _options(arguments)
+    torch.set_num_threads(options.threads)
+    started = time.perf_counter()
+    say = _sayer(started)
+    base = load_base_model(options.model, precision=options.precision, device=options.device)
+    rows, guide, held_out = _rows(options)
+    say(f"{len(rows)} rows, {len(guide)} guide rows, {len(held_out)} held-out rows; {base.info.name} {base.dtype}")
+    pool = measure(base, rows, guide, held_out, options, ends=started + 60 * options.minutes, say=say)
+    result = write(options.out, pool, base, options, seconds=time.perf_counter() - started)
+    print(result["text"])  # noqa: T201 - a command line
+    return 0 if pool.verdict()["ships"] else 1
+
+
+def measure(
+    base: BaseModel,
+    rows: Sequence[tuple[Row, bool]],
+    guide: Sequence[Row],
+    held_out: Sequence[Row],
+    options: argparse.Namespace,
+    *,
+    ends: float,
+    say: Any,
+) -> Pool:
+    """Score once faithfully; then for each seed score fast and train all arms, while there is time."""
+    texts = [row for row, _ in rows]
+    junk_R = np.array([bad for _, bad in rows])
+    faithful, fast = (_config(options, mode, len(rows), base.info.context_length) for mode in ("faithful", "fast"))
+    head_map = identify_heads(base, texts, guide, faithful, _silent)
+    chosen = {mode: _heads(head_map, config) for mode, config in (("faithful", faithful), ("fast", fast))}
+    say(f"heads: {len(chosen['faithful'])}, in both modes {len(set(chosen['faithful']) & set(chosen['fast']))}")
+    rendered = [base.renderer.render(row) for row in held_out]
+    whole, seconds = _respond(base, texts, guide, faithful)
+    picked = select_rows([whole.shard], chosen["faithful"], options.ratio)
+    pool = Pool(
+        rows=len(rows),
+        kept=picked.kept,
+        junk=float(junk_R.mean()),
+        base_loss=row_losses(base, rendered).mean,
+        faithful_s=seconds,
+        faithful_flops=whole.flops,
+    )
+    say(f"faithful scores of {len(rows)} rows: {seconds:.0f} s; loss before training {pool.base_loss:.4f}")
+    for seed in range(options.seeds):
+        began = time.perf_counter()
+        seeded = replace(fast, training=replace(fast.training, seed=seed))
+        part, seconds = _respond(base, texts, guide, seeded)
+        quick = select_rows([part.shard], chosen["fast"], options.ratio)
+        pool.fast_s.append(seconds)
+        pool.fast_flops.append(part.flops)
+        _compare(pool, picked, quick)
+        say(
+            f"seed {seed}: fast scores of {quick.scored} rows: {seconds:.0f} s, rank correlation {pool.rank_correlation[-1]:.3f}"
+        )
+        drawn = sorted(random.Random(seed).sample(range(len(rows)), picked.kept))  # noqa: S311 - not a secret
+        arms = {
+            "faithful": (picked.kept_rows, chosen["faithful"]),
+            "fast": (quick.kept_rows, chosen["fast"]),
+            "random": (drawn, chosen["faithful"]),
+        }
+        for name in ARMS[seed % 3 :] + ARMS[: seed % 3]:
+            indices, heads = arms[name]
+            arm = _train(
+                base, name, [texts[i] for i in indices], heads, seeded, rendered, float(junk_R[indices].mean())
+            )
+            pool.arms.append(arm)
+            say(f"  {name}: {len(indices)} rows, loss {arm.loss:.4f}, trained in {arm.train_s:.0f} s")
+        if seed + 1 < options.seeds and time.perf_counter() + (time.perf_counter() - began) > ends:
+            say(f"time is up after {seed + 1} of {options.seeds} seeds")
+            break
+    return pool
+
+
+def _respond(base: BaseModel, rows: Sequence[Row], guide: Sequence[Row], config: JobConfig) -> tuple[Responses, float]:
+    scorer = load(DATA_SCORERS, config.data.scorer, what="data scorer", pointer="/data/scorer")
+    assert config.training.slices != "auto"
+    given = ResponseInput(
+        base=base, rows=rows, guide=guide, span=range(len(rows)), slices=config.training.slices, config=config
+    )
+    started = time.perf_counter()
+    responses: Responses = scorer(given)
+    return responses, time.perf_counter() - started
+
+
+def _compare(pool: Pool, faithful: Selection, fast: Selection) -> None:
+    both = np.flatnonzero(~np.isnan(fast.score_R))
+    pool.rank_correlation.append(spearman(faithful.score_R[both].tolist(), fast.score_R[both].tolist()))
+    best = set(both[np.argsort(faithful.rank_R[both])][: fast.kept].tolist())
+    pool.agreement.append(len(best & set(fast.kept_rows)) / fast.kept)
+
+
+def _train(
+    base: BaseModel,
+    name: str,
+    rows: Sequence[Row],
+    heads: Sequence[Head],
+    config: JobConfig,
+    held_out: Sequence[Any],
+    junk: float,
+) -> Arm:
+    rendered = [base.renderer.render(row) for row in rows]
+    result = train(base, rendered, [], heads, config, _silent)
+    assert config.training.slices != "auto"
+    with HeadSlices(base, heads, config.training.slices) as slices:
+        slices.load_masters(result.state)
+        loss = row_losses(base, held_out).mean
+    work = flops.work_of([(base.renderer.length(row), len(row.answer_ids)) for row in rendered])
+    spent = flops.slice_training(base.info, work, heads=heads, projections=config.training.slices)
+    again = flops.slice_training(base.info, work, heads=heads, projections=config.training.slices, cached=True)
+    operations = spent + again * (config.training.epochs - 1)
+    return Arm(name, config.training.seed, loss, result.seconds, round(operations), junk)
+
+
+# --- what goes in ----------------------------------------------------------------------------------------------------
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.fidelity", description=(__doc__ or "").split("\n", 1)[0]
+    )
+    parser.add_argument("--model", type=Path, required=True, help="directory of the base model")
+    parser.add_argument("--train", type=Path, default=ROOT / "examples/gsm8k/train.jsonl", help="rows to choose from")
+    parser.add_argument("--test", type=Path, default=ROOT / "examples/gsm8k/test.jsonl", help="guide and held-out rows")
+    parser.add_argument("--rows", type=int, default=240)
+    parser.add_argument("--held-out", type=int, default=40)
+    parser.add_argument("--guide", type=int, default=20)
+    parser.add_argument("--junk", type=float, default=0.0, help="share of rows that get another row's answer")
+    parser.add_argument("--scorer", default="auto")
+    parser.add_argument("--ratio", type=float, default=0.15, help="share of rows kept")
+    parser.add_argument("--proxy-rows", type=int, default=24)
+    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--minutes", type=float, default=15.0, help="no further seed is begun that would end later")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16"))
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs/results")
+    return parser.parse_args(arguments)
+
+
+def _rows(options: argparse.Namespace) -> tuple[list[tuple[Row, bool]], list[Row], list[Row]]:
+    """Rows to choose from, each with whether it is junk; guide; held-out rows."""
+    every = _read(options.train)[: options.rows]
+    bad = set(random.Random(0).sample(range(len(every)), round(options.junk * len(every))))  # noqa: S311 - not a secret
+    order = sorted(bad)
+    answer_of = dict(zip(order, order[1:] + order[:1], strict=True))
+    rows = [
+        (Row(row.prompt, every[answer_of.get(index, index)].answer, row.line), index in bad)
+        for index, row in enumerate(every)
+    ]
+    test = _read(options.test)
+    return rows, test[: options.guide], test[options.guide : options.guide + options.held_out]
+
+
+def _read(path: Path) -> list[Row]:
+    return [row for row in read_rows(path, "json" if path.suffix == ".json" else "jsonl") if isinstance(row, Row)]
+
+
+def _config(options: argparse.Namespace, mode: Any, rows: int, context_length: int) -> JobConfig:
+    config = JobConfig(
+        heads=HeadsConfig(proxy_rows=options.proxy_rows),
+        data=DataConfig(scorer=options.scorer, ratio=options.ratio, mode=mode),
+        training=TrainingConfig(epochs=options.epochs, learning_rate=options.learning_rate),
+    )
+    return resolve(config, rows=rows, context_length=context_length).config
+
+
+def _heads(head_map: HeadMap, config: JobConfig) -> list[Head]:
+    return head_map.top(config.heads.ratio, from_layer=first_chosen_layer(config, head_map.n_layers))
+
+
+def _silent(done: int, total: int, metrics: Mapping[str, float], /) -> None:
+    """The lines that `say` prints are enough."""
+
+
+def _sayer(started: float) -> Any:
+    def say(line: str) -> None:
+        print(f"[{time.perf_counter() - started:6.0f} s] {line}", file=sys.stderr, flush=True)  # noqa: T201
+
+    return say
+
+
+# --- what comes out --------------------------------------------------------------------------------------------------
+
+
+def write(out: Path, pool: Pool, base: BaseModel, options: argparse.Namespace, *, seconds: float) -> dict[str, Any]:
+    """Put this pool's entry into fast_mode.json and write fast_mode.md anew."""
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / "fast_mode.json"
+    pools: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    name = f"{base.info.name}, {options.train.parent.name}" + (f", {options.junk:.0%} junk" if options.junk else "")
+    pools[name] = asdict(pool) | {
+        "verdict": pool.verdict(),
+        "command": " ".join(["python -m benchmarks.fidelity", *_shown(options)]),
+        "machine": f"{platform.machine()}, {options.threads} threads, {base.device}, {base.dtype}",
+        "load_average": os.getloadavg()[0],
+        "seconds": seconds,
+    }
+    path.write_text(json.dumps(pools, indent=1) + "\n")
+    text = "\n".join(
+        ["# Fast mode against faithful mode", "", *(line for item in pools.items() for line in _page(*item))]
+    )
+    (out / "fast_mode.md").write_text(text + "\n")
+    return {"text": text}
+
+
+def _shown(options: argparse.Namespace) -> list[str]:
+    return [
+        f"--{name.replace('_', '-')} {value.name if isinstance(value, Path) else value}"
+        for name, value in vars(options).items()
+        if name not in ("out", "train", "test")
+    ]
+
+
+def _page(name: str, entry: Mapping[str, Any]) -> list[str]:
+    verdict = entry["verdict"]
+    by_arm = {arm: [one for one in entry["arms"] if one["name"] == arm] for arm in ARMS}
+    stage_2 = fmean(entry["fast_flops"]) / entry["faithful_flops"]
+    stage_3 = fmean(arm["train_flops"] for arm in by_arm["fast"]) / fmean(
+        arm["train_flops"] for arm in by_arm["faithful"]
+    )
+    lines = [
+        f"## {name}",
+        f"`{entry['command']}`; {entry['machine']}, load {entry['load_average']:.1f}, {entry['seconds']:.0f} s.",
+        "",
+        f"{entry['kept']} of {entry['rows']} rows kept; held-out loss before training {entry['base_loss']:.4f}.",
+        "",
+        "| arm | held-out loss by seed | mean | junk kept |",
+        "| --- | --- | --- | --- |",
+    ]
+    for arm, ones in by_arm.items():
+        losses = [one["loss"] for one in ones]
+        shown = ", ".join(f"{loss:.4f}" for loss in losses)
+        lines.append(f"| {arm} | {shown} | {fmean(losses):.4f} | {fmean(one['junk'] for one in ones):.0%} |")
+    lines += [
+        "",
+        f"Rank correlation of fast with faithful scores, on rows that both scored: {_list(entry['rank_correlation'])}; of the "
+        f"rows that fast mode kept, faithful mode would keep of the same pool: {_list(entry['agreement'])}.",
+        "",
+        f"Cost of fast over faithful mode in operations: scoring {stage_2:.2f}, training {stage_3:.2f}; scoring in seconds "
+        f"{fmean(entry['fast_s']) / entry['faithful_s']:.2f}.",
+        "",
+        f"Fast minus faithful: {verdict['difference']:+.4f}; seed noise {verdict['noise']:.4f} over {verdict['seeds']} seeds: "
+        + ("**within the noise, fit to ship**." if verdict["ships"] else "**outside of the noise, not fit to ship**."),
+        "",
+    ]
+    return lines
+
+
+def _list(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:.3f}" for value in values)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

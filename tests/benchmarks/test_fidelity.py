@@ -1,0 +1,49 @@
+"""The fidelity benchmark runs from end to end, keeps what it found on another pool, and says whether fast mode ships."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks.fidelity import ARMS, Arm, Pool, main
+from p2d.rows import write_rows
+from tests.factories import some_rows, tiny_model_dir
+
+
+def a_pool(losses: dict[str, list[float]]) -> Pool:
+    arms = [Arm(name, seed, loss, 1.0, 1, 0.0) for name in ARMS for seed, loss in enumerate(losses[name])]
+    return Pool(rows=10, kept=2, junk=0.0, base_loss=2.0, faithful_s=1.0, faithful_flops=1, arms=arms)
+
+
+def test_fast_mode_ships_only_within_the_noise_of_the_seeds() -> None:
+    noisy, random = [1.0, 1.1, 1.2], [1.3, 1.4, 1.5]
+
+    assert a_pool({"faithful": noisy, "fast": [1.1, 1.2, 1.25], "random": random}).verdict()["ships"]
+    assert not a_pool({"faithful": noisy, "fast": [1.25, 1.3, 1.35], "random": random}).verdict()["ships"]
+    assert not a_pool({"faithful": [1.0], "fast": [0.9], "random": [1.0]}).verdict()["ships"]  # one seed has no noise
+
+
+@pytest.mark.parametrize("scorer", ["alignment", "icl"])
+def test_a_run_writes_its_pool_beside_the_others(tmp_path: Path, scorer: str) -> None:
+    model = tiny_model_dir(tmp_path / "tiny", n_layers=4)
+    write_rows(tmp_path / "train.jsonl", some_rows(16))
+    write_rows(tmp_path / "test.jsonl", some_rows(8, first=50))
+    options = ["--model", str(model), "--train", str(tmp_path / "train.jsonl"), "--test", str(tmp_path / "test.jsonl")]
+    options += ["--out", str(tmp_path / "results"), "--rows", "16", "--guide", "4", "--held-out", "4", "--seeds", "2"]
+    options += ["--proxy-rows", "4", "--epochs", "1", "--ratio", "0.2", "--threads", "1", "--scorer", scorer]
+
+    for junk in ("0", "0.5"):
+        main([*options, "--junk", junk])
+
+    pools = json.loads((tmp_path / "results/fast_mode.json").read_text())
+    assert len(pools) == 2
+    for entry in pools.values():
+        assert {(arm["name"], arm["seed"]) for arm in entry["arms"]} == {
+            (name, seed) for name in ARMS for seed in (0, 1)
+        }
+        assert len(entry["rank_correlation"]) == 2
+        assert entry["fast_flops"][0] < entry["faithful_flops"]
+    page = (tmp_path / "results/fast_mode.md").read_text()
+    assert page.count("seed noise") == 2

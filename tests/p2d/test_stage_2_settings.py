@@ -1,0 +1,56 @@
+"""Settings of stage 2 that contradict each other are refused when a job is sent, each with a pointer to the field."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from p2d.config import DATA_SCORERS, DataConfig, JobConfig, check, first_chosen_layer, pool_count
+from p2d.errors import ConfigError
+
+
+def refused(config: JobConfig) -> Iterator[tuple[str, str]]:
+    with pytest.raises(ConfigError) as caught:
+        check(config)
+    for error in caught.value.errors:
+        yield error.code, error.pointer
+
+
+@pytest.mark.parametrize("metric", ["token_accuracy", "exact_match", "rouge_l"])
+def test_a_metric_wants_a_scorer_that_judges_answers(metric: str) -> None:
+    for scorer in set(DATA_SCORERS) - {"icl"}:
+        wrong = JobConfig(data=DataConfig(scorer=scorer, metric=metric))  # type: ignore[arg-type]
+        assert list(refused(wrong)) == [("config.metric", "/data/metric")]
+    check(JobConfig(data=DataConfig(scorer="icl", metric=metric)))  # type: ignore[arg-type]
+
+
+def test_the_recipes_own_scorer_counts_where_none_is_named() -> None:
+    check(JobConfig(recipe="paper", data=DataConfig(metric="rouge_l")))
+
+    assert list(refused(JobConfig(recipe="default", data=DataConfig(metric="rouge_l")))) == [
+        ("config.metric", "/data/metric")
+    ]
+
+
+def test_fast_mode_judges_no_answers_and_has_nothing_to_save_on_random_rows() -> None:
+    metric = JobConfig(data=DataConfig(scorer="icl", metric="exact_match", mode="fast"))
+    random = JobConfig(data=DataConfig(scorer="random", mode="fast"))
+
+    assert list(refused(metric)) == [("config.mode", "/data/mode")]
+    assert list(refused(random)) == [("config.mode", "/data/mode")]
+    for scorer in set(DATA_SCORERS) - {"random"}:
+        check(JobConfig(data=DataConfig(scorer=scorer, mode="fast")))
+
+
+def test_a_faithful_job_scores_every_row_and_may_choose_every_head() -> None:
+    assert pool_count(DataConfig(ratio=0.1), 1000) == 1000
+    assert first_chosen_layer(JobConfig(), 30) == 0
+
+
+def test_a_fast_job_scores_a_pool_and_chooses_heads_of_the_upper_half() -> None:
+    fast = DataConfig(ratio=0.1, mode="fast")
+
+    assert 100 < pool_count(fast, 1000) <= 300
+    assert pool_count(DataConfig(ratio=0.9, mode="fast"), 1000) == 1000
+    assert first_chosen_layer(JobConfig(data=fast), 30) == 15
