@@ -26,10 +26,16 @@ Metric = Literal["log_likelihood", "token_accuracy", "exact_match", "rouge_l"]
 HEAD_SCORERS = {
     "attribution": "p2d.scorers.attribution:attribution",
     "pad": "p2d.scorers.pad:pad",
+    "kl": "p2d.scorers.kl:kl",
+    "cosine": "p2d.scorers.cosine:cosine",
     "shift": "p2d.scorers.shift:shift",
+    "relative_shift": "p2d.scorers.relative_shift:relative_shift",
     "random": "p2d.scorers.random:random",  # control arm, never a default
 }
 """Head scorers: name -> function; one file each in p2d/scorers/."""
+
+COMBINED_SCORERS = frozenset({"pad", "kl", "cosine"})
+"""Head scorers that look at `W_q W_k^T W_v` alone: a proxy that trains none of q, k and v moves nothing that they see."""
 
 DATA_SCORERS = {
     "alignment": "p2d.responses.alignment:alignment",
@@ -245,8 +251,17 @@ def check_rank(config: JobConfig, *, head_dim: int) -> None:
 
 
 def _contradictions(config: JobConfig) -> Iterator[ErrorDetail]:
-    """Settings of stage 2 that each are right and together mean nothing."""
-    data = config.data
+    """Settings that each are right and together mean nothing."""
+    data, head_scorer = config.data, config.heads.scorer
+    if head_scorer == "auto" and config.recipe in RECIPES:
+        head_scorer = RECIPES[config.recipe].head_scorer
+    slices = config.training.slices
+    if head_scorer in COMBINED_SCORERS and slices != "auto" and not {"q", "k", "v"} & set(slices):
+        yield ErrorDetail(
+            code="config.scorer",
+            message=f"The head scorer {head_scorer!r} sees q, k and v alone; training.slices has none of them.",
+            pointer="/heads/scorer",
+        )
     scorer = data.scorer
     if scorer == "auto" and config.recipe in RECIPES:
         scorer = RECIPES[config.recipe].data_scorer

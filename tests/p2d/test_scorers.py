@@ -15,7 +15,7 @@ from p2d.model_info import ModelInfo
 from p2d.registry import load
 from p2d.scorers import WITHOUT_PROXY, PathPoint, ScorerInput
 from p2d.scorers.attribution import attribution
-from p2d.scorers.pad import pad
+from p2d.scorers.relative_shift import relative_shift
 from p2d.scorers.shift import shift
 
 L, H, G, E, D = 2, 4, 2, 3, 12
@@ -95,26 +95,6 @@ def test_every_scorer_gives_finite_fp32_scores_for_all_heads_and_the_same_again(
     assert len(one.unique()) == L * H
 
 
-def test_pad_is_the_distance_of_the_papers_distributions() -> None:
-    proxy = FakeProxy(projections=("q", "k", "v"))
-    expected = torch.zeros(L, H)
-    for layer in range(L):
-        for head in range(H):
-            distributions = []
-            for weights in (proxy.base, proxy.trained):
-                q, k, v = (slice_of(weights(layer, p), p, head).double().t() for p in ("q", "k", "v"))
-                left_to_right = (q @ k.t()) @ v
-                distributions.append(torch.softmax(left_to_right.flatten(), dim=0))
-            difference = distributions[0] - distributions[1]
-            running, total = 0.0, 0.0
-            for value in difference.tolist():
-                running += value
-                total += abs(running)
-            expected[layer, head] = total / len(difference)
-
-    torch.testing.assert_close(pad(given(proxy)), expected, rtol=1e-6, atol=0)
-
-
 def test_shift_is_the_norm_of_the_change_with_kv_shared_evenly() -> None:
     proxy = FakeProxy(projections=("q", "k", "v"))
     expected = torch.zeros(L, H)
@@ -127,6 +107,22 @@ def test_shift_is_the_norm_of_the_change_with_kv_shared_evenly() -> None:
             expected[layer, head] = (squares["q"] + (squares["k"] + squares["v"]) / (H // G)) ** 0.5
 
     torch.testing.assert_close(shift(given(proxy)), expected)
+
+
+def test_relative_shift_is_the_norm_of_the_change_over_the_norm_of_the_base_slices() -> None:
+    proxy = FakeProxy(projections=("v", "o"))
+    expected = torch.zeros(L, H)
+    for layer in range(L):
+        for head in range(H):
+            change = size = 0.0
+            shares: dict[Projection, int] = {"v": H // G, "o": 1}
+            for p, share in shares.items():
+                base = slice_of(proxy.base(layer, p), p, head)
+                size += float(base.square().sum()) / share
+                change += float((slice_of(proxy.trained(layer, p), p, head) - base).square().sum()) / share
+            expected[layer, head] = (change / size) ** 0.5
+
+    torch.testing.assert_close(relative_shift(given(proxy)), expected)
 
 
 def test_attribution_is_the_trapezoid_of_gradient_times_movement_per_slice() -> None:
