@@ -1,8 +1,9 @@
-"""The attention function of every loaded model: SDPA, a faster way for short rows on CPUs, trees, and a probe of the mass.
+"""The attention function of every loaded model: SDPA, a faster way for short rows on CPUs, packed rows, trees, a probe.
 
 It is registered with transformers by name. While a probe (`p2d.probe`) is on, it is shown every layer's queries and keys,
 without changing a bit of the output. So there is no `output_attentions` (which forces the eager kernel and holds
-[H, T, T] per layer), and no second pass. While a tree (`p2d.branches`) is on, each branch attends to the trunk and itself.
+[H, T, T] per layer), and no second pass. While a packed line (`p2d.packing`) is on, each row attends to itself alone; while
+a tree (`p2d.branches`) is on, each branch attends to the trunk and itself.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from p2d.branches import active_tree
 from p2d.cpu_attention import is_for_short_rows, short_causal_attention
+from p2d.packing import active_line
 from p2d.probe import active_probe
 
 ATTENTION = "p2d"
@@ -46,12 +48,16 @@ def _attention(
 
     if (tree := active_tree()) is not None:
         return tree.attend(query, key, value, window, attend), None
+    if (line := active_line()) is not None:
+        assert attention_mask is None
+        assert active_probe() is None
+        return line.attend(query, key, value, window, attend), None
     return attend(query, key, value, attention_mask), None
 
 
 def _mask(**kwargs: Any) -> Tensor | None:
-    """What transformers calls before the first layer: the mask of SDPA; none for a tree, which knows who sees whom."""
-    if active_tree() is not None:
+    """What transformers calls before the first layer: SDPA's mask; none for a line or a tree, which know who sees whom."""
+    if active_line() is not None or active_tree() is not None:
         return None
     mask: Tensor | None = sdpa_mask(**kwargs)
     return mask

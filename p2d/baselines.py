@@ -18,7 +18,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from p2d.batches import TOKEN_BUDGET, Batch, answer_nll, collate, token_budget_batches
+from p2d.batches import TOKEN_BUDGET, Batch, answer_nll, pack, packed_batches
 from p2d.config import TrainingConfig
 from p2d.device import memory_guard
 from p2d.flops import LORA_RANK
@@ -52,7 +52,7 @@ class Workload:
 
     batches: list[list[list[int]]]
     """Of one epoch: optimizer steps, each of one or more forward batches."""
-    padded_tokens: list[int]
+    step_tokens: list[int]
     """Of each step."""
     epochs: int
 
@@ -134,16 +134,16 @@ def _lora_layers(base: BaseModel) -> Iterator[list[nn.Parameter]]:
 
 
 def _workload(base: BaseModel, rendered: Sequence[RenderedRow], settings: TrainingConfig) -> Workload:
-    """The batches that training makes: rows at random, each batch cut again so that little is padding."""
+    """The batches that training makes: rows at random, packed in lines without padding."""
     lengths = [base.renderer.length(row) for row in rendered]
     order = epoch_order(len(rendered), str(settings.seed), 0)
     steps: list[list[list[int]]] = []
     for start in range(0, len(order), settings.batch_size):
         rows = order[start : start + settings.batch_size]
-        cut = token_budget_batches([lengths[row] for row in rows], TOKEN_BUDGET)
+        cut = packed_batches([lengths[row] for row in rows], TOKEN_BUDGET)
         steps.append([[rows[place] for place in places] for places in cut])
-    padded = [sum(len(batch) * max(lengths[row] for row in batch) for batch in step) for step in steps]
-    return Workload(steps, padded, settings.epochs)
+    tokens = [sum(lengths[row] for batch in step for row in batch) for step in steps]
+    return Workload(steps, tokens, settings.epochs)
 
 
 def _timed(
@@ -156,8 +156,8 @@ def _timed(
     on_step: Callable[[], None],
 ) -> Baseline:
     """Time steps on batches of typical size; forward and backward scale with tokens, the update with steps."""
-    typical = statistics.median(work.padded_tokens)
-    near = sorted(range(len(work.batches)), key=lambda i: abs(work.padded_tokens[i] - typical))
+    typical = statistics.median(work.step_tokens)
+    near = sorted(range(len(work.batches)), key=lambda i: abs(work.step_tokens[i] - typical))
     chosen = [near[i % len(near)] for i in range(MEASURED_STEPS)]
     token_s: list[float] = []
     update_s: list[float] = []
@@ -165,15 +165,15 @@ def _timed(
         started = _now(base.device)
         with memory_guard("timing a baseline"):
             for indices in work.batches[index]:
-                _loss(base, collate(base.renderer, rendered, indices)).backward()
+                _loss(base, pack(base.renderer, rendered, indices)).backward()
         middle = _now(base.device)
         update()
         ended = _now(base.device)
-        token_s.append((middle - started) / work.padded_tokens[index])
+        token_s.append((middle - started) / work.step_tokens[index])
         update_s.append(ended - middle)
         on_step()
     per_token, per_update = statistics.median(token_s[WARM_STEPS:]), statistics.median(update_s[WARM_STEPS:])
-    seconds = work.epochs * (per_token * sum(work.padded_tokens) + per_update * len(work.batches))
+    seconds = work.epochs * (per_token * sum(work.step_tokens) + per_update * len(work.batches))
     return Baseline(
         seconds=seconds,
         step_s=seconds / work.steps,

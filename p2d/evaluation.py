@@ -20,7 +20,7 @@ import torch
 
 from p2d.adapters import Adapter
 from p2d.baselines import MEASURED_STEPS, Baseline, project_full_fine_tuning, project_lora
-from p2d.batches import TOKEN_BUDGET, answer_nll, collate, token_budget_batches
+from p2d.batches import TOKEN_BUDGET, answer_nll, pack, packed_batches
 from p2d.config import Control, JobConfig, Projection
 from p2d.device import memory_guard
 from p2d.errors import Diverged
@@ -58,9 +58,9 @@ def row_losses(base: BaseModel, rendered: Sequence[RenderedRow]) -> RowLosses:
     nll_R, tokens_R = np.zeros(len(rendered)), np.zeros(len(rendered))
     lengths = [base.renderer.length(row) for row in rendered]
     with torch.no_grad():
-        for indices in token_budget_batches(lengths, TOKEN_BUDGET):
+        for indices in packed_batches(lengths, TOKEN_BUDGET):
             with memory_guard("evaluating"):
-                nll_B, tokens_B = answer_nll(base, collate(base.renderer, rendered, indices))
+                nll_B, tokens_B = answer_nll(base, pack(base.renderer, rendered, indices))
             nll_R[indices] = nll_B.double().cpu().numpy()
             tokens_R[indices] = tokens_B.cpu().numpy()
     if not np.isfinite(nll_R).all():

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from p2d.batches import TOKEN_BUDGET, answer_nll, collate, mean_answer_nll, token_budget_batches
+from p2d.batches import TOKEN_BUDGET, answer_nll, mean_answer_nll, pack, packed_batches
 from p2d.config import HEAD_SCORERS, JobConfig, Projection, proxy_guide_rows
 from p2d.device import memory_guard
 from p2d.errors import DatasetTooSmall, Diverged, EngineError
@@ -120,7 +120,7 @@ class _Guide:
 
     def __post_init__(self) -> None:
         lengths = [self.base.renderer.length(row) for row in self.rows]
-        self.batches = token_budget_batches(lengths, TOKEN_BUDGET)
+        self.batches = packed_batches(lengths, TOKEN_BUDGET)
         self.answer_tokens = sum(len(row.answer_ids) for row in self.rows)
 
     def point(self, slices: HeadSlices) -> PathPoint:
@@ -128,7 +128,7 @@ class _Guide:
         loss = 0.0
         slices.zero_grad()
         for indices in self.batches:
-            batch = collate(self.base.renderer, self.rows, indices)
+            batch = pack(self.base.renderer, self.rows, indices)
             with memory_guard("scoring heads"):
                 nll_B, _ = answer_nll(self.base, batch)
                 part = nll_B.sum() / self.answer_tokens

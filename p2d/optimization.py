@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from p2d.batches import TOKEN_BUDGET, answer_nll, collate, token_budget_batches
+from p2d.batches import TOKEN_BUDGET, answer_nll, pack, packed_batches
 from p2d.device import memory_guard
 from p2d.errors import Diverged, OutOfMemory
 from p2d.models import BaseModel
@@ -125,24 +125,24 @@ class SliceTrainer:
         return StepLog(self.step, epoch, loss, rate, norm, tokens)
 
     def _backward(self, rows: Sequence[RenderedRow]) -> float | None:
-        """Gradient of the mean loss per answer token of one step's rows, in micro-batches of similar length.
+        """Gradient of the mean loss per answer token of one step's rows, in packed micro-batches.
 
         Returns: that loss; None if memory ran out: the budget is then halved and the gradient of no use.
         """
         answer_tokens = sum(len(row.answer_ids) for row in rows)
         lengths = [self._base.renderer.length(row) for row in rows]
         total = 0.0
-        for batch in token_budget_batches(lengths, self.token_budget):
+        for batch in packed_batches(lengths, self.token_budget):
             try:
                 with memory_guard("training"):
-                    nll_B, _ = answer_nll(self._base, collate(self._base.renderer, rows, batch))
+                    nll_B, _ = answer_nll(self._base, pack(self._base.renderer, rows, batch))
                     loss = nll_B.sum() / answer_tokens
                     loss.backward()
                     total += float(loss.detach())
             except OutOfMemory:
                 if len(batch) == 1:
                     raise
-                self.token_budget = lengths[batch[0]] * len(batch) // 2
+                self.token_budget = sum(lengths[place] for place in batch) // 2
                 return None
         return total
 
