@@ -46,8 +46,9 @@ class Renderer:
         self._special_ids = frozenset(tokenizer.all_special_ids) | {eos}
         self.pad_id = eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         self._chat = bool(tokenizer.chat_template)
+        self._opening = ""
         if self._chat:
-            self._prefix = _shared_prefix(self)
+            self._prefix, self._opening = _shared_prefix(self), _opening(self)
             self.prefix_ids = self._encode(self._prefix) or [eos if bos is None else bos]
             self.separator_ids = self._separator()
         else:
@@ -95,6 +96,8 @@ class Renderer:
         full = self.chat_text([user, {"role": "assistant", "content": row.answer}])
         if not (prompt.startswith(self._prefix) and full.startswith(prompt)):
             raise ModelError("The chat template does not render a prompt as the beginning of its answered form.")
+        if full.startswith(prompt + self._opening):
+            prompt += self._opening
         prompt_ids, full_ids = self._encode(prompt), self._encode(full)
         if prompt_ids[: len(self.prefix_ids)] != self.prefix_ids or not self._prefix:
             prompt_ids = self._encode(prompt[len(self._prefix) :])
@@ -127,6 +130,17 @@ def _shared_prefix(renderer: Renderer) -> str:
     if not two.startswith(one) or not later_turn or not one.endswith(later_turn):
         return ""
     return one[: len(one) - len(later_turn)]
+
+
+def _opening(renderer: Renderer) -> str:
+    """What the template writes between the prompt and an answer, such as Qwen3's empty train of thought.
+
+    It belongs to the prompt: the model would else be trained to write it, and its answers be judged with it.
+    """
+    messages = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "1"}]
+    tail = renderer.chat_text(messages).removeprefix(renderer.chat_text(messages[:1], open_answer=True))
+    before = tail[: tail.find("1")]
+    return before if before.strip() else ""  # a space belongs to the first token of the answer
 
 
 def load_renderer(directory: Path) -> Renderer:

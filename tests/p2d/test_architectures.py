@@ -19,7 +19,7 @@ from p2d.adapters import load_adapter, merge, save_adapter
 from p2d.arch import ARCHS
 from p2d.arch.spec import n_units, unit_rows, unit_view, units_of
 from p2d.batches import answer_nll, collate
-from p2d.config import DATA_SCORERS, HEAD_SCORERS, HeadsConfig, JobConfig, Projection, TrainingConfig
+from p2d.config import DATA_SCORERS, HEAD_SCORERS, HeadsConfig, JobConfig, Precision, Projection, TrainingConfig
 from p2d.generation import generate
 from p2d.identify import identify_heads
 from p2d.models import BaseModel, load_base_model
@@ -254,10 +254,12 @@ def test_training_moves_the_chosen_slices_and_no_other_bit(base: BaseModel, rend
     assert all(torch.equal(value, before[name]) for name, value in module_weights(base.module).items())
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_an_adapter_round_trips_bit_for_bit_and_merges_into_the_same_model(
-    base: BaseModel, directory: Path, rendered: list[RenderedRow], tmp_path: Path
+    directory: Path, tmp_path: Path, precision: Precision
 ) -> None:
-    ids_BT = ids_of(base, rendered[0])
+    base = load_base_model(directory, precision=precision, device="cpu")
+    ids_BT = ids_of(base, base.renderer.render(ROWS[0]))
     generator = torch.Generator().manual_seed(5)
     with HeadSlices(base, HEADS, ALL) as slices:
         with torch.no_grad():
@@ -277,7 +279,9 @@ def test_an_adapter_round_trips_bit_for_bit_and_merges_into_the_same_model(
         adapted_TV = base.logits(base.hidden(ids_BT))
         load_adapter(tmp_path / "a").revert(base, previous)
         reverted_TV = base.logits(base.hidden(ids_BT))
-        merged = load_base_model(merge(directory, tmp_path / "a", tmp_path / "merged"), precision="fp32", device="cpu")
+        merged = load_base_model(
+            merge(directory, tmp_path / "a", tmp_path / "merged"), precision=precision, device="cpu"
+        )
         merged_TV = merged.logits(merged.hidden(ids_BT))
 
     assert not torch.allclose(plain_TV, trained_TV)

@@ -34,6 +34,21 @@ def test_with_a_template_a_row_reads_as_the_template_writes_it() -> None:
     assert renderer.prefix_ids + row.prompt_ids == asked
 
 
+def test_a_train_of_thought_that_the_template_leaves_empty_belongs_to_the_prompt() -> None:
+    tokenizer: Any = tiny_tokenizer(chat=True)
+    tokenizer.chat_template = (  # as Qwen3 does it: in the last answer alone, and not in the generation prompt
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+        "{% if loop.last and m['role'] == 'assistant' %}<think>\n\n</think>\n\n{% endif %}"
+        "{{ m['content'] }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    renderer = Renderer(tokenizer)
+    row = renderer.render(ROW)
+
+    assert text(tokenizer, row.prompt_ids).endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
+    assert text(tokenizer, row.answer_ids) == "It is 2<|im_end|>"
+    assert renderer.decode(row.answer_ids) == ROW.answer
+
+
 def test_without_a_template_a_row_is_prompt_newline_answer_eos_after_a_first_token() -> None:
     tokenizer: Any = tiny_tokenizer(chat=False)
     renderer = Renderer(tokenizer)
