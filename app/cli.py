@@ -49,6 +49,14 @@ Validation = Annotated[
 ]
 Kind = Annotated[str, typer.Option(help="identify_heads, select_data or adapt.")]
 Recipe = Annotated[str, typer.Option(help="default, or paper as published.")]
+Map = Annotated[
+    list[str],
+    typer.Option(
+        "--map",
+        help="Where the files call a field otherwise, for example --map prompt=Frage; repeatable.",
+        metavar="FIELD=COLUMN",
+    ),
+]
 Set = Annotated[
     list[str],
     typer.Option(
@@ -139,6 +147,7 @@ def submit(
     validation: Validation = "",
     kind: Kind = "adapt",
     recipe: Recipe = "default",
+    map_: Map = [],  # noqa: B006
     set_: Set = [],  # noqa: B006 - typer reads it, nobody writes it
     watch: Annotated[bool, typer.Option("--watch", help="Follow the job to its end.")] = False,
     url: Url = DEFAULT_URL,
@@ -147,7 +156,10 @@ def submit(
     body = _body(kind, recipe, set_) | {"base_model": base_model}
     with Client(url) as client:
         job = client.submit(
-            body, dataset=_dataset(data), validation_dataset=_dataset(validation) if validation else None
+            body,
+            dataset=_dataset(data),
+            validation_dataset=_dataset(validation) if validation else None,
+            mapping=_mapping(map_),
         )
         out.print(job.id)
         if watch:
@@ -185,6 +197,7 @@ def run(
     validation: Annotated[Path | None, typer.Option(help="File of held-out rows.")] = None,
     kind: Kind = "adapt",
     recipe: Recipe = "default",
+    map_: Map = [],  # noqa: B006
     set_: Set = [],  # noqa: B006
 ) -> None:
     """Run a job in this process: same steps, same files, no service."""
@@ -194,7 +207,15 @@ def run(
     config = _config(_body(kind, recipe, set_))
     job: Callable[..., Any] = getattr(p2d, config.kind)  # adapt, identify_heads, select_data
     with watching_steps(out) as show:
-        result = job(model=model, data=data, out=to, validation=validation, config=config, on_progress=show)
+        result = job(
+            model=model,
+            data=data,
+            out=to,
+            validation=validation,
+            mapping=_mapping(map_),
+            config=config,
+            on_progress=show,
+        )
     out.print(f"{headline(result.report)}\nThe result is in {to}.", markup=False)
 
 
@@ -292,6 +313,17 @@ def _dataset(given: str) -> Path | str:
     if given.startswith("ds_"):
         return given
     raise DatasetFileMissing(f"There is no file {given!r}.")
+
+
+def _mapping(given: list[str]) -> dict[str, str]:
+    """Field -> column. Which fields there are is checked where the files are read."""
+    mapping = {}
+    for one in given:
+        name, equals, column = one.partition("=")
+        if not equals:
+            raise typer.BadParameter(f"{one!r}: expected FIELD=COLUMN", param_hint="--map")
+        mapping[name] = column
+    return mapping
 
 
 def _body(kind: str, recipe: str, fields: list[str]) -> dict[str, Any]:

@@ -34,6 +34,7 @@ STATUS = {
     "dataset.invalid": 422,
     "dataset.empty": 422,
     "dataset.file_missing": 422,
+    "dataset.mapping": 422,
     "dataset.too_small": 422,
     "dataset.too_large": 413,
     "dataset.row_too_long": 422,

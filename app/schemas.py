@@ -15,6 +15,7 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue
 
 from app.errors import CursorInvalid
+from p2d.columns import FIELDS
 from p2d.config import (
     DEFAULT_RATIO,
     MIN_ROWS,
@@ -48,6 +49,16 @@ Ratio = Annotated[float, Field(json_schema_extra={"exclusiveMinimum": 0, "maximu
 
 
 Count = Annotated[int, Field(le=1_000_000)]
+
+
+Mapping = Annotated[
+    dict[Text, Text],
+    Field(
+        max_length=len(FIELDS),
+        description="Field -> column, where a file names its columns otherwise, as in "
+        '`{"prompt": "Frage", "completion": "Antwort"}`. Fields: ' + ", ".join(FIELDS) + ".",
+    ),
+]
 
 
 class Body(BaseModel):
@@ -132,6 +143,7 @@ class JobBody(Body):
     heads: HeadsBody = HeadsBody()
     data: DataBody = DataBody()
     training: TrainingBody = TrainingBody()
+    mapping: Mapping = Field(default={}, description="Columns of the files that are sent along, as in POST /datasets.")
     controls: list[Control] = Field(
         default=[], max_length=2, description="Arms trained beside the job's own, at equal size."
     )
@@ -265,6 +277,7 @@ class DatasetReportView(View):
     compression: Literal["gzip", "zstd"] | None = Field(
         default=None, description="How the file came; lines are those of the unpacked file."
     )
+    mapping: dict[str, str] = Field(default={}, description="What was said of its columns: field -> column.")
 
 
 class EventView(View):

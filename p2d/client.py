@@ -138,15 +138,19 @@ class Client:
         base_model: str | None = None,
         dataset: Path | str,
         validation_dataset: Path | str | None = None,
+        mapping: Mapping[str, str] | None = None,
         idempotency_key: str | None = None,
     ) -> Job:
         """Send a job. A Path is uploaded, a str is the id of a dataset that the service has.
+
+        `mapping` says field -> column where the files name their columns otherwise: `{"prompt": "Frage"}`.
 
         Sent again after a cut it still makes one job: the request carries an Idempotency-Key.
         Raises: ServiceProblem with every fault in `errors`.
         """
         body = without_defaults(job) if isinstance(job, JobConfig) else dict(job)
         body |= {} if base_model is None else {"base_model": base_model}
+        body |= {"mapping": dict(mapping)} if mapping else {}
         given = {"dataset": dataset, "validation_dataset": validation_dataset}
         files = {name: value for name, value in given.items() if isinstance(value, Path)}
         body |= {name: value for name, value in given.items() if isinstance(value, str)}
@@ -155,10 +159,11 @@ class Client:
             return _job(self._json("POST", "/jobs", headers=headers, json=body))
         return _job(self._upload("/jobs", files, {"job": json.dumps(body)}, headers))
 
-    def upload(self, dataset: Path) -> str:
-        """Store and check a dataset; returns its id."""
+    def upload(self, dataset: Path, *, mapping: Mapping[str, str] | None = None) -> str:
+        """Store and check a dataset; returns its id. `mapping` as for `submit`."""
         headers = {"Idempotency-Key": str(uuid.uuid4())}
-        return str(self._upload("/datasets", {"file": dataset}, {}, headers)["id"])
+        data = {"mapping": json.dumps(dict(mapping))} if mapping else {}
+        return str(self._upload("/datasets", {"file": dataset}, data, headers)["id"])
 
     def job(self, job_id: str) -> Job:
         """The job as it is now."""

@@ -98,6 +98,12 @@ class DatasetFileMissing(DatasetError):
     code, hint = "dataset.file_missing", "Check the path."
 
 
+class MappingInvalid(DatasetError):
+    """A mapping of columns that makes no row, or names columns that the file does not have."""
+
+    code, hint = "dataset.mapping", "Map the fields of one kind of row to columns that the file has."
+
+
 class DatasetTooSmall(DatasetError):
     """Fewer rows than the job needs."""
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 import math
 import re
@@ -158,6 +159,15 @@ READERS: dict[Format, Callable[[Path, int, Collection[str]], Fields]] = {
     "parquet": _parquet_fields,
 }
 """Row formats: name -> reader of (file, longest row in bytes, fields that matter: Parquet reads no other column)."""
+
+
+def column_names(path: Path, format: Format, max_row_bytes: int, *, rows: int) -> list[str]:
+    """Names of the columns in the first `rows` readable rows, each once; in CSV and Parquet every row has the same."""
+    found: dict[str, None] = {}
+    readable = (fields for _, fields in READERS[format](path, max_row_bytes, ()) if not isinstance(fields, BadRow))
+    for fields in itertools.islice(readable, rows):
+        found |= dict.fromkeys(fields)
+    return list(found)
 
 
 def _lines(file: IO[bytes], max_bytes: int) -> Iterator[tuple[int, bytes | BadRow]]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from p2d.accounting import Attempt
+from p2d.columns import Columns, mapped
 from p2d.config import JobConfig, check
 from p2d.errors import DatasetFileMissing
 from p2d.files import read_json, write_json
@@ -60,6 +61,7 @@ def adapt(
     data: Path | str | Dataset,
     out: Path | str,
     validation: Path | str | Dataset | None = None,
+    mapping: Mapping[str, str] | None = None,
     config: JobConfig | None = None,
     head_map: Path | str | None = None,
     selection: Path | str | None = None,
@@ -71,11 +73,12 @@ def adapt(
     Args:    model: directory with config.json, tokenizer.json and safetensors.
              data, validation: a jsonl, json, csv or parquet file, plain, gzip or zstd; or a `datasets.Dataset` with the same
              field names.
+             mapping: field -> column, where the files name their columns otherwise: `{"prompt": "Frage"}`.
              head_map, selection: files of an earlier job, instead of making them anew.
     Raises:  P2DError: every error that a user may see.
     """
     job = replace(config or JobConfig(), kind="adapt")
-    return _run(job, model, data, out, validation, head_map, selection, device, on_progress)
+    return _run(job, model, data, out, validation, mapping, head_map, selection, device, on_progress)
 
 
 def identify_heads(
@@ -84,13 +87,14 @@ def identify_heads(
     data: Path | str | Dataset,
     out: Path | str,
     validation: Path | str | Dataset | None = None,
+    mapping: Mapping[str, str] | None = None,
     config: JobConfig | None = None,
     device: str = "auto",
     on_progress: OnProgress | None = None,
 ) -> Result:
     """Stage 1 alone: leaves head_map.json in `out`. Arguments as for `adapt`."""
     job = replace(config or JobConfig(), kind="identify_heads")
-    return _run(job, model, data, out, validation, None, None, device, on_progress)
+    return _run(job, model, data, out, validation, mapping, None, None, device, on_progress)
 
 
 def select_data(
@@ -99,6 +103,7 @@ def select_data(
     data: Path | str | Dataset,
     out: Path | str,
     validation: Path | str | Dataset | None = None,
+    mapping: Mapping[str, str] | None = None,
     config: JobConfig | None = None,
     head_map: Path | str | None = None,
     device: str = "auto",
@@ -106,7 +111,7 @@ def select_data(
 ) -> Result:
     """Stages 1 and 2: leaves head_map.json and selection.jsonl in `out`. Arguments as for `adapt`."""
     job = replace(config or JobConfig(), kind="select_data")
-    return _run(job, model, data, out, validation, head_map, None, device, on_progress)
+    return _run(job, model, data, out, validation, mapping, head_map, None, device, on_progress)
 
 
 def _run(
@@ -115,17 +120,19 @@ def _run(
     data: Path | str | Dataset,
     out: Path | str,
     validation: Path | str | Dataset | None,
+    mapping: Mapping[str, str] | None,
     head_map: Path | str | None,
     selection: Path | str | None,
     device: str,
     on_progress: OnProgress | None,
 ) -> Result:
     check(config)
+    columns = mapped(mapping or {})
     with _result_folder(out) as folder, tempfile.TemporaryDirectory(prefix=".p2d-", dir=folder) as scratch:
         work = Path(scratch)  # inputs and outputs of all steps: each reads what earlier ones wrote
-        rows = _take(data, work / "dataset.jsonl")
+        rows = _take(data, work / "dataset.jsonl", columns)
         if validation is not None:
-            _take(validation, work / "validation.jsonl")
+            _take(validation, work / "validation.jsonl", columns)
         if head_map is not None:
             shutil.copyfile(head_map, work / "head_map.json")
             config = replace(config, heads=replace(config.heads, head_map=Path(head_map).name))
@@ -152,7 +159,7 @@ def _result_folder(out: Path | str) -> Iterator[Path]:
             folder.rmdir()
 
 
-def _take(data: Path | str | Dataset, normalised: Path) -> int:
+def _take(data: Path | str | Dataset, normalised: Path, columns: Columns) -> int:
     """Check a user's rows and write their normalised form; the number of rows."""
     if isinstance(data, (str, Path)):
         path = Path(data)
@@ -161,7 +168,7 @@ def _take(data: Path | str | Dataset, normalised: Path) -> int:
     else:  # through a file, so that a table gets the same checks and the same messages
         path = normalised.with_suffix(".table.jsonl")
         data.to_json(path)
-    return check_file(path, path.name, normalised=normalised).rows
+    return check_file(path, path.name, normalised=normalised, columns=columns).rows
 
 
 def _run_steps(

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from p2d.columns import ACCEPTED, Columns, is_plain, shown
 from p2d.errors import ErrorDetail
-from p2d.formats import READERS, BadRow, Format, json_type, sniff_format, too_large
+from p2d.formats import READERS, BadRow, Format, column_names, json_type, sniff_format, too_large
 
 __all__ = [
     "MAX_ROW_BYTES",
@@ -43,41 +43,19 @@ class Row:
     """1-based line of the user's file where the row starts; the row's number for a JSON array and Parquet."""
 
 
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """Field names that make a row: `prompt` and `answer` are required, `more` is appended to the prompt where present."""
-
-    prompt: str
-    answer: str
-    more: str | None = None
-
-
-SHAPES = (
-    Shape("question", "answer"),
-    Shape("prompt", "completion"),
-    Shape("prompt", "answer"),
-    Shape("instruction", "output", more="input"),
-)
-"""Accepted field names; the first shape whose fields are all there is taken. Beside them: `messages`, two turns."""
-
-FIELDS = {name for shape in SHAPES for name in (shape.prompt, shape.answer, shape.more) if name} | {"messages"}
-"""Every field name that some shape uses."""
-
-EXPECTED = "question + answer, prompt + completion, prompt + answer, instruction (+ input) + output, or messages"
-"""What a row may look like, in words."""
-
-
-def read_rows(path: Path, format: Format, *, max_row_bytes: int = MAX_ROW_BYTES) -> Iterator[Row | ErrorDetail]:
+def read_rows(
+    path: Path, format: Format, *, max_row_bytes: int = MAX_ROW_BYTES, columns: Columns = ACCEPTED
+) -> Iterator[Row | ErrorDetail]:
     """Yield a Row for every good row and an ErrorDetail for every bad one, in file order.
 
     Raises: DatasetError (`dataset.invalid`) if the file as a whole is not of that format (Parquet that cannot be opened).
     """
-    for line, fields in READERS[format](path, max_row_bytes, FIELDS):
+    for line, fields in READERS[format](path, max_row_bytes, columns.names):
         if isinstance(fields, BadRow):
             yield fields.at(line)
             continue
         try:
-            prompt, answer = row_texts(fields)
+            prompt, answer = row_texts(fields, columns)
         except BadRow as bad:
             yield bad.at(line)
             continue
@@ -87,17 +65,11 @@ def read_rows(path: Path, format: Format, *, max_row_bytes: int = MAX_ROW_BYTES)
         yield Row(prompt, answer, line)
 
 
-def extra_fields(path: Path, format: Format) -> list[str]:
-    """Name the fields of the first row that no shape uses, for the report's warning."""
-    for _, fields in READERS[format](path, MAX_ROW_BYTES, FIELDS):
-        if isinstance(fields, BadRow):
-            continue
-        used = {"messages"} if "messages" in fields else set()
-        shape = next((shape for shape in SHAPES if shape.prompt in fields and shape.answer in fields), None)
-        if shape is not None:
-            used = {shape.prompt, shape.answer, *([shape.more] if shape.more else [])}
-        return [name for name in fields if name not in used and _NAME.fullmatch(name)]
-    return []
+def extra_fields(path: Path, format: Format, columns: Columns = ACCEPTED) -> list[str]:
+    """Name the fields of the first row that are not read, for the report's warning."""
+    names = column_names(path, format, MAX_ROW_BYTES, rows=1)
+    used = columns.used(names)
+    return [name for name in names if name not in used and is_plain(name)]
 
 
 # --- the normalised form ---------------------------------------------------------------------------------------------
@@ -139,35 +111,34 @@ def content_hash(rows: Iterable[Row]) -> str:
 
 # --- one row's fields -> prompt and answer ---------------------------------------------------------------------------
 
-_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,39}")
-"""What a field name looks like. A CSV without a header has row text where names should be: that is never repeated."""
 
-
-def row_texts(fields: Mapping[str, Any]) -> tuple[str, str]:
+def row_texts(fields: Mapping[str, Any], columns: Columns = ACCEPTED) -> tuple[str, str]:
     """Return prompt and answer of one row, checked. Raises BadRow."""
-    if "messages" in fields:
-        return _message_texts(fields["messages"])
-    for shape in SHAPES:
+    if columns.messages in fields:
+        assert columns.messages is not None
+        return _message_texts(fields[columns.messages], pointer_to(columns.messages))
+    for shape in columns.shapes:
         if shape.prompt in fields and shape.answer in fields:
             prompt = _text(fields, shape.prompt)
             answer = _text(fields, shape.answer)
             if shape.more and fields.get(shape.more) not in (None, ""):
                 prompt = f"{prompt}\n\n{_text(fields, shape.more)}"
             return prompt, answer
-    for shape in SHAPES:  # half a shape is there: say which field is missing
+    for shape in columns.shapes:  # half a shape is there: say which field is missing
         for here, missing in ((shape.prompt, shape.answer), (shape.answer, shape.prompt)):
             if here in fields:
-                raise BadRow("row.missing_field", f"The field {missing!r} is missing; {_seen(fields)}.", f"/{missing}")
-    raise BadRow("row.wrong_fields", f"Expected {EXPECTED}; {_seen(fields)}.")
+                text = f"The field {missing!r} is missing; found {shown(fields)}."
+                raise BadRow("row.missing_field", text, pointer_to(missing))
+    raise BadRow("row.wrong_fields", f"Expected {columns.expected}; found {shown(fields)}.")
 
 
-def _seen(fields: Mapping[str, Any]) -> str:
-    names = [name for name in fields if _NAME.fullmatch(name)][:10]
-    return f"found {', '.join(names)}" if names else f"found {len(fields)} other field(s)"
+def pointer_to(name: str) -> str:
+    """JSON pointer to a field of a row."""
+    return "/" + name.replace("~", "~0").replace("/", "~1")
 
 
 def _text(fields: Mapping[str, Any], name: str) -> str:
-    value, pointer = fields[name], f"/{name}"
+    value, pointer = fields[name], pointer_to(name)
     if not isinstance(value, str):
         raise BadRow("row.wrong_type", f"Expected text, got {json_type(value)}.", pointer)
     if not value.strip():
@@ -183,15 +154,15 @@ def _text(fields: Mapping[str, Any], name: str) -> str:
     return value
 
 
-def _message_texts(messages: Any) -> tuple[str, str]:
+def _message_texts(messages: Any, pointer: str) -> tuple[str, str]:
     """Take a conversation of one user turn and one assistant turn; more turns would lose their order in a flat prompt."""
     if not isinstance(messages, list) or not all(isinstance(turn, dict) for turn in messages):
-        raise BadRow("row.wrong_type", "Expected a list of {role, content}.", "/messages")
+        raise BadRow("row.wrong_type", "Expected a list of {role, content}.", pointer)
     if [turn.get("role") for turn in messages] != ["user", "assistant"]:
-        raise BadRow("row.messages", "Expected exactly one user turn and then one assistant turn.", "/messages")
+        raise BadRow("row.messages", "Expected exactly one user turn and then one assistant turn.", pointer)
     for number, turn in enumerate(messages):
         try:
             _text({"content": turn.get("content")}, "content")
         except BadRow as bad:
-            raise BadRow(bad.code, bad.message, f"/messages/{number}/content") from None
+            raise BadRow(bad.code, bad.message, f"{pointer}/{number}/content") from None
     return messages[0]["content"], messages[1]["content"]

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from p2d.columns import ACCEPTED, Columns
 from p2d.compression import Compression, plain_name, unpacked
 from p2d.errors import DatasetEmpty, DatasetError, DatasetTooLarge, ErrorDetail
+from p2d.formats import column_names
 from p2d.row_keys import RowKeys
 from p2d.rows import MAX_ROW_BYTES, Format, Row, extra_fields, hash_row, read_rows, sniff_format, write_rows
 
@@ -47,25 +49,42 @@ class DatasetReport:
     warnings: tuple[str, ...]
     compression: Compression | None = None
     """How the file came; lines are those of the unpacked file."""
+    mapping: Mapping[str, str] = field(default_factory=dict)
+    """What the user said of its columns: field -> column."""
 
 
-def check_file(path: Path, file_name: str, limits: DatasetLimits | None = None, *, normalised: Path) -> DatasetReport:
+def check_file(
+    path: Path,
+    file_name: str,
+    limits: DatasetLimits | None = None,
+    *,
+    normalised: Path,
+    columns: Columns = ACCEPTED,
+) -> DatasetReport:
     """`validate_file` for a file as users send it: of any format, plain or compressed. Limits hold for the unpacked bytes.
 
     Args:   file_name: as its user calls it, which tells CSV from the rest. normalised: see `validate_file`; what is
             unpacked lies beside it for so long.
-    Raises: as `validate_file`, and DatasetError for a stream that cannot be unpacked.
+    Raises: as `validate_file`; DatasetError for a stream that cannot be unpacked; MappingInvalid where mapped columns are
+            in none of the first hundred rows.
     """
     limits = limits or DatasetLimits()
     scratch = normalised.with_name(normalised.name + ".unpacked")
     with unpacked(path, scratch, max_bytes=limits.max_bytes) as (plain, compression):
         format = sniff_format(plain, plain_name(file_name))
-        report = validate_file(plain, format, limits, normalised=normalised)
-    return replace(report, size_bytes=path.stat().st_size, compression=compression)
+        if columns.mapping and (names := column_names(plain, format, limits.max_row_bytes, rows=100)):
+            columns.check(names)  # where there is no name at all, the rows say what is wrong
+        report = validate_file(plain, format, limits, normalised=normalised, columns=columns)
+    return replace(report, size_bytes=path.stat().st_size, compression=compression, mapping=columns.mapping)
 
 
 def validate_file(
-    path: Path, format: Format, limits: DatasetLimits | None = None, *, normalised: Path | None = None
+    path: Path,
+    format: Format,
+    limits: DatasetLimits | None = None,
+    *,
+    normalised: Path | None = None,
+    columns: Columns = ACCEPTED,
 ) -> DatasetReport:
     """Read every row once; write the normalised form to `normalised` where given.
 
@@ -80,7 +99,7 @@ def validate_file(
             limit=limits.max_bytes,
         )
     reading = _Reading(limits)
-    rows = reading.good(read_rows(path, format, max_row_bytes=limits.max_row_bytes))
+    rows = reading.good(read_rows(path, format, max_row_bytes=limits.max_row_bytes, columns=columns))
     if normalised is None:
         for _ in rows:
             pass
@@ -90,7 +109,7 @@ def validate_file(
     warnings = []
     if reading.duplicates:
         warnings.append(f"{reading.duplicates} row(s) repeat an earlier row.")
-    if extra := extra_fields(path, format):
+    if extra := extra_fields(path, format, columns):
         warnings.append(f"Fields that are not used: {', '.join(extra[:20])}.")
     return DatasetReport(
         format=format,

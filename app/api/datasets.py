@@ -9,7 +9,7 @@ from fastapi.responses import JSONResponse
 from app.api.context import Context, Cursor, DatasetId, IdempotencyKey, Limit, Services, page_after, page_of
 from app.api.documentation import DATASET_BODY, errors
 from app.api.idempotency import Once
-from app.api.uploads import Received, receive
+from app.api.uploads import Received, read_json, receive
 from app.core.ingest import inspect, record, store
 from app.db.datasets import Dataset, delete_dataset, get_dataset, is_needed, list_datasets
 from app.errors import (
@@ -21,14 +21,15 @@ from app.errors import (
     RequestInvalid,
     UnsupportedMediaType,
 )
-from app.schemas import DatasetReportView, DatasetView, Page
-from p2d.errors import DatasetEmpty, DatasetError, DatasetTooLarge, ErrorDetail
+from app.schemas import DatasetReportView, DatasetView, Mapping, Page
+from p2d.columns import mapped
+from p2d.errors import DatasetEmpty, DatasetError, DatasetTooLarge, ErrorDetail, MappingInvalid
 
 router = APIRouter(tags=["datasets"])
 
 _CREATE_ERRORS = errors(
     *(RequestError, RequestInvalid, UnsupportedMediaType, IdempotencyInFlight, IdempotencyMismatch),
-    *(DatasetError, DatasetEmpty, DatasetTooLarge),
+    *(DatasetError, DatasetEmpty, DatasetTooLarge, MappingInvalid),
 )
 
 
@@ -40,8 +41,11 @@ _CREATE_ERRORS = errors(
     openapi_extra=DATASET_BODY,
 )
 async def create_dataset(request: Request, services: Context, key: IdempotencyKey) -> Response:
-    """Upload a dataset as the part `file`. All of it is checked; one bad line refuses it, and all bad lines are listed."""
-    async with receive(request, services.settings, files=("file",)) as received:
+    """Upload a dataset as the part `file`, with the part `mapping` where its columns have other names.
+
+    All of it is checked; one bad line refuses it, and all bad lines are listed.
+    """
+    async with receive(request, services.settings, files=("file",), json_part="mapping") as received:
         return await run_in_threadpool(_create, services, received, key)
 
 
@@ -83,10 +87,11 @@ def _create(services: Services, received: Received, key: str | None) -> Response
     if file is None:
         text = "The part 'file' is missing."
         raise RequestInvalid(text, errors=[ErrorDetail(code="field.missing", message=text, pointer="/file")])
-    once = Once.of("POST /datasets", key, None, received)
+    mapping = read_json(Mapping, received.json, root="/mapping") if received.json is not None else {}
+    once = Once.of("POST /datasets", key, mapping, received)
     if (replay := once.earlier(services.engine)) is not None:
         return replay
-    candidate = inspect(file.path, file.name, services.settings)
+    candidate = inspect(file.path, file.name, services.settings, mapped(mapping))
     blob = store(services.blobs, candidate)
     with services.engine.begin() as conn:
         if (replay := once.take(conn)) is not None:

@@ -6,9 +6,10 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
+from pydantic import TypeAdapter
 
 from app.problems import MEDIA_TYPE, STATUS
-from app.schemas import JobBody, Problem
+from app.schemas import JobBody, Mapping, Problem
 from p2d.errors import P2DError
 
 _PROBLEM = {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}
@@ -17,6 +18,7 @@ _FILE = {
     "format": "binary",
     "description": "JSON Lines, a JSON array, CSV with a header, or Parquet; plain, or as one gzip or zstd stream.",
 }
+_MAPPING = TypeAdapter(Mapping).json_schema()
 
 
 def errors(*classes: type[P2DError]) -> dict[int | str, dict[str, Any]]:
@@ -67,9 +69,10 @@ DATASET_BODY = {
                 "schema": {
                     "type": "object",
                     "required": ["file"],
-                    "properties": {"file": _FILE},
+                    "properties": {"file": _FILE, "mapping": _MAPPING},
                     "additionalProperties": False,
-                }
+                },
+                "encoding": {"mapping": {"contentType": "application/json"}},
             }
         },
     }

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from functools import partial
 from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse
-from pydantic import ValidationError
 
 from app.api.context import Context, Cursor, IdempotencyKey, JobId, Limit, Services, page_after, page_of
 from app.api.documentation import JOB_BODY, errors
 from app.api.idempotency import Once
-from app.api.uploads import Received, receive
+from app.api.uploads import Received, read_json, receive
 from app.core.ingest import Candidate, inspect, record, store
 from app.core.lifecycle import request_cancel
 from app.core.submit import Content, JobRequest, find_dataset, refusals, submit
@@ -36,8 +36,9 @@ from app.errors import (
     SelectionNotFound,
     UnsupportedMediaType,
 )
-from app.problems import body_faults, invalid, problem_body
+from app.problems import invalid, problem_body
 from app.schemas import JobBody, JobSummary, JobView, Page, Status
+from p2d.columns import mapped
 from p2d.config import Kind, check, config_json, resolve
 from p2d.errors import (
     ConfigError,
@@ -46,6 +47,7 @@ from p2d.errors import (
     DatasetTooLarge,
     DatasetTooSmall,
     ErrorDetail,
+    MappingInvalid,
     ModelError,
     ModelNotFound,
     ModelUnsupported,
@@ -61,7 +63,7 @@ POLL_AFTER_S = 2
 
 _CREATE_ERRORS = errors(
     *(RequestError, RequestInvalid, RequestTooLarge, UnsupportedMediaType, IdempotencyInFlight, IdempotencyMismatch),
-    *(ConfigError, DatasetError, DatasetEmpty, DatasetTooSmall, DatasetTooLarge),
+    *(ConfigError, DatasetError, DatasetEmpty, DatasetTooSmall, DatasetTooLarge, MappingInvalid),
     *(ModelError, ModelNotFound, ModelUnsupported),
     *(HeadMapNotFound, HeadMapMismatch, SelectionNotFound, SelectionMismatch),
 )
@@ -125,7 +127,7 @@ def cancel_job(job_id: JobId, services: Context) -> JobView:
 
 def _create(services: Services, received: Received, key: str | None) -> Response:
     body = _parse(received)
-    once = Once.of("POST /jobs", key, body, received)
+    once = Once.of("POST /jobs", key, body.model_dump(mode="json"), received)
     if (replay := once.earlier(services.engine)) is not None:
         return replay
     model, candidates = _inspect(services, body, received)
@@ -157,12 +159,7 @@ def _parse(received: Received) -> JobBody:
     if received.json is None:
         text = "The part 'job' with the job's JSON is missing."
         raise RequestInvalid(text, errors=[ErrorDetail(code="field.missing", message=text, pointer="/job")])
-    try:
-        body = JobBody.model_validate_json(received.json)
-    except ValidationError as error:
-        if any(fault["type"] == "json_invalid" for fault in error.errors()):
-            raise RequestError("The body is not JSON.") from None
-        raise invalid(body_faults(error.errors())) from None
+    body = read_json(JobBody, received.json)
     faults = []
     for name in FILES:
         named, sent = getattr(body, name) is not None, name in received.files
@@ -174,6 +171,9 @@ def _parse(received: Received) -> JobBody:
             faults.append(
                 ErrorDetail(code="field.missing", message="Give a dataset's id, or send its file.", pointer="/dataset")
             )
+    if body.mapping and not received.files:
+        text = "A mapping is for files that are sent along; a stored dataset was read already."
+        faults.append(ErrorDetail(code="field.without_file", message=text, pointer="/mapping"))
     if faults:
         raise invalid(faults)
     return body
@@ -186,11 +186,12 @@ def _inspect(services: Services, body: JobBody, received: Received) -> tuple[Mod
     model = faults.catch(lambda: _model(services, body))
     contents: dict[str, Content | None] = {}
     candidates: dict[str, Candidate] = {}
-    for name, file in received.files.items():
-        found = faults.catch(lambda name=name, file=file: inspect(file.path, file.name, settings, pointer=f"/{name}"))  # type: ignore[misc]
-        contents[name] = found
-        if found is not None:
-            candidates[name] = found
+    if (columns := faults.catch(lambda: mapped(body.mapping))) is not None:
+        for name, file in received.files.items():
+            found = faults.catch(partial(inspect, file.path, file.name, settings, columns, pointer=f"/{name}"))
+            contents[name] = found
+            if found is not None:
+                candidates[name] = found
     with services.engine.connect() as conn:
         for name in FILES:
             if (dataset_id := getattr(body, name)) is not None:

@@ -1,7 +1,7 @@
 """Receive a body: JSON under a small cap, multipart as a stream to files under a large one. Never a file in memory.
 
 Starlette's own form parser caps fields but not files, so the multipart parser's callbacks are used directly. What the
-bytes mean is not decided here.
+bytes of a file mean is not decided here.
 """
 
 from __future__ import annotations
@@ -15,14 +15,16 @@ import time
 from collections.abc import AsyncIterator, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
+from typing import IO, TypeVar
 
 from fastapi import Request
 from fastapi.concurrency import run_in_threadpool
+from pydantic import TypeAdapter, ValidationError
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
 from app.errors import DiskFull, RequestError, RequestTooLarge, UnsupportedMediaType
+from app.problems import body_faults, invalid
 from app.settings import Settings
 from p2d.errors import DatasetTooLarge, ErrorDetail, P2DError
 
@@ -80,6 +82,22 @@ async def receive(
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise DiskFull() from error
         raise
+
+
+SomeBody = TypeVar("SomeBody")
+
+
+def read_json(shape: type[SomeBody], content: bytes, *, root: str = "") -> SomeBody:
+    """What the JSON says. Raises RequestError for what is no JSON, RequestInvalid for fields that do not fit `shape`.
+
+    Args:   root: put before the pointers of faults, where the JSON is a part of something.
+    """
+    try:
+        return TypeAdapter(shape).validate_json(content)
+    except ValidationError as error:
+        if any(fault["type"] == "json_invalid" for fault in error.errors()):
+            raise RequestError("The body is not JSON.") from None
+        raise invalid(body_faults(error.errors(), root=root)) from None
 
 
 def sweep(settings: Settings) -> None:

@@ -13,6 +13,7 @@ from app.blobs import Blob, BlobStore
 from app.db.datasets import Dataset, insert_dataset, same_dataset
 from app.db.engine import Connection
 from app.settings import Settings
+from p2d.columns import Columns
 from p2d.errors import DatasetError, ErrorDetail
 from p2d.validation import DatasetLimits, DatasetReport, check_file
 
@@ -36,18 +37,19 @@ class Candidate:
         return self.report.content_hash
 
 
-def inspect(path: Path, file_name: str, settings: Settings, *, pointer: str = "") -> Candidate:
+def inspect(path: Path, file_name: str, settings: Settings, columns: Columns, *, pointer: str = "") -> Candidate:
     """Check every row and write the normalised form beside `path`.
 
-    Args:   pointer: put before the pointers of bad lines, where a request holds more than one file.
-    Raises: DatasetError with all bad lines, DatasetEmpty, DatasetTooLarge.
+    Args:   columns: where the rows stand.
+            pointer: put before the pointers of bad lines, where a request holds more than one file.
+    Raises: DatasetError with all bad lines, DatasetEmpty, DatasetTooLarge, MappingInvalid.
     """
     limits = DatasetLimits(
         max_bytes=settings.max_upload_bytes, max_rows=settings.max_rows, max_row_bytes=settings.max_row_bytes
     )
     normalised = path.with_name(path.name + ".rows")
     try:
-        report = check_file(path, file_name, limits, normalised=normalised)
+        report = check_file(path, file_name, limits, normalised=normalised, columns=columns)
     except DatasetError as error:
         if pointer:
             error.errors = tuple(replace(detail, pointer=pointer + (detail.pointer or "")) for detail in error.errors)

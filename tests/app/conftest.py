@@ -56,9 +56,12 @@ class Api:
         # os.walk passes over what is swept under its feet; rglob would raise.
         return sorted(Path(folder) / name for folder, below, files in os.walk(uploads) for name in below + files)
 
-    def upload(self, content: bytes, name: str = "data.jsonl") -> httpx.Response:
+    def upload(
+        self, content: bytes, name: str = "data.jsonl", mapping: Mapping[str, str] | None = None
+    ) -> httpx.Response:
         """POST /datasets."""
-        return self.http.post("/datasets", files={"file": (name, content)})
+        more = {"mapping": (None, json.dumps(mapping))} if mapping else {}
+        return self.http.post("/datasets", files={"file": (name, content), **more})
 
     def dataset(self, count: int = 60, *, start: int = 0) -> str:
         """The id of a stored dataset of so many rows."""

@@ -68,6 +68,26 @@ def test_bad_rows_are_listed_by_line(
     assert all(f"line {line}:" in said for line in range(3, 53))
 
 
+def test_run_takes_files_with_other_column_names(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, model: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / "german.csv"
+    data.write_text("Frage,Antwort\nq,a\nq,\n")
+    run: list[str | Path] = ["run", "--model", model, "--data", data, "--out", tmp_path / "out", "--map"]
+
+    _, read = p2d(capsys, monkeypatch, *run, "prompt=Frage", "--map", "completion=Antwort")
+    assert "1 line(s) of the dataset cannot be used" in read
+    assert "/Antwort line 3" in read
+
+    status, missing = p2d(capsys, monkeypatch, *run, "prompt=Fragen")
+    assert status == 2
+    assert "no column 'Fragen'; it has Frage, Antwort" in missing
+
+    status, malformed = p2d(capsys, monkeypatch, *run, "prompt")
+    assert status == 2
+    assert "FIELD=COLUMN" in malformed
+
+
 def test_a_dataset_file_that_is_not_there_is_said_in_words(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, model: Path, tmp_path: Path
 ) -> None:

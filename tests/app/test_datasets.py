@@ -62,6 +62,47 @@ def test_a_small_file_that_unpacks_above_the_limit_is_refused_and_leaves_nothing
     assert api.uploading() == []
 
 
+def german(count: int, *, start: int) -> bytes:
+    """A CSV file of as many rows as `rows` gives, under other names."""
+    lines = (json.loads(line) for line in rows(count, start=start).splitlines())
+    return "".join(["Frage,Antwort\n", *(f"{row['question']},{row['answer']}\n" for row in lines)]).encode()
+
+
+def test_a_file_with_other_column_names_is_the_same_dataset_and_the_report_says_so(api: Api) -> None:
+    mapping = {"prompt": "Frage", "completion": "Antwort"}
+
+    answer = api.upload(german(15, start=7000), "sums.csv", mapping=mapping)
+
+    assert answer.status_code == 201, answer.text
+    assert api.http.get(f"/datasets/{answer.json()['id']}/report").json()["mapping"] == mapping
+    assert api.upload(rows(15, start=7000)).json()["id"] == answer.json()["id"]
+
+
+def test_a_mapping_to_a_column_that_is_not_there_says_which_are(api: Api) -> None:
+    answer = api.upload(german(5, start=7100), "sums.csv", mapping={"prompt": "Frage", "completion": "Reply"})
+
+    assert (answer.status_code, answer.json()["code"]) == (422, "dataset.mapping")
+    assert answer.json()["detail"] == "The file has no column 'Reply'; it has Frage, Antwort."
+    assert api.uploading() == []
+
+
+@pytest.mark.parametrize(
+    ("mapping", "status", "pointer"),
+    [
+        (b"{", 400, None),
+        (b'["prompt"]', 422, "/mapping"),
+        (b'{"prompt": 1}', 422, "/mapping/prompt"),
+        (b'{"title": "x"}', 422, "/mapping/title"),
+        (b"{" + b",".join(b'"%d": "x"' % number for number in range(99)) + b"}", 422, "/mapping"),
+    ],
+)
+def test_a_mapping_that_is_none_is_refused(api: Api, mapping: bytes, status: int, pointer: str | None) -> None:
+    answer = api.http.post("/datasets", files={"file": ("x", rows(4)), "mapping": (None, mapping)})
+
+    assert answer.status_code == status, answer.text
+    assert [fault.get("pointer") for fault in answer.json()["errors"]] == ([pointer] if pointer else [])
+
+
 def test_equal_uploads_at_once_make_one_dataset(api: Api) -> None:
     before, content = api.count("datasets"), rows(50, start=700)
 

@@ -152,6 +152,19 @@ def test_too_few_rows_in_a_sent_file_leave_nothing_behind(api: Api) -> None:
     assert (api.count("datasets"), api.stored()) == before
 
 
+def test_files_of_a_job_may_name_their_columns_otherwise(api: Api) -> None:
+    german = rows(60, start=8000).replace(b'"question"', b'"Frage"').replace(b'"answer"', b'"Antwort"')
+    mapping = {"question": "Frage", "answer": "Antwort"}
+
+    job = api.send(a_job(mapping=mapping), german)
+
+    assert job.status_code == 202, job.text
+    assert api.http.get(f"/datasets/{job.json()['dataset_id']}/report").json()["mapping"] == mapping
+    assert codes(api.send(a_job(mapping={"question": "Q"}), german)) == {"/dataset": "mapping.no_such_column"}
+    assert codes(api.send(a_job(mapping={"Q": "question"}), german)) == {"/mapping/Q": "mapping.invalid"}
+    assert codes(api.post(a_job(dataset=api.dataset(), mapping=mapping))) == {"/mapping": "field.without_file"}
+
+
 def test_a_dataset_given_twice_or_not_at_all_is_refused(api: Api) -> None:
     assert codes(api.post(a_job())) == {"/dataset": "field.missing"}
     assert codes(api.send(a_job(dataset=api.dataset()), rows(20))) == {"/dataset": "field.given_twice"}

@@ -141,6 +141,22 @@ def test_a_server_that_is_not_there_is_named(tmp_path: Path) -> None:
         client.job("job_1")
 
 
+def test_a_mapping_goes_with_the_file(
+    client: Client, answer: Callable[..., None], seen: list[Request], tmp_path: Path
+) -> None:
+    data = tmp_path / "train.csv"
+    data.write_text("Frage,answer\nq,a\n")
+    answer(ok(JOB), ok({"id": "ds_1"}))
+
+    client.submit({"kind": "adapt", "base_model": "m"}, dataset=data, mapping={"prompt": "Frage"})
+    client.upload(data, mapping={"prompt": "Frage"})
+
+    job, dataset = seen
+    assert b'"mapping": {"prompt": "Frage"}' in job.body
+    assert b'name="mapping"' in dataset.body
+    assert b'{"prompt": "Frage"}' in dataset.body
+
+
 def test_a_submit_that_was_cut_is_sent_again_whole_with_the_same_key(
     client: Client, answer: Callable[..., None], seen: list[Request], tmp_path: Path
 ) -> None:
