@@ -290,6 +290,15 @@ def demo(
     run_demo(Settings(), to, out, rows=rows)
 
 
+@cli.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)
+def bench(context: typer.Context) -> None:
+    """Measure what the engine costs beside its peers (a quarter of an hour); `--help` lists parts and options."""
+    from app.demo import benchmark
+
+    raise_on_term()
+    raise typer.Exit(benchmark(Settings(), context.args, lambda line: err.print(line, markup=False)))
+
+
 @cli.command()
 def doctor() -> None:
     """Check what this machine has, and say what is missing."""

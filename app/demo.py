@@ -8,13 +8,14 @@ done by the service and its client; nothing here is needed to run the product.
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,23 @@ def _run(command: list[str], what: str, env: Mapping[str, str] | None) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
     if done.returncode != 0:
         raise ProcessFailed(f"Failed {what}:\n{(done.stderr or done.stdout).strip()[-2000:]}")
+
+
+def benchmark(settings: Settings, arguments: Sequence[str], say: Callable[[str], None]) -> int:
+    """Run the cost benchmark of this checkout in a process of its own, on the demo's model unless another is named.
+
+    Returns: its exit status. Raises: ProcessFailed without a checkout.
+    """
+    root = package_root()
+    if not (root / "benchmarks").is_dir():
+        raise ProcessFailed(f"The benchmark is not at {root}: run it from a checkout.")
+    given = list(arguments)
+    if not any(word.startswith(("--model", "--help", "-h")) for word in given):
+        fetch_model(settings, say)
+        given += ["--model", str((settings.models_dir / MODEL).absolute())]
+    # Not from `root` as working directory: paths that the user gave are relative to the user's.
+    env = os.environ | {"PYTHONPATH": str(root)}
+    return subprocess.run([sys.executable, "-m", "benchmarks", *given], check=False, env=env).returncode
 
 
 def where_next(out: Path, settings: Settings) -> str:

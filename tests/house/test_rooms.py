@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-PACKAGES = ("p2d", "app", "workers", "migrations", "tests", "docs", "examples")
+PACKAGES = ("p2d", "app", "workers", "migrations", "benchmarks", "tests", "docs", "examples")
 FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 SOURCES = [path for path in FILES if path.relative_to(ROOT).parts[0] != "tests"]
 

@@ -1,0 +1,71 @@
+"""ALPS's head scorer as its repository has it (VoiceBeer/ALPS, alps.py at 70bce03), port in our words.
+
+Kept: two whole models are loaded in bf16 although only q, k and v are read; k and v are cut at the query head's number, which
+runs past their end in models with grouped queries; one softmax, one copy to the host and one general Wasserstein distance
+for every head. Left out: its plots and text files.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from scipy.stats import wasserstein_distance
+from torch import Tensor
+from transformers import AutoConfig, AutoModel
+
+Vector = npt.NDArray[np.float32]
+
+
+def load_models(base: Path, task: Path, device: torch.device) -> tuple[Any, Any]:
+    """Both models, whole, in bf16; `AutoModel`: without their heads."""
+    load: Any = AutoModel
+    base_model, task_model = (
+        load.from_pretrained(os.fspath(folder), dtype=torch.bfloat16, local_files_only=True).to(device)
+        for folder in (base, task)
+    )
+    return base_model, task_model
+
+
+def head_weights(model: Any, layers: int, heads: int) -> dict[str, Tensor]:
+    """Concatenated q, k and v of every head, by the head's name."""
+    found: dict[str, Tensor] = {}
+    for layer in range(layers):
+        attention = model.layers[layer].self_attn
+        q, k, v = attention.q_proj.weight.data, attention.k_proj.weight.data, attention.v_proj.weight.data
+        width = q.shape[0] // heads
+        for head in range(heads):
+            rows = slice(head * width, (head + 1) * width)
+            found[f"layer_{layer}_head_{head}"] = torch.cat([q[rows].flatten(), k[rows].flatten(), v[rows].flatten()])
+    return found
+
+
+def distribution(weights: Tensor) -> Vector:
+    """Softmax over all weights of a head, on the host."""
+    found: Vector = torch.softmax(weights.flatten().float(), dim=0).cpu().numpy()
+    return found
+
+
+def distance(one: Vector, other: Vector) -> float:
+    """Wasserstein distance over index positions scaled to [0, 1]."""
+    support = np.linspace(0, 1, len(one))
+    return float(wasserstein_distance(support, support, one, other))
+
+
+def score(base_model: Any, task_model: Any, config: Any) -> dict[str, float]:
+    """The distance of every head."""
+    layers, heads = config.num_hidden_layers, config.num_attention_heads
+    before, after = head_weights(base_model, layers, heads), head_weights(task_model, layers, heads)
+    return {name: distance(distribution(before[name]), distribution(after[name])) for name in before if name in after}
+
+
+def analyse(base: Path, task: Path, device: torch.device) -> dict[str, float]:
+    """Load both and score every head: what its command line does."""
+    config = AutoConfig.from_pretrained(os.fspath(base), local_files_only=True)
+    AutoConfig.from_pretrained(os.fspath(task), local_files_only=True)
+    base_model, task_model = load_models(base, task, device)
+    return score(base_model, task_model, config)

@@ -1,0 +1,128 @@
+"""The noise-free counts behind the published ratios, on tiny models: operations, passes, tokens, bytes. No times.
+
+Each count by its closed form agrees with what PyTorch counts while the arm runs.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.counters import count_flops, peak_extra_bytes
+from benchmarks.eager import demo_masses
+from benchmarks.heads import bytes_read_by_us, moved_proxy, pad_flops
+from benchmarks.peers import alps
+from benchmarks.peers.data_whisperer import DataWhisperer
+from benchmarks.respond import scene_masses
+from p2d.arch.spec import n_units
+from p2d.models import BaseModel, load_base_model
+from p2d.responses.icl import set_scene
+from p2d.rows import Row
+from p2d.scorers import ScorerInput
+from p2d.scorers.pad import pad
+from tests.factories import some_rows, tiny_model_dir
+
+TOLERANCE = 0.02
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def long_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model with room for Data Whisperer's instructions, a token for every letter."""
+    return tiny_model_dir(tmp_path_factory.mktemp("models") / "long", context_length=4096)
+
+
+@pytest.fixture(scope="module")
+def base(long_dir: Path) -> BaseModel:
+    return load_base_model(long_dir, precision="fp32", device="cpu")
+
+
+@pytest.fixture
+def rows() -> list[Row]:
+    return some_rows(8)
+
+
+# --- respond ----------------------------------------------------------------------------------------------------------
+
+
+def test_data_whisperer_decodes_and_passes_its_prompt_again(long_dir: Path, base: BaseModel, rows: list[Row]) -> None:
+    peer = DataWhisperer(long_dir, device=CPU, dtype=torch.float32, layer=1)
+    scored = peer.score_group(rows[:5], rows[5:], max_new_tokens=6)
+
+    found = count_flops(lambda: peer.score_group(rows[:5], rows[5:], max_new_tokens=6))
+
+    assert scored.decode_steps == 6
+    assert scored.tokens == pytest.approx(scored.prompt_tokens * (1 + 2 / 3) + 5)
+    assert peer.flops(base.info, scored) == pytest.approx(found, rel=TOLERANCE)
+
+
+def test_a_group_costs_one_forward_pass_of_its_tokens(base: BaseModel, rows: list[Row]) -> None:
+    rendered = [base.renderer.render(row) for row in rows]
+    scene = set_scene(base, rendered[:5], rendered[5:])
+    passes: list[int] = []
+    backbone = base.module.get_submodule(base.spec.backbone)
+    hook = backbone.register_forward_pre_hook(
+        lambda module, args, kwargs: passes.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+
+    masses, _ = scene_masses(base, scene)
+    hook.remove()
+
+    assert passes == [len(scene.ids)]
+    assert masses.shape == (5, base.info.n_layers * base.info.n_heads)
+
+
+def test_eager_attention_is_told_the_same_masses(long_dir: Path, base: BaseModel, rows: list[Row]) -> None:
+    rendered = [base.renderer.render(row) for row in rows]
+    scene = set_scene(base, rendered[:5], rendered[5:])
+
+    ours, _ = scene_masses(base, scene)
+
+    assert ours == pytest.approx(demo_masses(long_dir, base, scene), rel=1e-4)
+
+
+def test_a_group_never_holds_an_attention_matrix(long_dir: Path, base: BaseModel) -> None:
+    rows = some_rows(28)
+    rendered = [base.renderer.render(row) for row in rows]
+    scene = set_scene(base, rendered[:25], rendered[25:])
+    matrix = base.info.n_heads * len(scene.ids) ** 2 * 4
+    peer = DataWhisperer(long_dir, device=CPU, dtype=torch.float32, layer=1)
+
+    theirs = peak_extra_bytes(CPU, lambda: peer.score_group(rows[:25], rows[25:], max_new_tokens=1))
+    ours = peak_extra_bytes(CPU, lambda: scene_masses(base, scene))
+
+    assert ours < matrix / 2
+    assert theirs > 2 * matrix
+
+
+# --- heads ------------------------------------------------------------------------------------------------------------
+
+
+def test_scoring_reads_the_trained_projections_once_and_multiplies_right_to_left(base: BaseModel) -> None:
+    proxy = moved_proxy(base)
+    read = sum(values.numel() * 4 for side in (proxy.before, proxy.after) for values in side.values())
+
+    found = count_flops(lambda: pad(ScorerInput(base.info, proxy, 0)))
+
+    assert bytes_read_by_us(base.info) == read
+    assert found == pytest.approx(pad_flops(base.info), rel=TOLERANCE)
+
+
+def test_alps_gives_heads_beyond_the_last_group_no_keys_and_values(long_dir: Path, base: BaseModel) -> None:
+    model, _ = alps.load_models(long_dir, long_dir, CPU)
+
+    weights = alps.head_weights(model, base.info.n_layers, base.info.n_heads)
+
+    slice_size = base.info.head_dim * base.info.hidden_size
+    groups = n_units(base.info, "k")
+    sizes = [weights[f"layer_0_head_{head}"].numel() for head in range(base.info.n_heads)]
+    assert sizes == [3 * slice_size] * groups + [slice_size] * (base.info.n_heads - groups)
+
+
+def test_alps_finds_no_distance_between_equal_models(long_dir: Path, base: BaseModel) -> None:
+    found = alps.analyse(long_dir, long_dir, CPU)
+
+    assert len(found) == base.info.n_layers * base.info.n_heads
+    assert set(found.values()) == {0.0}
