@@ -105,7 +105,7 @@ class TrainingBody(Body):
         default="auto", description="Projections that are sliced; `auto` = the recipe's."
     )
     rank: Count | None = Field(
-        default=None, description="Rank of the update inside each slice; absent = the full slice is trained."
+        default=None, description="Rank of the update inside each slice, at most the head width; absent = whole slices."
     )
     epochs: Count = Field(default=TrainingConfig().epochs, description="Passes over the selected rows.")
     learning_rate: float | Auto = Field(

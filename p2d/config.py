@@ -123,7 +123,7 @@ class TrainingConfig:
     slices: tuple[Projection, ...] | Auto = "auto"
     """Which projections are sliced, of q, k, v (rows) and o (columns); `auto` = the recipe's."""
     rank: int | None = None
-    """Rank of the update inside each slice; None = the full slice is trained."""
+    """Rank of the update inside each slice, at most the head width; None = the full slice is trained."""
     epochs: int = 3
     """Passes over the selected rows."""
     learning_rate: float | Auto = "auto"
