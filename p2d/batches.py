@@ -12,7 +12,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
+from p2d.activation_cache import active_frozen_layers
 from p2d.loss import token_nll
 from p2d.models import BaseModel
 from p2d.packing import packed_rows
@@ -128,7 +130,20 @@ def packed_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
 
 
 def hidden(base: BaseModel, batch: Batch) -> Tensor:
-    """Last hidden states of a batch on the model's device, [B, T, D] (packed: [1, sum of lengths, D])."""
+    """Last hidden states of a batch on the model's device, [B, T, D] (packed: [1, sum of lengths, D]).
+
+    While `p2d.activation_cache.remember_below` is on, the layers below run once for each row; padding is then zeros.
+    """
+    frozen = active_frozen_layers(base)
+    if frozen is None:
+        return _forward(base, batch)
+    rows = [frozen.below(batch.input_ids_BT[place, start:end]) for place, start, end in batch.row_spans()]
+    h_BTD = torch.cat(rows)[None] if batch.packed else pad_sequence(rows, batch_first=True)
+    with frozen.above(h_BTD):
+        return _forward(base, batch)
+
+
+def _forward(base: BaseModel, batch: Batch) -> Tensor:
     if not batch.packed:
         return base.hidden(batch.input_ids_BT)
     position_1S = torch.cat([torch.arange(length) for length in batch.lengths])[None].to(base.device)

@@ -6,6 +6,7 @@ Data scorers count their own: only they know which passes they made.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from p2d import flops
 from p2d.config import JobConfig, proxy_guide_rows
@@ -57,7 +58,10 @@ def training_flops(
     config: JobConfig,
     result: TrainingResult,
 ) -> float:
-    """All epochs, all trials of the search, and every look at held-out rows."""
+    """All epochs, all trials of the search, and every look at held-out rows.
+
+    Remembered layers are counted once for each row, whether or not there was room to keep what they gave.
+    """
     settings = config.training
     assert settings.slices != "auto", "resolve the config first"
     trial_steps = sum(trial.steps for trial in result.trials)
@@ -65,6 +69,11 @@ def training_flops(
     trained = work_of_rendered(base, rows).times(passes)
     watched = work_of_rendered(base, guide[: result.watched_rows]).times(len(result.watched))
     judged = work_of_rendered(base, guide[: judged_rows(len(rows), len(guide))]).times(len(result.trials))
-    return flops.slice_training(base.info, trained, heads=heads, projections=settings.slices) + flops.forward(
-        base.info, watched + judged
-    )
+    below = result.remembered_below
+    total = flops.slice_training(base.info, trained, heads=heads, projections=settings.slices, cached=below > 0)
+    total += flops.forward(base.info, watched + judged, from_layer=below)
+    if below:
+        seen = max(result.watched_rows, judged_rows(len(rows), len(guide)) if result.trials else 0)
+        once = work_of_rendered(base, [*rows, *guide[:seen]])
+        total += flops.forward(base.info, replace(once, logits=0), to_layer=below)
+    return total

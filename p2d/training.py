@@ -14,6 +14,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from p2d.activation_cache import remember_below
 from p2d.batches import TOKEN_BUDGET, mean_answer_nll
 from p2d.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
 from p2d.config import JobConfig
@@ -51,6 +52,8 @@ class TrainingResult:
     tokens: int
     """Of all optimizer steps, trials included, without padding."""
     n_parameters: int
+    remembered_below: int
+    """Layers below this one ran once for each row, not once for each pass; 0 = none are below, or no row was seen twice."""
     """Trained numbers: weights, or with a rank factors."""
     rank: int | None
     token_budget: int
@@ -105,7 +108,12 @@ def train(
     searching = search_steps(steps) if settings.learning_rate == "auto" else 0
     watch = list(guide)[: watched_rows(len(rows), len(guide))]
     identity = run_identity(base, rows, guide, heads, config)
-    with HeadSlices(base, heads, settings.slices, settings.rank, seed=settings.seed) as slices:
+    # Layers below the shallowest chosen one are worth remembering as soon as a row is seen twice.
+    below = min(heads)[0] if settings.epochs > 1 or searching else 0
+    with (
+        HeadSlices(base, heads, settings.slices, settings.rank, seed=settings.seed) as slices,
+        remember_below(base, below, checkpoint_dir),
+    ):
         trainer = SliceTrainer(base, slices, rows, batch_size=settings.batch_size, seed=str(settings.seed))
         run = _resumed(resume_from, identity, trainer)
         if run is None:
@@ -145,6 +153,7 @@ def train(
         steps=steps,
         tokens=run.tokens,
         n_parameters=n_parameters,
+        remembered_below=below,
         rank=settings.rank,
         token_budget=trainer.token_budget,
         warnings=run.warnings + _memory_warning(trainer.token_budget),
