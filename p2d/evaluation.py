@@ -27,7 +27,8 @@ from p2d.errors import Diverged
 from p2d.generation import answer_limit, task_metric
 from p2d.models import BaseModel
 from p2d.pipeline import Progress, no_progress
-from p2d.rendering import RenderedRow
+from p2d.rendering import RenderedRow, RenderedRows
+from p2d.row_files import RowView
 from p2d.rows import Row
 from p2d.slices import Head, HeadSlices, all_heads
 from p2d.training import train
@@ -35,6 +36,9 @@ from p2d.training import train
 METRIC = "exact_match"
 METRIC_ROWS = 200
 """Most rows answered by generation, which costs some hundred times the loss of the same row. A guess."""
+
+DRAWN_AT_ONCE = 1 << 20
+"""Rows drawn at once by the bootstrap: 10,000 draws of a large validation dataset would fill the memory."""
 
 Floats = npt.NDArray[np.float64]
 
@@ -80,11 +84,14 @@ class Change:
 
 def paired_bootstrap(before: RowLosses, after: RowLosses, *, seed: int, draws: int = 10_000) -> Change:
     """How sure the difference is: rows are drawn again with replacement, both losses of a row always together."""
-    rows = len(before.nll_R)
-    pick = np.random.default_rng(seed).integers(rows, size=(draws, rows))
-    tokens = before.tokens_R[pick].sum(axis=1)
-    differences = (after.nll_R - before.nll_R)[pick].sum(axis=1) / tokens
-    low, high = np.quantile(differences, [0.025, 0.975])
+    rows, rng = len(before.nll_R), np.random.default_rng(seed)
+    change_R = after.nll_R - before.nll_R
+    at_once = max(1, DRAWN_AT_ONCE // rows)
+    differences: list[Floats] = []
+    for first in range(0, draws, at_once):
+        pick = rng.integers(rows, size=(min(at_once, draws - first), rows))
+        differences.append(change_R[pick].sum(axis=1) / before.tokens_R[pick].sum(axis=1))
+    low, high = np.quantile(np.concatenate(differences), [0.025, 0.975])
     return Change(difference=after.mean - before.mean, low=float(low), high=float(high))
 
 
@@ -195,11 +202,11 @@ class Judge:
         if name == "random_heads":
             heads = random_heads(self.base, self.config, self._parameters(self.heads), rng)
         else:
-            kept = rng.sample(self.train, len(self.kept))
+            kept = RowView(self.train, rng.sample(range(len(self.train)), len(self.kept)))
         render = self.base.renderer.render
         result = train(
             self.base,
-            [render(row) for row in kept],
+            RenderedRows(self.base.renderer, kept),
             [render(row) for row in self.guide],
             heads,
             self.config,
@@ -227,7 +234,7 @@ class Judge:
 
     def _baselines(self) -> tuple[Baseline, Baseline]:
         settings = self.config.training
-        rendered = [self.base.renderer.render(row) for row in self.train]
+        rendered = RenderedRows(self.base.renderer, self.train)
         return (
             project_full_fine_tuning(self.base, rendered, settings, on_step=self._tick),
             project_lora(self.base, rendered, settings, on_step=self._tick),

@@ -84,7 +84,7 @@ def half_proxies(count: int, proxy_rows: int, seed: int) -> tuple[list[int], lis
         )
     drawn = epoch_order(count, f"{seed}:proxy", 0)
     half = proxy_rows // 2
-    return drawn[:half], drawn[half : 2 * half]
+    return list(drawn[:half]), list(drawn[half : 2 * half])
 
 
 def _as_lists(scores_LH: Tensor) -> tuple[tuple[float, ...], ...]:

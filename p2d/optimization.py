@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import random
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -61,9 +62,9 @@ class Schedule:
         return self.peak * (FLOOR + (1 - FLOOR) * (1 + math.cos(math.pi * share)) / 2)
 
 
-def epoch_order(count: int, seed: str, epoch: int) -> list[int]:
-    """A permutation of `range(count)`: the same for the same seed and epoch on every machine."""
-    order = list(range(count))
+def epoch_order(count: int, seed: str, epoch: int) -> array[int]:
+    """A permutation of `range(count)`: the same for the same seed and epoch on every machine. 8 bytes a row."""
+    order = array("q", range(count))
     random.Random(f"{seed}:{epoch}").shuffle(order)  # noqa: S311 - order, not secrecy
     return order
 
@@ -93,6 +94,7 @@ class SliceTrainer:
         self.optimizer = torch.optim.AdamW(slices.parameters(), lr=0.0, weight_decay=WEIGHT_DECAY)
         self.step = 0
         """Steps done."""
+        self._order: tuple[int, array[int]] | None = None
 
     def advance(self, schedule: Schedule) -> StepLog:
         """Do the next step.
@@ -103,8 +105,9 @@ class SliceTrainer:
         """
         per_epoch = steps_per_epoch(len(self._rows), self._batch_size)
         epoch, place = divmod(self.step, per_epoch)
-        order = epoch_order(len(self._rows), self._seed, epoch)
-        indices = order[place * self._batch_size : (place + 1) * self._batch_size]
+        if self._order is None or self._order[0] != epoch:  # once an epoch: it takes as long as a step of many rows
+            self._order = epoch, epoch_order(len(self._rows), self._seed, epoch)
+        indices = list(self._order[1][place * self._batch_size : (place + 1) * self._batch_size])
         rows = [self._rows[index] for index in indices]
         while (loss := self._backward(rows)) is None:
             self.slices.zero_grad()  # what the micro-batches before it left

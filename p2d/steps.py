@@ -7,7 +7,7 @@ Which files those are and in which order steps run is `p2d.pipeline`. Imports st
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,7 +26,7 @@ from p2d.rows import Row, content_hash, load_rows, write_rows
 if TYPE_CHECKING:
     from p2d.head_maps import Head, HeadMap
     from p2d.models import BaseModel
-    from p2d.rendering import RenderedRow, Renderer
+    from p2d.rendering import Renderer
 
 OnCheckpoint = Callable[[Path], None] | None
 
@@ -243,6 +243,7 @@ def _chosen_heads(call: StepCall, plan: Plan) -> list[Head]:
 def train(call: StepCall, progress: Progress, models: ModelCache, on_checkpoint: OnCheckpoint) -> None:
     """Stage 3: the chosen heads' slices on the chosen rows."""
     from p2d.adapters import save_adapter
+    from p2d.rendering import RenderedRows
     from p2d.selection import load_kept
     from p2d.step_flops import training_flops
     from p2d.training import train as train_slices
@@ -251,7 +252,7 @@ def train(call: StepCall, progress: Progress, models: ModelCache, on_checkpoint:
     chosen = _chosen_heads(call, plan)
     kept, guide = load_kept(call.inputs / "selection.jsonl"), load_rows(call.inputs / "guide.jsonl")
     base = meter.base(models, plan)
-    rendered, watched = _render(base, kept), _render(base, guide)
+    rendered, watched = RenderedRows(base.renderer, kept), RenderedRows(base.renderer, guide)
     result = train_slices(
         base,
         rendered,
@@ -283,10 +284,6 @@ def train(call: StepCall, progress: Progress, models: ModelCache, on_checkpoint:
 
 def _ignore(directory: Path) -> None:
     """For callers that do not keep checkpoints."""
-
-
-def _render(base: BaseModel, rows: Iterable[Row]) -> list[RenderedRow]:
-    return [base.renderer.render(row) for row in rows]
 
 
 def _write_cost(meter: _Meter, base: BaseModel, *, tokens: int, rows: int, flops: float = 0) -> None:

@@ -69,3 +69,16 @@ def test_base_weights_survive_a_cancel_in_the_middle(tiny: BaseModel, rendered: 
         after = tiny.module.state_dict()
         assert after.keys() == before.keys()
         assert all(torch.equal(value, before[key]) for key, value in after.items())
+
+
+def test_a_sample_of_many_rows_stands_for_all(
+    tiny: BaseModel, rendered: list[RenderedRow], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = baselines._workload(tiny, rendered, SETTINGS)
+    monkeypatch.setattr(baselines, "SAMPLED_ROWS", 9)
+
+    sample = baselines._workload(tiny, rendered, SETTINGS)
+
+    assert (len(rendered), len(whole.batches), whole.scale) == (12, 3, 1.0)
+    assert (len(sample.batches), sample.scale, sample.steps) == (2, 12 / 8, whole.steps)
+    assert sample.batches == whole.batches[:2]

@@ -46,6 +46,16 @@ def test_the_interval_holds_the_difference_and_shrinks_when_rows_agree() -> None
     assert unsure == paired_bootstrap(before, mixed, seed=0)
 
 
+def test_an_interval_drawn_piece_by_piece_is_the_interval_drawn_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    before = losses(list(rng.uniform(5, 15, 7)), [10.0] * 7)
+    after = losses(list(rng.uniform(5, 15, 7)), [10.0] * 7)
+    at_once = paired_bootstrap(before, after, seed=1)
+    monkeypatch.setattr("p2d.evaluation.DRAWN_AT_ONCE", 100)
+
+    assert paired_bootstrap(before, after, seed=1) == at_once
+
+
 def test_random_heads_match_the_number_of_trained_parameters(tiny: BaseModel) -> None:
     config = JobConfig(training=TrainingConfig(slices=("v", "o")))
     wanted = HeadSlices(tiny, [(0, 0), (0, 1), (1, 2), (2, 3)], ("v", "o")).n_parameters

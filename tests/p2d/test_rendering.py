@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from p2d.errors import ModelError
-from p2d.rendering import Renderer, load_renderer
+from p2d.models import BaseModel
+from p2d.rendering import RenderedRows, Renderer, load_renderer
 from p2d.rows import Row
 from tests.factories import some_rows, tiny_model_dir, tiny_tokenizer
 
@@ -130,3 +131,16 @@ def test_a_directory_without_a_tokenizer_is_refused_and_weights_are_not_needed(t
     (directory / "tokenizer.json").unlink()
     with pytest.raises(ModelError, match=r"tokenizer\.json"):
         load_renderer(directory)
+
+
+def test_rows_rendered_when_looked_at_are_the_rows_rendered_at_once(
+    tiny: BaseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("p2d.rendering.KEPT_RENDERED", 2)
+    rows = some_rows(5)
+    at_once = [tiny.renderer.render(row) for row in rows]
+
+    looked_at = RenderedRows(tiny.renderer, rows)
+
+    assert list(looked_at) == at_once == [looked_at[place] for place in (0, 1, 2, 3, -1)]
+    assert (len(looked_at), looked_at[1:3]) == (5, at_once[1:3])

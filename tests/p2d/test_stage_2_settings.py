@@ -10,7 +10,7 @@ from p2d.config import DATA_SCORERS, DataConfig, JobConfig, check, first_chosen_
 from p2d.errors import ConfigError
 
 
-def refused(config: JobConfig) -> Iterator[tuple[str, str]]:
+def refused(config: JobConfig) -> Iterator[tuple[str, str | None]]:
     with pytest.raises(ConfigError) as caught:
         check(config)
     for error in caught.value.errors:

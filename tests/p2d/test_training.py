@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -343,7 +344,8 @@ def test_a_gradient_that_is_not_finite_stops_before_anything_is_updated(
         trainer.advance(Schedule(1e-2, 10))
         before, weights = trainer.state(), weights_of(tiny)
         # The loss stays finite: only the way back is broken.
-        broken = tiny.projection(2, "o").register_full_backward_hook(lambda _m, _i, _o: (_i[0] * float("nan"),))
+        spoil: Any = lambda _module, grads, _: (grads[0] * float("nan"),)  # noqa: E731
+        broken = tiny.projection(2, "o").register_full_backward_hook(spoil)
         with pytest.raises(Diverged):
             trainer.advance(Schedule(1e-2, 10))
         broken.remove()
