@@ -174,6 +174,27 @@ def watch(job_id: str, url: Url = DEFAULT_URL) -> None:
 
 
 @cli.command()
+def cancel(job_id: str, url: Url = DEFAULT_URL) -> None:
+    """Ask a job to stop for good."""
+    with Client(url) as client:
+        _say_status(client.cancel(job_id))
+
+
+@cli.command()
+def pause(job_id: str, url: Url = DEFAULT_URL) -> None:
+    """Ask a job to stand still; it frees its worker, and later goes on from where it was."""
+    with Client(url) as client:
+        _say_status(client.pause(job_id))
+
+
+@cli.command()
+def resume(job_id: str, url: Url = DEFAULT_URL) -> None:
+    """Let a paused job go on."""
+    with Client(url) as client:
+        _say_status(client.resume(job_id))
+
+
+@cli.command()
 def download(
     job_id: str,
     to: Annotated[Path, typer.Option("--out", help="Directory for the files.")],
@@ -364,6 +385,10 @@ def _config(body: dict[str, Any]) -> JobConfig:
         raise invalid(body_faults(error.errors())) from None
     check(config)
     return config
+
+
+def _say_status(job: Job) -> None:
+    out.print(f"{job.id} {job.status}", markup=False)
 
 
 def _follow(client: Client, job: Job) -> None:

@@ -149,8 +149,18 @@ class JobAlreadyFinal(Conflict):
 
     code, hint = "job.already_final", "Nothing to do: read the job for how it ended."
 
-    def __init__(self, *, job_id: str, status: str) -> None:
-        super().__init__(f"The job has already {status}.", job_id=job_id, status=status)
+    def __init__(self, *, job_id: str, status: str, allowed: Sequence[str]) -> None:
+        super().__init__(f"The job has already {status}.", job_id=job_id, status=status, allowed=list(allowed))
+
+
+class MoveNotAllowed(Conflict):
+    """The job's status does not allow what was asked."""
+
+    code, hint = "job.move_not_allowed", "Do one of the moves in facts.allowed, or wait until the status changes."
+
+    def __init__(self, *, job_id: str, status: str, move: str, allowed: Sequence[str]) -> None:
+        text = f"A job that is {status} cannot be asked to {move}."
+        super().__init__(text, job_id=job_id, status=status, move=move, allowed=list(allowed))
 
 
 class DatasetInUse(Conflict):

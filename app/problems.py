@@ -67,6 +67,7 @@ STATUS = {
     "idempotency.in_flight": 409,
     "job.not_found": 404,
     "job.already_final": 409,
+    "job.move_not_allowed": 409,
     # Why a job ended: met in `job.error`; the status is what an answer with this code would have.
     "job.cancelled": 409,
     "job.failed": 500,

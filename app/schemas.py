@@ -32,7 +32,7 @@ from p2d.config import (
     TrainingConfig,
 )
 
-Status = Literal["queued", "running", "cancelling", "cancelled", "succeeded", "failed"]
+Status = Literal["queued", "running", "pausing", "paused", "cancelling", "cancelled", "succeeded", "failed"]
 Auto = Literal["auto"]
 
 
@@ -235,6 +235,7 @@ class JobSummary(View):
     started_at: datetime | None
     finished_at: datetime | None
     cancel_requested_at: datetime | None
+    pause_requested_at: datetime | None = Field(description="Null again once the job was told to go on.")
 
 
 class JobView(JobSummary):

@@ -176,7 +176,15 @@ class Client:
 
     def cancel(self, job_id: str) -> Job:
         """Ask the job to stop."""
-        return _job(self._json("POST", f"/jobs/{job_id}/cancel"))
+        return self._move(job_id, "cancel")
+
+    def pause(self, job_id: str) -> Job:
+        """Ask the job to stand still; it is `paused` once its running steps have stopped."""
+        return self._move(job_id, "pause")
+
+    def resume(self, job_id: str) -> Job:
+        """Let a paused job go on."""
+        return self._move(job_id, "resume")
 
     def models(self) -> list[Mapping[str, Any]]:
         """The base models that the service has."""
@@ -248,6 +256,10 @@ class Client:
             partial.unlink()
             raise DownloadCorrupt(f"{artifact.name} has sha256 {sha256}, registered is {artifact.sha256}.")
         return partial.replace(path)
+
+    def _move(self, job_id: str, move: str) -> Job:
+        headers = {"Idempotency-Key": str(uuid.uuid4())}
+        return _job(self._json("POST", f"/jobs/{job_id}/{move}", headers=headers))
 
     def _fetch_rest(self, artifact: Artifact, partial: Path, start: int) -> None:
         headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if start else {})

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from app.blobs import BlobStore
-from app.core import lifecycle
+from app.core import lifecycle, moves
 from app.core.submit import JobRequest, submit
 from app.core.wake import Waker
 from app.db.artifacts import Artifact, list_artifacts
@@ -122,7 +122,24 @@ class Rig:
     def cancel(self, job_id: str) -> Job:
         """Ask the job to stop, as the API does."""
         with self.db.begin() as conn:
-            return lifecycle.request_cancel(conn, job_id)
+            return moves.request_cancel(conn, job_id)
+
+    def pause(self, job_id: str) -> Job:
+        """Ask the job to stand still."""
+        with self.db.begin() as conn:
+            return moves.request_pause(conn, job_id)
+
+    def resume(self, job_id: str) -> Job:
+        """Let the job go on."""
+        with self.db.begin() as conn:
+            return moves.request_resume(conn, job_id)
+
+    def paused(self, job_id: str) -> Job:
+        """Wait until the job stands still, and make sure that nobody works on it or could."""
+        wait_for(lambda: self.job(job_id).status == "paused", f"the pause of {job_id}")
+        assert not {step.status for step in self.steps(job_id)} & {"ready", "running"}, "a paused job can be claimed"
+        assert all(attempt.outcome != "running" for attempt in self.attempts(job_id)), "an attempt outlives the pause"
+        return self.job(job_id)
 
     def job(self, job_id: str) -> Job:
         """The job as it is now."""

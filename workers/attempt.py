@@ -7,6 +7,7 @@
 | the child dies, stalls, or we crash   | lose_step: tried again, counted |
 | the user cancels                      | cancel_step, child stopped      |
 | limits.max_seconds is over            | fail_step, child stopped        |
+| the user pauses                       | release_step, child stopped     |
 | the worker is told to go              | release_step, child stopped     |
 | somebody else has the step by now     | nothing at all, child stopped   |
 
@@ -57,7 +58,7 @@ log = structlog.get_logger()
 
 
 class Interrupted(Exception):
-    """The attempt must stop: the lease is lost, the job is cancelled or over its time, or the worker goes away."""
+    """The attempt must stop: the lease is lost, the job is cancelled, over its time or to pause, or the worker goes away."""
 
     def __init__(self, why: Order | None) -> None:
         super().__init__(why or "release")
@@ -108,12 +109,16 @@ class Attempt:
     def __init__(self, shop: Workshop, lease: Lease, heart: Heart, folder: WorkFolder) -> None:
         self._shop, self._lease, self._heart, self._folder = shop, lease, heart, folder
         self._told_at = 0.0
+        self._done = False
+        """Whether the child has ended the step well: then a pause is late, and the result is kept."""
 
     def run(self) -> str:
         """Do the step; returns the outcome for the log. Raises LeaseLost."""
         job = self._write(lambda conn: lifecycle.begin_step(conn, self._lease))
         if job.cancel_requested_at is not None:
             self._heart.order = "cancel"
+        elif job.pause_requested_at is not None:
+            self._heart.order = "pause"
         try:
             self._look()
             self._fetch(job)
@@ -167,6 +172,9 @@ class Attempt:
         heard_at = time.monotonic()
         while True:
             message = process.receive(TICK_S)
+            if isinstance(message, StepDone):
+                self._done = True
+                return None
             self._look()
             if message is None:
                 silent_s = time.monotonic() - heard_at
@@ -174,8 +182,6 @@ class Attempt:
                     raise Stalled(step=self._lease.step, seconds=silent_s)
                 continue
             heard_at = time.monotonic()
-            if isinstance(message, StepDone):
-                return None
             if isinstance(message, StepFailed):
                 return dict(message.error)
             if isinstance(message, Progressed):
@@ -215,7 +221,12 @@ class Attempt:
     def _stop(self, job: Job, why: Order | None) -> str:
         if why == "lost":
             raise LeaseLost(step_id=self._lease.step_id, token=self._lease.token)
-        self._shop.process.stop_step(self._shop.settings.cancel_grace_s)
+        self._done |= self._shop.process.stop_step(self._shop.settings.cancel_grace_s)
+        if why == "pause" and self._done:
+            try:
+                return self._publish()
+            except Interrupted as stop:
+                return self._stop(job, stop.why)
         if why == "cancel":
             self._write(lambda conn: lifecycle.cancel_step(conn, self._lease))
             return "cancelled"
@@ -223,7 +234,9 @@ class Attempt:
             over = LimitReached(max_seconds=job.max_seconds or 0)
             self._write(lambda conn: lifecycle.fail_step(conn, self._lease, over))
             return "limit"
-        self._write(lambda conn: lifecycle.release_step(conn, self._lease))
+        job = self._write(lambda conn: lifecycle.release_step(conn, self._lease))
+        if why == "pause":
+            return "paused"  # and if the job was told to go on meanwhile, this worker claims the step again
         self._shop.waker.wake(job.queue)
         return "released"
 
@@ -234,8 +247,9 @@ class Attempt:
 
     def _look(self) -> None:
         """Raise Interrupted if the attempt must stop."""
-        if self._heart.order is not None:
-            raise Interrupted(self._heart.order)
+        order = self._heart.order
+        if order is not None and not (order == "pause" and self._done):
+            raise Interrupted(order)
         if self._shop.stopping.is_set():
             raise Interrupted(None)
 

@@ -83,27 +83,30 @@ class EngineProcess:
             self._busy = False
         return message
 
-    def stop_step(self, grace_s: float) -> None:
+    def stop_step(self, grace_s: float) -> bool:
         """Ask the child to stop its step, if it runs one; after the grace TERM, then KILL the group.
 
-        Messages are dropped. A child that stopped when asked stays warm.
+        Returns True if the step was done before it heard; other messages are dropped. A child that stopped when asked
+        stays warm.
         """
         deadline = time.monotonic() + grace_s
+        message: Message | None = None
         try:
             if self._busy:
                 self.send(CancelStep())
             while self._busy and (left_s := deadline - time.monotonic()) > 0:
-                self.receive(left_s)
+                message = self.receive(left_s)
         except ChildDied:
             pass
         else:
             if not self._busy:
-                return
+                return isinstance(message, StepDone)
         self._signal(signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
             if self._process is not None:
                 self._process.wait(grace_s * TERM_SHARE)
         self.kill()
+        return False
 
     def kill(self) -> None:
         """Kill the whole group now and wait for the child's end."""

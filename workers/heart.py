@@ -16,7 +16,7 @@ from app.db.engine import DatabaseUnavailable, Engine
 from app.db.leases import Lease, Pulse
 from app.errors import LeaseLost
 
-Order = Literal["lost", "cancel", "limit"]
+Order = Literal["lost", "cancel", "limit", "pause"]
 
 log = structlog.get_logger()
 
@@ -48,6 +48,8 @@ class Heart:
             self.order = self.order or "cancel"
         elif pulse.limit_reached:
             self.order = self.order or "limit"
+        elif pulse.pause_requested:
+            self.order = self.order or "pause"
 
     def lose(self) -> None:
         """Note that the lease is gone; nothing outranks this."""

@@ -1,11 +1,10 @@
-"""Jobs: create, read, list, cancel. What a job may ask for and do is app.core's business; how it runs is the workers'."""
+"""Jobs: create, read, list. What a job may ask for and do is app.core's business; how it runs is the workers'."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from functools import partial
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, TypeVar
 
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
@@ -14,20 +13,17 @@ from fastapi.responses import JSONResponse
 from app.api.context import Context, Cursor, IdempotencyKey, JobId, Limit, Services, page_after, page_of
 from app.api.documentation import JOB_BODY, errors
 from app.api.idempotency import Once
+from app.api.job_views import summary_of, view_of
 from app.api.uploads import Received, read_json, receive
 from app.core.ingest import Candidate, inspect, record, store
-from app.core.lifecycle import request_cancel
 from app.core.submit import Content, JobRequest, find_dataset, refusals, submit
 from app.db.engine import Connection
-from app.db.head_maps import head_map_of_job
 from app.db.jobs import Job, get_job, list_jobs, update_job
-from app.db.selections import selection_of_job
 from app.errors import (
     HeadMapMismatch,
     HeadMapNotFound,
     IdempotencyInFlight,
     IdempotencyMismatch,
-    JobAlreadyFinal,
     JobNotFound,
     RequestError,
     RequestInvalid,
@@ -36,7 +32,7 @@ from app.errors import (
     SelectionNotFound,
     UnsupportedMediaType,
 )
-from app.problems import invalid, problem_body
+from app.problems import invalid
 from app.schemas import JobBody, JobSummary, JobView, Page, Status
 from p2d.columns import mapped
 from p2d.config import Kind, check, config_json, resolve
@@ -91,7 +87,7 @@ def get_jobs(
     before = page_after(cursor)
     with services.engine.connect() as conn:
         jobs = list_jobs(conn, limit=limit + 1, before=before, status=status, kind=kind)
-    summaries = [JobSummary.model_validate(_fields(job)) for job in jobs]
+    summaries = [summary_of(job) for job in jobs]
     return Page[JobSummary].model_validate(page_of(summaries, [job.id for job in jobs], limit))
 
 
@@ -102,24 +98,7 @@ def get_one_job(job_id: JobId, services: Context) -> JobView:
         job = get_job(conn, job_id)
         if job is None:
             raise JobNotFound(id=job_id)
-        return _view(conn, job)
-
-
-@router.post("/jobs/{id}/cancel", status_code=202, responses=errors(JobNotFound, JobAlreadyFinal))
-def cancel_job(job_id: JobId, services: Context) -> JobView:
-    """Ask a job to stop. Repeating is harmless; a job that ended otherwise answers 409."""
-    with services.engine.begin() as conn:
-        try:
-            job = request_cancel(conn, job_id)
-        except JobAlreadyFinal as error:
-            if error.facts["status"] != "cancelled":
-                raise
-            found = get_job(conn, job_id)
-            assert found is not None
-            job = found
-        view = _view(conn, job)
-    services.waker.wake(job.queue)  # a hint only: the row already says it, and every worker polls
-    return view
+        return view_of(conn, job)
 
 
 # --- creating --------------------------------------------------------------------------------------------------------
@@ -148,7 +127,7 @@ def _create(services: Services, received: Received, key: str | None) -> Response
         )
         job = submit(conn, request, shard_rows=services.settings.shard_rows, queue=services.settings.worker_queue)
         job = _resolve(conn, job, request)
-        view = _view(conn, job).model_dump(mode="json")
+        view = view_of(conn, job).model_dump(mode="json")
         headers = {"Location": f"/jobs/{job.id}", "Retry-After": str(POLL_AFTER_S)}
         once.keep(conn, 202, headers, view)
     services.waker.wake(job.queue)  # after the commit, and only a hint
@@ -249,7 +228,7 @@ def _details(error: P2DError) -> Iterator[ErrorDetail]:
     yield from error.errors or (ErrorDetail(code=error.code, message=error.text),)
 
 
-# --- views -----------------------------------------------------------------------------------------------------------
+# --- what auto means -------------------------------------------------------------------------------------------------
 
 
 def _resolve(conn: Connection, job: Job, request: JobRequest) -> Job:
@@ -263,21 +242,3 @@ def _resolve(conn: Connection, job: Job, request: JobRequest) -> Job:
     found = resolve(config, rows=train_rows, context_length=request.model.context_length)
     resolved = {"config": config_json(found.config), "reasons": found.reasons, "warnings": list(found.warnings)}
     return update_job(conn, job.id, resolved=resolved)
-
-
-def _fields(job: Job) -> dict[str, Any]:
-    return asdict(job) | {"error": problem_body(job.error) if job.error else None}
-
-
-def _view(conn: Connection, job: Job) -> JobView:
-    head_map, selection, resolved = head_map_of_job(conn, job.id), selection_of_job(conn, job.id), job.resolved or {}
-    return JobView.model_validate(
-        _fields(job)
-        | {
-            "resolved": resolved.get("config"),
-            "reasons": resolved.get("reasons", {}),
-            "warnings": resolved.get("warnings", []),
-            "head_map": head_map.id if head_map else None,
-            "selection": selection.id if selection else None,
-        }
-    )

@@ -1,9 +1,9 @@
-"""What may happen to a job: every change of its status, its steps and its event log is a function here.
+"""What may happen to a job while it is worked on: every change that a worker or time brings is a function here.
 
-    queued ──> running ──> succeeded
-       │          ├──────> failed
-       │          └> cancelling ──> cancelled
-       └─────────────────────────────^
+    queued ──> running ──> succeeded          pausing: asked to pause, steps still run; may also end as if running
+     │  ^       │  ├─────> failed             a paused job has no running and no ready step
+     │  └paused<┴> pausing                    what users ask for is in app.core.moves
+     └──────────┴> cancelling ──> cancelled
 
 Each function takes a Connection, locks the job first and never commits. Those of a worker take its Lease and raise
 LeaseLost, having changed nothing, once a later attempt, a cancel or the end of the job took the step away: that fence is
@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import get_args
+from typing import Literal, get_args
 
 from app.db import attempts, jobs, leases, steps
 from app.db.artifacts import Artifact, NewArtifact, insert_artifacts
@@ -25,15 +25,17 @@ from app.db.head_maps import insert_head_map
 from app.db.jobs import Job, Stage, Status
 from app.db.leases import Lease, Pulse
 from app.db.selections import insert_selection
-from app.errors import JobAlreadyFinal, JobNotFound, LeaseLost, LimitReached, WorkerLost
+from app.errors import LeaseLost, LimitReached, WorkerLost
 from p2d.errors import P2DError
 from p2d.pipeline import STEPS
 
 STAGES: tuple[Stage, ...] = get_args(Stage)
 
 NEXT: Mapping[Status, frozenset[Status]] = {
-    "queued": frozenset({"running", "cancelling", "cancelled", "failed"}),
-    "running": frozenset({"cancelling", "succeeded", "failed"}),
+    "queued": frozenset({"running", "pausing", "paused", "cancelling", "cancelled", "failed"}),
+    "running": frozenset({"pausing", "paused", "cancelling", "succeeded", "failed"}),
+    "pausing": frozenset({"paused", "queued", "running", "cancelling", "succeeded", "failed"}),
+    "paused": frozenset({"queued", "cancelled"}),
     "cancelling": frozenset({"cancelled"}),
     "cancelled": frozenset(),
     "succeeded": frozenset(),
@@ -64,34 +66,22 @@ class StepFacts:
     """`select`: rows that were kept."""
 
 
-# --- what the user asks ----------------------------------------------------------------------------------------------
-
-
 def open_job(conn: Connection, job: Job) -> None:
     """Write the first event of a job that was just inserted."""
     append_event(conn, job.id, "job.status", {"status": job.status})
-
-
-def request_cancel(conn: Connection, job_id: str) -> Job:
-    """Ask a job to stop. Repeating is harmless. Raises JobNotFound, JobAlreadyFinal."""
-    job = jobs.lock_job(conn, job_id)
-    if job is None:
-        raise JobNotFound(id=job_id)
-    if job.is_final:
-        raise JobAlreadyFinal(job_id=job_id, status=job.status)
-    job = jobs.note_cancel(conn, job_id)
-    steps.stop_waiting_steps(conn, job_id)
-    if steps.count_running(conn, job_id) == 0:
-        return _end(conn, job, "cancelled")
-    return job if job.status == "cancelling" else _set_status(conn, job, "cancelling")
 
 
 # --- what a worker reports -------------------------------------------------------------------------------------------
 
 
 def begin_step(conn: Connection, lease: Lease) -> Job:
-    """The first thing after a claim: the job runs, its stage moves on. Raises LeaseLost."""
+    """The first thing after a claim: the job runs, its stage moves on. Raises LeaseLost.
+
+    A job that was asked to pause in the moment of the claim stays as it is: the worker gives the step back.
+    """
     job = _hold(conn, lease)
+    if job.pause_requested_at is not None:
+        return job
     if job.status == "queued":
         job = jobs.start_job(conn, job.id)
         append_event(conn, job.id, "job.status", {"status": "running"})
@@ -142,13 +132,14 @@ def finish_step(conn: Connection, lease: Lease, files: Sequence[NewArtifact], fa
         append_event(conn, job.id, "artifact", shown)
         _register(conn, job, lease, artifact, facts)
     job = _apply_plan(conn, job, facts)
-    steps.unblock_steps(conn, job.id)
+    if job.pause_requested_at is None:
+        steps.unblock_steps(conn, job.id)
     if steps.count_unfinished(conn, job.id) == 0:
         jobs.update_job(conn, job.id, progress=1.0)
         append_event(conn, job.id, "job.progress", {"progress": 1.0, "stage": job.stage, "eta_at": None})
-        return _end(conn, job, "succeeded")
+        return end_job(conn, job, "succeeded")
     _tell_progress(conn, job, lease, every_s=0.0)
-    return job
+    return _paused_if_still(conn, job)
 
 
 def fail_step(conn: Connection, lease: Lease, error: P2DError) -> Job:
@@ -175,24 +166,24 @@ def lose_step(conn: Connection, lease: Lease, *, max_crashes: int, reason: P2DEr
     job = _hold(conn, lease)
     if job.cancel_requested_at is not None:
         return _cancel_held(conn, job, lease)
-    crashes = leases.leave(conn, lease, "ready", charge_crash=1)
+    crashes = leases.leave(conn, lease, _waiting(job), charge_crash=1)
     attempts.close_attempt(conn, lease.step_id, lease.token, "lost", reason.to_json() if reason else None)
     _tell_attempt(conn, lease, "lost")
     if crashes < max_crashes:
-        return job
+        return _paused_if_still(conn, job)
     leases.leave(conn, lease, "failed")
     return _fail(conn, job, (reason or WorkerLost(step=lease.step, crashes=crashes)).to_json())
 
 
 def release_step(conn: Connection, lease: Lease) -> Job:
-    """Give a step back because the worker goes away; nothing is charged. Raises LeaseLost."""
+    """Give a step back because the worker goes away or the job is to pause; nothing is charged. Raises LeaseLost."""
     job = _hold(conn, lease)
     if job.cancel_requested_at is not None:
         return _cancel_held(conn, job, lease)
-    leases.leave(conn, lease, "ready")
+    leases.leave(conn, lease, _waiting(job))
     attempts.close_attempt(conn, lease.step_id, lease.token, "released")
     _tell_attempt(conn, lease, "released")
-    return job
+    return _paused_if_still(conn, job)
 
 
 def cancel_step(conn: Connection, lease: Lease) -> Job:
@@ -226,7 +217,7 @@ def settle_job(conn: Connection, job_id: str) -> None:
     if job.cancel_requested_at is not None:
         if steps.count_running(conn, job_id) == 0:
             steps.stop_waiting_steps(conn, job_id)
-            _end(conn, job, "cancelled")
+            end_job(conn, job, "cancelled")
     elif job.max_seconds is not None and leases.pulse(conn, job_id).limit_reached:
         _fail(conn, job, LimitReached(max_seconds=job.max_seconds).to_json())
 
@@ -243,20 +234,39 @@ def _hold(conn: Connection, lease: Lease) -> Job:
     return job
 
 
-def _set_status(conn: Connection, job: Job, status: Status, error: Json | None = None) -> Job:
+def _waiting(job: Job) -> Literal["ready", "blocked"]:
+    """What a step becomes that is given back: a job that pauses leaves nothing to claim."""
+    return "ready" if job.pause_requested_at is None else "blocked"
+
+
+def _paused_if_still(conn: Connection, job: Job) -> Job:
+    """A job that was asked to pause is paused once nobody works on it any more."""
+    if job.pause_requested_at is None or steps.count_running(conn, job.id) > 0:
+        return job
+    return set_status(conn, job, "paused")
+
+
+# --- for app.core.moves ----------------------------------------------------------------------------------------------
+
+
+def set_status(conn: Connection, job: Job, status: Status, error: Json | None = None) -> Job:
+    """Move a locked job along NEXT and say so in its log."""
     assert status in NEXT[job.status], f"{job.status} -> {status}"
     if status in jobs.FINAL:
         job = jobs.finish_job(conn, job.id, status, error=error)
+    elif status == "paused":
+        job = jobs.pause_job(conn, job.id)
     else:
         job = jobs.update_job(conn, job.id, status=status)
     append_event(conn, job.id, "job.status", {"status": status} | ({"error": error} if error else {}))
     return job
 
 
-def _end(conn: Connection, job: Job, status: Status, error: Json | None = None) -> Job:
+def end_job(conn: Connection, job: Job, status: Status, error: Json | None = None) -> Job:
+    """Give a locked job its final status, and its log the event `end`."""
     if status == "cancelled" and job.status == "running":
-        job = _set_status(conn, job, "cancelling")
-    job = _set_status(conn, job, status, error)
+        job = set_status(conn, job, "cancelling")
+    job = set_status(conn, job, status, error)
     append_event(conn, job.id, "end", {"status": status})
     return job
 
@@ -266,7 +276,7 @@ def _fail(conn: Connection, job: Job, error: Json) -> Job:
     steps.stop_waiting_steps(conn, job.id)
     steps.revoke_running_steps(conn, job.id)
     attempts.close_attempts_of_job(conn, job.id, "cancelled")
-    return _end(conn, job, "failed", error)
+    return end_job(conn, job, "failed", error)
 
 
 def _cancel_held(conn: Connection, job: Job, lease: Lease) -> Job:
@@ -275,7 +285,7 @@ def _cancel_held(conn: Connection, job: Job, lease: Lease) -> Job:
     _tell_attempt(conn, lease, "cancelled")
     steps.stop_waiting_steps(conn, job.id)
     if steps.count_running(conn, job.id) == 0:
-        return _end(conn, job, "cancelled")
+        return end_job(conn, job, "cancelled")
     return job
 
 

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Literal
 
-from sqlalchemy import case, func, insert, select, update
+from sqlalchemy import ColumnElement, case, func, insert, select, update
 
 from app.db.engine import Connection, Json
 from app.db.ids import new_id
 from app.db.tables import jobs
 
-Status = Literal["queued", "running", "cancelling", "cancelled", "succeeded", "failed"]
+Status = Literal["queued", "running", "pausing", "paused", "cancelling", "cancelled", "succeeded", "failed"]
 Stage = Literal["validating", "identifying_heads", "selecting_data", "training", "evaluating", "packaging"]
 
 FINAL: frozenset[Status] = frozenset({"cancelled", "succeeded", "failed"})
@@ -46,6 +46,9 @@ class Job:
     metadata: Json
     event_seq: int
     cancel_requested_at: datetime | None
+    pause_requested_at: datetime | None
+    paused_at: datetime | None
+    paused_s: float
     created_at: datetime
     started_at: datetime | None
     finished_at: datetime | None
@@ -129,13 +132,39 @@ def update_job(conn: Connection, job_id: str, **values: Any) -> Job:
 
 
 def start_job(conn: Connection, job_id: str) -> Job:
-    """Write the time of the first claim; limits.max_seconds counts from here."""
-    return update_job(conn, job_id, status="running", started_at=func.now())
+    """Write that a queued job runs: limits.max_seconds counts from the first claim, and not from a pause to the next."""
+    return update_job(
+        conn,
+        job_id,
+        status="running",
+        started_at=func.coalesce(jobs.c.started_at, func.now()),
+        paused_at=None,
+        paused_s=case(
+            (jobs.c.started_at.is_(None), 0.0),
+            else_=jobs.c.paused_s + func.coalesce(func.extract("epoch", func.now() - jobs.c.paused_at), 0.0),
+        ),
+    )
+
+
+def used_s() -> ColumnElement[Any]:
+    """Seconds of limits.max_seconds that a job has used: null before the first claim, and still while it is paused."""
+    clock = func.coalesce(jobs.c.paused_at, func.now())
+    return func.extract("epoch", clock - jobs.c.started_at) - jobs.c.paused_s
 
 
 def note_cancel(conn: Connection, job_id: str) -> Job:
     """Write that a stop was asked for; the first time counts."""
     return update_job(conn, job_id, cancel_requested_at=func.coalesce(jobs.c.cancel_requested_at, func.now()))
+
+
+def note_pause(conn: Connection, job_id: str) -> Job:
+    """Write that a pause was asked for; the first time counts."""
+    return update_job(conn, job_id, pause_requested_at=func.coalesce(jobs.c.pause_requested_at, func.now()))
+
+
+def pause_job(conn: Connection, job_id: str) -> Job:
+    """Write that nobody works on the job any more; its clock stands still from here to the next claim."""
+    return update_job(conn, job_id, status="paused", paused_at=func.coalesce(jobs.c.paused_at, func.now()), eta_at=None)
 
 
 def note_progress(conn: Connection, job_id: str, progress: float, left_s: float | None, every_s: float) -> bool:

@@ -12,6 +12,7 @@ from sqlalchemy import Text, cast, func, insert, literal, select, text, update
 
 from app.db.engine import Connection, Json
 from app.db.ids import new_id
+from app.db.jobs import used_s
 from app.db.tables import attempts, jobs, steps
 from app.errors import LeaseLost
 
@@ -41,6 +42,7 @@ class Pulse:
     """What a worker learns when it shows a sign of life."""
 
     cancel_requested: bool
+    pause_requested: bool
     limit_reached: bool
 
 
@@ -116,25 +118,26 @@ def heartbeat(conn: Connection, lease: Lease, *, lease_s: float) -> Pulse:
 
 
 def pulse(conn: Connection, job_id: str) -> Pulse:
-    """Whether the job was asked to stop, and whether it used up its time."""
-    over = func.coalesce(func.extract("epoch", func.now() - jobs.c.started_at) > jobs.c.max_seconds, False)
-    row = conn.execute(
-        select(jobs.c.cancel_requested_at.is_not(None).label("cancel"), over.label("over")).where(jobs.c.id == job_id)
-    ).one()
-    return Pulse(cancel_requested=row.cancel, limit_reached=row.over)
+    """Whether the job was asked to stop or to pause, and whether it used up its time."""
+    columns = (
+        jobs.c.cancel_requested_at.is_not(None).label("cancel_requested"),
+        jobs.c.pause_requested_at.is_not(None).label("pause_requested"),
+        func.coalesce(used_s() > jobs.c.max_seconds, False).label("limit_reached"),
+    )
+    return Pulse(**conn.execute(select(*columns).where(jobs.c.id == job_id)).one()._mapping)
 
 
 def leave(
     conn: Connection,
     lease: Lease,
-    status: Literal["ready", "done", "failed", "cancelled"],
+    status: Literal["ready", "blocked", "done", "failed", "cancelled"],
     *,
     charge_crash: int = 0,
     facts: Json | None = None,
 ) -> int:
     """End the lease of a fenced step with a status; returns the step's crashes so far."""
     values: dict[str, Any] = {"status": status, "lease_until": None, "crashes": steps.c.crashes + charge_crash}
-    if status != "ready":
+    if status not in ("ready", "blocked"):
         values["finished_at"] = func.now()
         values["seconds"] = func.extract("epoch", func.now() - steps.c.started_at)
     if status == "done":
@@ -185,10 +188,10 @@ def ready_by_queue(conn: Connection) -> dict[str, int]:
 
 def stale_jobs(conn: Connection) -> list[str]:
     """Unfinished jobs that need a decision without a worker: over their time, or asked to stop with nobody on them."""
-    over = func.extract("epoch", func.now() - jobs.c.started_at) > jobs.c.max_seconds
+    over = used_s() > jobs.c.max_seconds
     held = select(steps.c.id).where(steps.c.job_id == jobs.c.id, steps.c.status == "running").exists()
     asked = jobs.c.cancel_requested_at.is_not(None) & ~held
-    query = select(jobs.c.id).where(jobs.c.status.in_(["queued", "running", "cancelling"]), over | asked)
+    query = select(jobs.c.id).where(jobs.c.status.in_(["queued", "running", "pausing", "cancelling"]), over | asked)
     return [row[0] for row in conn.execute(query.order_by(jobs.c.id))]
 
 

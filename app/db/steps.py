@@ -118,6 +118,12 @@ def stop_waiting_steps(conn: Connection, job_id: str) -> None:
     conn.execute(update(steps).where(steps.c.id.in_(waiting)).values(status="cancelled", finished_at=func.now()))
 
 
+def hold_waiting_steps(conn: Connection, job_id: str) -> None:
+    """Leave nothing to claim of a locked job; `unblock_steps` undoes it. A claim that is under way is waited for."""
+    # Claims wait for nothing, so this cannot deadlock; and whoever is faster is counted as running by the caller.
+    conn.execute(update(steps).where(steps.c.job_id == job_id, steps.c.status == "ready").values(status="blocked"))
+
+
 def revoke_running_steps(conn: Connection, job_id: str) -> None:
     """Take running steps of a locked job away from their workers: their next write raises LeaseLost."""
     conn.execute(

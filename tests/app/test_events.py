@@ -12,7 +12,7 @@ from typing import Any
 
 import httpx
 
-from app.core.lifecycle import request_cancel
+from app.core.moves import request_cancel
 from app.db.events import append_event
 from tests.app.conftest import Api, serving
 

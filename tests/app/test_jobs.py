@@ -220,6 +220,8 @@ def test_an_id_that_names_no_job_is_404(api: Api, id: str) -> None:
     for method, path in [
         ("GET", ""),
         ("POST", "/cancel"),
+        ("POST", "/pause"),
+        ("POST", "/resume"),
         ("GET", "/events"),
         ("GET", "/artifacts"),
         ("GET", "/report"),

@@ -7,7 +7,6 @@ import time
 import psutil
 import pytest
 
-from app.errors import JobAlreadyFinal
 from p2d.pipeline import STEPS
 from tests.rig import Rig
 
@@ -27,8 +26,7 @@ def test_cancel_in_each_step_ends_the_job_and_keeps_the_worker(rig: Rig) -> None
             rig.check(job_id)
             assert psutil.pid_exists(child), "a child that stopped by itself stays warm"
             assert next(s for s in rig.steps(job_id) if s.step == step).status == "cancelled"
-            with pytest.raises(JobAlreadyFinal):
-                rig.cancel(job_id)
+            assert rig.cancel(job_id).status == "cancelled"  # harmless
 
 
 def test_a_child_that_does_not_hear_the_cancel_is_killed(rig: Rig) -> None:

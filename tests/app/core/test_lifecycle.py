@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 from sqlalchemy import update
 
-from app.core import lifecycle
+from app.core import lifecycle, moves
 from app.core.lifecycle import NEXT, STAGES, StepFacts
 from app.db.jobs import FINAL
 from app.db.leases import claim
 from app.db.tables import jobs, steps
-from app.errors import JobAlreadyFinal, LeaseLost
+from app.errors import JobAlreadyFinal, LeaseLost, MoveNotAllowed
 from app.settings import Settings
 from p2d.errors import Diverged
 from p2d.pipeline import STEPS
@@ -144,7 +144,7 @@ def test_a_job_over_its_time_ends_even_with_no_worker_on_it(rig: Rig) -> None:
 
 
 def test_everybody_doing_everything_at_once_deadlocks_nobody_and_ends_every_job(rig: Rig, seed: int) -> None:
-    """Workers that finish, fail, crash, go away or forget; users that cancel; sweeps; all on the same ten jobs."""
+    """Workers that finish, fail, crash, go away or forget; users that pause, resume, cancel; sweeps; all on ten jobs."""
     job_ids = [rig.submit(rows=60) for _ in range(10)]
     over, errors = threading.Event(), []
 
@@ -153,7 +153,7 @@ def test_everybody_doing_everything_at_once_deadlocks_nobody_and_ends_every_job(
         while not over.is_set():
             try:
                 act(rng)
-            except (LeaseLost, JobAlreadyFinal):
+            except (LeaseLost, JobAlreadyFinal, MoveNotAllowed):
                 pass
             except BaseException as error:
                 errors.append(error)
@@ -163,9 +163,13 @@ def test_everybody_doing_everything_at_once_deadlocks_nobody_and_ends_every_job(
         what = rng.random()
         if what < 0.02:
             with rig.db.begin() as conn:
-                lifecycle.request_cancel(conn, rng.choice(job_ids))
+                moves.request_cancel(conn, rng.choice(job_ids))
             return
-        if what < 0.10:
+        if what < 0.08:
+            with rig.db.begin() as conn:
+                (moves.request_pause if what < 0.04 else moves.request_resume)(conn, rng.choice(job_ids))
+            return
+        if what < 0.14:
             reconcile(rig.db, rig.waker, max_crashes=3)
             return
         with rig.db.begin() as conn:
@@ -179,13 +183,15 @@ def test_everybody_doing_everything_at_once_deadlocks_nobody_and_ends_every_job(
         with rig.db.begin() as conn:
             if job.cancel_requested_at is not None:
                 lifecycle.cancel_step(conn, lease)
-            elif what < 0.15:
-                lifecycle.lose_step(conn, lease, max_crashes=3)
-            elif what < 0.20:
+            elif job.pause_requested_at is not None and what > 0.5:
                 lifecycle.release_step(conn, lease)
-            elif what < 0.21:
+            elif what < 0.19:
+                lifecycle.lose_step(conn, lease, max_crashes=3)
+            elif what < 0.24:
+                lifecycle.release_step(conn, lease)
+            elif what < 0.25:
                 lifecycle.fail_step(conn, lease, Diverged("no"))
-            elif what > 0.30:
+            elif what > 0.34:
                 lifecycle.finish_step(conn, lease, [], StepFacts(estimate_s={"train": rng.random() * 100}))
             # else: forget it; the lease runs out
 

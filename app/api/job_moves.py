@@ -1,0 +1,61 @@
+"""What a user may ask of a job that is there: cancel, pause, resume. When which is allowed is app.core.moves' business."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from fastapi import APIRouter, Response
+from fastapi.responses import JSONResponse
+
+from app.api.context import Context, IdempotencyKey, JobId, Services
+from app.api.documentation import errors
+from app.api.idempotency import Once
+from app.api.job_views import view_of
+from app.api.uploads import Received
+from app.core.moves import request_cancel, request_pause, request_resume
+from app.db.engine import Connection
+from app.db.jobs import Job
+from app.errors import IdempotencyInFlight, JobAlreadyFinal, JobNotFound, MoveNotAllowed
+from app.schemas import JobView
+
+router = APIRouter(tags=["jobs"])
+
+_CANCEL_ERRORS = errors(JobNotFound, JobAlreadyFinal, IdempotencyInFlight)
+_MOVE_ERRORS = errors(JobNotFound, MoveNotAllowed, IdempotencyInFlight)
+
+
+@router.post("/jobs/{id}/cancel", status_code=202, response_model=JobView, responses=_CANCEL_ERRORS)
+def cancel_job(job_id: JobId, services: Context, key: IdempotencyKey) -> Response:
+    """Ask a job to stop. Repeating is harmless; a job that ended otherwise answers 409."""
+    return _move(services, job_id, "cancel", key, request_cancel)
+
+
+@router.post("/jobs/{id}/pause", status_code=202, response_model=JobView, responses=_MOVE_ERRORS)
+def pause_job(job_id: JobId, services: Context, key: IdempotencyKey) -> Response:
+    """Ask a job to stand still: `paused` once its running steps have stopped, from where it later goes on bit-exactly.
+
+    Repeating is harmless. A paused job keeps no worker, and its `limits.max_seconds` do not run down.
+    """
+    return _move(services, job_id, "pause", key, request_pause)
+
+
+@router.post("/jobs/{id}/resume", status_code=202, response_model=JobView, responses=_MOVE_ERRORS)
+def resume_job(job_id: JobId, services: Context, key: IdempotencyKey) -> Response:
+    """Let a paused job go on: it is `queued` and then `running`. Repeating is harmless."""
+    return _move(services, job_id, "resume", key, request_resume)
+
+
+def _move(
+    services: Services, job_id: str, move: str, key: str | None, request: Callable[[Connection, str], Job]
+) -> Response:
+    once = Once.of(f"POST /jobs/{job_id}/{move}", key, None, Received())
+    if (replay := once.earlier(services.engine)) is not None:
+        return replay
+    with services.engine.begin() as conn:
+        if (replay := once.take(conn)) is not None:
+            return replay
+        job = request(conn, job_id)
+        view = view_of(conn, job).model_dump(mode="json")
+        once.keep(conn, 202, {}, view)
+    services.waker.wake(job.queue)  # a hint only: the row already says it, and every worker polls
+    return JSONResponse(view, status_code=202)

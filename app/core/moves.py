@@ -1,0 +1,83 @@
+"""What a user may ask of a job, by its status: cancel, pause, resume. What then happens is app.core.lifecycle's.
+
+Each function takes a Connection, locks the job first and never commits. Repeating a move is harmless: it answers with
+the job as it is. A move that the status forbids raises MoveNotAllowed with those that it allows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+from app.core.lifecycle import end_job, set_status
+from app.db import jobs, steps
+from app.db.engine import Connection
+from app.db.jobs import Job, Status
+from app.errors import JobAlreadyFinal, JobNotFound, MoveNotAllowed
+
+Move = Literal["pause", "resume", "cancel"]
+
+MOVES: Mapping[Status, tuple[Move, ...]] = {
+    "queued": ("pause", "cancel"),
+    "running": ("pause", "cancel"),
+    "pausing": ("resume", "cancel"),
+    "paused": ("resume", "cancel"),
+    "cancelling": (),
+    "cancelled": (),
+    "succeeded": (),
+    "failed": (),
+}
+"""The moves that change something in each status."""
+
+
+def request_cancel(conn: Connection, job_id: str) -> Job:
+    """Ask a job to stop. Raises JobNotFound, JobAlreadyFinal."""
+    job = _lock(conn, job_id)
+    if job.status == "cancelled":
+        return job
+    if job.is_final:
+        raise JobAlreadyFinal(job_id=job_id, status=job.status, allowed=MOVES[job.status])
+    job = jobs.note_cancel(conn, job_id)
+    steps.stop_waiting_steps(conn, job_id)
+    if steps.count_running(conn, job_id) == 0:
+        return end_job(conn, job, "cancelled")
+    return job if job.status == "cancelling" else set_status(conn, job, "cancelling")
+
+
+def request_pause(conn: Connection, job_id: str) -> Job:
+    """Ask a job to stand still: at once if nobody works on it, else when the last running step has stopped.
+
+    Raises: JobNotFound, MoveNotAllowed.
+    """
+    job = _lock(conn, job_id)
+    if job.status in ("pausing", "paused"):
+        return job
+    _allow(job, "pause")
+    job = jobs.note_pause(conn, job_id)
+    steps.hold_waiting_steps(conn, job_id)
+    return set_status(conn, job, "pausing" if steps.count_running(conn, job_id) else "paused")
+
+
+def request_resume(conn: Connection, job_id: str) -> Job:
+    """Let a job go on; one that still pauses forgets that it was asked to. Raises JobNotFound, MoveNotAllowed."""
+    job = _lock(conn, job_id)
+    if job.status in ("queued", "running"):
+        return job
+    _allow(job, "resume")
+    job = jobs.update_job(conn, job_id, pause_requested_at=None)
+    steps.unblock_steps(conn, job_id)
+    # A job whose clock stands still must be queued: the next claim starts the clock.
+    runs = job.status == "pausing" and job.started_at is not None and job.paused_at is None
+    return set_status(conn, job, "running" if runs else "queued")
+
+
+def _lock(conn: Connection, job_id: str) -> Job:
+    job = jobs.lock_job(conn, job_id)
+    if job is None:
+        raise JobNotFound(id=job_id)
+    return job
+
+
+def _allow(job: Job, move: Move) -> None:
+    if move not in MOVES[job.status]:
+        raise MoveNotAllowed(job_id=job.id, status=job.status, move=move, allowed=MOVES[job.status])

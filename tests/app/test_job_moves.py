@@ -1,0 +1,75 @@
+"""Laws of what may be asked of a job over HTTP, by the client and on the command line."""
+
+from __future__ import annotations
+
+import pytest
+from typer.testing import CliRunner
+
+from app.cli import cli
+from p2d.client import Client, ServiceProblem
+from tests.app.conftest import Api
+
+
+def test_a_job_is_paused_and_goes_on_to_its_end(api: Api) -> None:
+    job_id = api.job()
+
+    paused = api.http.post(f"/jobs/{job_id}/pause")
+    again = api.http.post(f"/jobs/{job_id}/pause")
+
+    assert (paused.status_code, paused.json()["status"]) == (202, "paused")
+    assert (again.status_code, again.json()) == (202, paused.json())
+    assert paused.json()["pause_requested_at"] is not None
+    resumed = api.http.post(f"/jobs/{job_id}/resume")
+    assert (resumed.status_code, resumed.json()["status"]) == (202, "queued")
+    assert resumed.json()["pause_requested_at"] is None
+    assert api.http.post(f"/jobs/{job_id}/resume").json() == resumed.json()
+    api.finish(job_id)
+    assert api.http.get(f"/jobs/{job_id}").json()["status"] == "succeeded"
+
+
+def test_paused_jobs_can_be_listed(api: Api) -> None:
+    job_id = api.job()
+    api.http.post(f"/jobs/{job_id}/pause")
+
+    page = api.http.get("/jobs", params={"status": "paused"}).json()
+
+    assert job_id in {job["id"] for job in page["data"]}
+    assert {job["status"] for job in page["data"]} == {"paused"}
+
+
+@pytest.mark.parametrize(("move", "code"), [("pause", "job.move_not_allowed"), ("resume", "job.move_not_allowed")])
+def test_a_move_that_is_not_allowed_is_409_and_says_what_is(api: Api, move: str, code: str) -> None:
+    job_id = api.job()
+    api.http.post(f"/jobs/{job_id}/cancel")
+
+    answer = api.http.post(f"/jobs/{job_id}/{move}")
+
+    assert (answer.status_code, answer.json()["code"]) == (409, code)
+    facts = answer.json()["facts"]
+    assert (facts["status"], facts["move"]) == ("cancelled", move)
+    assert move not in facts["allowed"]
+
+
+def test_a_move_is_made_once_for_a_key(api: Api) -> None:
+    job_id = api.job()
+    key = {"Idempotency-Key": "pause-once"}
+    first = api.http.post(f"/jobs/{job_id}/pause", headers=key)
+    api.http.post(f"/jobs/{job_id}/resume")
+
+    again = api.http.post(f"/jobs/{job_id}/pause", headers=key)
+
+    assert (again.json(), again.headers["Idempotency-Replayed"]) == (first.json(), "true")
+    assert api.http.get(f"/jobs/{job_id}").json()["status"] == "queued"
+
+
+def test_the_client_and_the_command_line_make_the_same_moves(api: Api) -> None:
+    job_id, runner = api.job(), CliRunner()
+    with Client(api.url) as client:
+        assert client.pause(job_id).status == "paused"
+        assert client.resume(job_id).status == "queued"
+        for command, status in [("pause", "paused"), ("resume", "queued"), ("cancel", "cancelled")]:
+            done = runner.invoke(cli, [command, job_id, "--url", api.url])
+            assert (done.exit_code, done.output.strip()) == (0, f"{job_id} {status}")
+        with pytest.raises(ServiceProblem) as refused:
+            client.pause(job_id)
+    assert refused.value.code == "job.move_not_allowed"
