@@ -195,6 +195,13 @@ def resume(job_id: str, url: Url = DEFAULT_URL) -> None:
 
 
 @cli.command()
+def retry(job_id: str, url: Url = DEFAULT_URL) -> None:
+    """Queue a failed or cancelled job again; what it had finished is kept."""
+    with Client(url) as client:
+        _say_status(client.retry(job_id))
+
+
+@cli.command()
 def download(
     job_id: str,
     to: Annotated[Path, typer.Option("--out", help="Directory for the files.")],

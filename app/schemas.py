@@ -236,6 +236,7 @@ class JobSummary(View):
     finished_at: datetime | None
     cancel_requested_at: datetime | None
     pause_requested_at: datetime | None = Field(description="Null again once the job was told to go on.")
+    retries: int = Field(description="How often it was queued again after it had ended.")
 
 
 class JobView(JobSummary):
@@ -282,7 +283,7 @@ class DatasetReportView(View):
 
 
 class EventView(View):
-    """One thing that happened to a job; `end` is the last."""
+    """One thing that happened to a job; `end` is the last, unless the job is retried."""
 
     seq: int = Field(description="1, 2, 3 ... without gaps.")
     type: str

@@ -29,7 +29,7 @@ from p2d.config import JobConfig
 from p2d.errors import ErrorDetail
 
 FINAL = frozenset({"succeeded", "failed", "cancelled"})
-"""Job statuses that never change again."""
+"""Statuses of a job that has ended; only a retry changes them again."""
 
 RETRY_STATUS = frozenset({429, 502, 503, 504})
 """Answers that mean: the same request can work in a moment."""
@@ -87,7 +87,7 @@ class Job:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Event:
-    """One event of a job; `end` is the last."""
+    """One event of a job; `end` is the last, unless the job is retried."""
 
     seq: int
     type: str
@@ -186,6 +186,10 @@ class Client:
         """Let a paused job go on."""
         return self._move(job_id, "resume")
 
+    def retry(self, job_id: str) -> Job:
+        """Queue a failed or cancelled job again; its finished steps are kept."""
+        return self._move(job_id, "retry")
+
     def models(self) -> list[Mapping[str, Any]]:
         """The base models that the service has."""
         return list(self._pages("/models", {}))
@@ -209,12 +213,17 @@ class Client:
         """
         failures = 0
         while True:
-            with contextlib.suppress(httpx.TransportError):
+            ended = False
+            try:
                 for event in self._stream(job_id, after):
-                    failures, after = 0, event.seq
+                    failures, after, ended = 0, event.seq, event.type == "end"
                     yield event
-                    if event.type == "end":
-                        return
+                if ended:  # and not at the event itself: a job that was retried has an earlier one in its log
+                    return
+            except httpx.TransportError:
+                pass
+            except _StreamOver:
+                return
             failures += 1
             if failures > self._retries:
                 raise ServiceUnreachable(f"The event stream of {job_id} broke {failures} times in a row.")
@@ -278,6 +287,8 @@ class Client:
                 _raise_for(answer)
             except _Retry:
                 return
+            if answer.status_code == 204:
+                raise _StreamOver
             yield from _parse_events(answer.iter_lines())
 
     def _upload(self, path: str, files: Mapping[str, Path], data: Mapping[str, str], headers: Mapping[str, str]) -> Any:
@@ -333,6 +344,10 @@ def without_defaults(config: JobConfig) -> dict[str, Any]:
         if value and value != default[name]:
             body[name] = value
     return body
+
+
+class _StreamOver(Exception):
+    """The job has ended, and every event was seen."""
 
 
 class _Retry(Exception):

@@ -30,7 +30,7 @@ from app.db.attempts import Attempt, list_attempts
 from app.db.datasets import insert_dataset
 from app.db.engine import Engine, make_engine
 from app.db.events import Event, list_events
-from app.db.jobs import Job, get_job
+from app.db.jobs import FINAL, Job, get_job
 from app.db.steps import Step, list_steps
 from app.service import environment
 from app.settings import Settings
@@ -133,6 +133,11 @@ class Rig:
         """Let the job go on."""
         with self.db.begin() as conn:
             return moves.request_resume(conn, job_id)
+
+    def retry(self, job_id: str) -> Job:
+        """Queue an ended job again."""
+        with self.db.begin() as conn:
+            return moves.request_retry(conn, job_id)
 
     def paused(self, job_id: str) -> Job:
         """Wait until the job stands still, and make sure that nobody works on it or could."""
@@ -257,10 +262,12 @@ class Rig:
     def _check_events(self, job: Job) -> None:
         events = self.events(job.id)
         assert [event.seq for event in events] == list(range(1, len(events) + 1)), "events have a gap"
-        assert [event.type for event in events].count("end") == 1
+        path = [event.data["status"] for event in events if event.type == "job.status"]
+        ends = [event.data["status"] for event in events if event.type == "end"]
+        assert ends == [status for status in path if status in FINAL], "one `end` for each ending"
+        assert len(ends) == job.retries + 1
         assert events[-1].type == "end"
         assert events[-1].data == {"status": job.status}
-        path = [event.data["status"] for event in events if event.type == "job.status"]
         assert path[0] == "queued"
         assert path[-1] == job.status
         assert all(b in lifecycle.NEXT[a] for a, b in itertools.pairwise(path)), f"illegal path {path}"

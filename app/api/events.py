@@ -56,7 +56,10 @@ async def list_job_events(
     ] = 0,
     last_event_id: Annotated[str | None, Header(description="Go on after this event; for the stream.")] = None,
 ) -> Response:
-    """What happened to a job. With `Accept: text/event-stream` a stream that ends with the event `end`."""
+    """What happened to a job. With `Accept: text/event-stream` a stream that ends with the event `end`.
+
+    A job that is retried goes on in the same log, so an earlier `end` may stand in the middle of it.
+    """
     after = max(after, _number(cursor, "/query/cursor"))
     if "text/event-stream" in request.headers.get("accept", ""):
         return await _stream(services, job_id, max(after, _number(last_event_id, "/header/Last-Event-ID")))
@@ -101,13 +104,14 @@ class _EventStream(StreamingResponse):
 async def _frames(services: Services, job_id: str, after: int) -> AsyncIterator[bytes]:
     yield b"retry: 1000\n\n"
     while not services.hub.closing:
-        _, events = await run_in_threadpool(_read, services, job_id, after, BATCH)
+        job, events = await run_in_threadpool(_read, services, job_id, after, BATCH)
         if events:
             yield b"".join(_frame(event) for event in events)
             after = events[-1].seq
-            if events[-1].type == "end":
-                return
-        elif not await services.hub.wait(job_id, after, services.settings.sse_ping_s):
+        # The job was read before its events: if it was retried in between, the last of them is no `end`.
+        if job.is_final and after >= job.event_seq and (not events or events[-1].type == "end"):
+            return
+        if not events and not await services.hub.wait(job_id, after, services.settings.sse_ping_s):
             yield b": ping\n\n"
 
 

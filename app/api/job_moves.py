@@ -1,4 +1,4 @@
-"""What a user may ask of a job that is there: cancel, pause, resume. When which is allowed is app.core.moves' business."""
+"""What a user may ask of a job that is there: cancel, pause, resume, retry. When which is allowed is app.core.moves' business."""
 
 from __future__ import annotations
 
@@ -12,10 +12,18 @@ from app.api.documentation import errors
 from app.api.idempotency import Once
 from app.api.job_views import view_of
 from app.api.uploads import Received
-from app.core.moves import request_cancel, request_pause, request_resume
+from app.core.moves import request_cancel, request_pause, request_resume, request_retry
 from app.db.engine import Connection
 from app.db.jobs import Job
-from app.errors import IdempotencyInFlight, JobAlreadyFinal, JobNotFound, MoveNotAllowed
+from app.errors import (
+    DatasetNotFound,
+    HeadMapNotFound,
+    IdempotencyInFlight,
+    JobAlreadyFinal,
+    JobNotFound,
+    MoveNotAllowed,
+    SelectionNotFound,
+)
 from app.schemas import JobView
 
 router = APIRouter(tags=["jobs"])
@@ -43,6 +51,24 @@ def pause_job(job_id: JobId, services: Context, key: IdempotencyKey) -> Response
 def resume_job(job_id: JobId, services: Context, key: IdempotencyKey) -> Response:
     """Let a paused job go on: it is `queued` and then `running`. Repeating is harmless."""
     return _move(services, job_id, "resume", key, request_resume)
+
+
+@router.post(
+    "/jobs/{id}/retry",
+    status_code=202,
+    response_model=JobView,
+    responses=errors(
+        *(JobNotFound, MoveNotAllowed, IdempotencyInFlight),
+        *(DatasetNotFound, HeadMapNotFound, SelectionNotFound),
+    ),
+)
+def retry_job(job_id: JobId, services: Context, key: IdempotencyKey) -> Response:
+    """Queue a job again that failed or was cancelled: finished steps and their files are kept, the others start again.
+
+    Training goes on from its last checkpoint. Its `limits.max_seconds` count anew. The earlier error stays in the job's
+    events and attempts.
+    """
+    return _move(services, job_id, "retry", key, request_retry)
 
 
 def _move(

@@ -3,7 +3,7 @@
     queued ──> running ──> succeeded          pausing: asked to pause, steps still run; may also end as if running
      │  ^       │  ├─────> failed             a paused job has no running and no ready step
      │  └paused<┴> pausing                    what users ask for is in app.core.moves
-     └──────────┴> cancelling ──> cancelled
+     └──────────┴> cancelling ──> cancelled   a retry queues a failed or cancelled job again
 
 Each function takes a Connection, locks the job first and never commits. Those of a worker take its Lease and raise
 LeaseLost, having changed nothing, once a later attempt, a cancel or the end of the job took the step away: that fence is
@@ -37,11 +37,11 @@ NEXT: Mapping[Status, frozenset[Status]] = {
     "pausing": frozenset({"paused", "queued", "running", "cancelling", "succeeded", "failed"}),
     "paused": frozenset({"queued", "cancelled"}),
     "cancelling": frozenset({"cancelled"}),
-    "cancelled": frozenset(),
+    "cancelled": frozenset({"queued"}),
     "succeeded": frozenset(),
-    "failed": frozenset(),
+    "failed": frozenset({"queued"}),
 }
-"""The state table: which status may follow which."""
+"""The state table: which status may follow which. Out of a final one leads only a retry."""
 
 PROGRESS_EVERY_S = 1.0
 """At most one `job.progress` event of a job in this time."""

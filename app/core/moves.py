@@ -1,7 +1,7 @@
-"""What a user may ask of a job, by its status: cancel, pause, resume. What then happens is app.core.lifecycle's.
+"""What a user may ask of a job, by its status: cancel, pause, resume, retry. What then happens is app.core.lifecycle's.
 
-Each function takes a Connection, locks the job first and never commits. Repeating a move is harmless: it answers with
-the job as it is. A move that the status forbids raises MoveNotAllowed with those that it allows.
+Each function takes a Connection, locks the job first and never commits. Repeating a move (but retry) is harmless: it
+answers with the job as it is. A move that the status forbids raises MoveNotAllowed with those that it allows.
 """
 
 from __future__ import annotations
@@ -10,12 +10,13 @@ from collections.abc import Mapping
 from typing import Literal
 
 from app.core.lifecycle import end_job, set_status
-from app.db import jobs, steps
+from app.core.submit import find_inputs
+from app.db import attempts, jobs, steps
 from app.db.engine import Connection
 from app.db.jobs import Job, Status
 from app.errors import JobAlreadyFinal, JobNotFound, MoveNotAllowed
 
-Move = Literal["pause", "resume", "cancel"]
+Move = Literal["pause", "resume", "cancel", "retry"]
 
 MOVES: Mapping[Status, tuple[Move, ...]] = {
     "queued": ("pause", "cancel"),
@@ -23,9 +24,9 @@ MOVES: Mapping[Status, tuple[Move, ...]] = {
     "pausing": ("resume", "cancel"),
     "paused": ("resume", "cancel"),
     "cancelling": (),
-    "cancelled": (),
+    "cancelled": ("retry",),
     "succeeded": (),
-    "failed": (),
+    "failed": ("retry",),
 }
 """The moves that change something in each status."""
 
@@ -69,6 +70,20 @@ def request_resume(conn: Connection, job_id: str) -> Job:
     # A job whose clock stands still must be queued: the next claim starts the clock.
     runs = job.status == "pausing" and job.started_at is not None and job.paused_at is None
     return set_status(conn, job, "running" if runs else "queued")
+
+
+def request_retry(conn: Connection, job_id: str) -> Job:
+    """Queue a job again that failed or was cancelled: what is done stays done, the rest starts again, its time anew.
+
+    Raises: JobNotFound, MoveNotAllowed; DatasetNotFound, HeadMapNotFound, SelectionNotFound for inputs deleted since.
+    """
+    job = _lock(conn, job_id)
+    _allow(job, "retry")
+    find_inputs(conn, job)
+    steps.restart_steps(conn, job_id)  # first: it waits for a claim that is under way, whose attempt is then seen
+    attempts.close_attempts_of_job(conn, job_id, "cancelled")
+    steps.unblock_steps(conn, job_id)
+    return set_status(conn, jobs.reopen_job(conn, job_id), "queued")
 
 
 def _lock(conn: Connection, job_id: str) -> Job:

@@ -114,6 +114,21 @@ def find_dataset(conn: Connection, dataset_id: str, pointer: str) -> Dataset:
     return dataset
 
 
+def find_inputs(conn: Connection, job: Job) -> None:
+    """Make sure that everything a recorded job reads is still there.
+
+    Raises: DatasetNotFound, HeadMapNotFound, SelectionNotFound.
+    """
+    find_dataset(conn, job.dataset_id, "/dataset")
+    if job.validation_dataset_id is not None:
+        find_dataset(conn, job.validation_dataset_id, "/validation_dataset")
+    head_map, selection = job.config["heads"]["head_map"], job.config["data"]["selection"]
+    if head_map is not None and get_head_map(conn, head_map) is None:
+        raise _at("/heads/head_map", HeadMapNotFound(id=head_map))
+    if selection is not None and get_selection(conn, selection) is None:
+        raise _at("/data/selection", SelectionNotFound(id=selection))
+
+
 def _head_map_refusals(conn: Connection, model: ModelInfo, head_map_id: str) -> Iterator[P2DError]:
     pointer = "/heads/head_map"
     head_map = get_head_map(conn, head_map_id)

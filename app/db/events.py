@@ -19,7 +19,7 @@ EventType = Literal[
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Event:
-    """One thing that happened to a job. `end` is the last one."""
+    """One thing that happened to a job. `end` is the last one, unless the job is retried."""
 
     job_id: str
     seq: int

@@ -49,13 +49,14 @@ class Job:
     pause_requested_at: datetime | None
     paused_at: datetime | None
     paused_s: float
+    retries: int
     created_at: datetime
     started_at: datetime | None
     finished_at: datetime | None
 
     @property
     def is_final(self) -> bool:
-        """Whether the status never changes again."""
+        """Whether the job has ended; only a retry changes its status again."""
         return self.status in FINAL
 
 
@@ -165,6 +166,14 @@ def note_pause(conn: Connection, job_id: str) -> Job:
 def pause_job(conn: Connection, job_id: str) -> Job:
     """Write that nobody works on the job any more; its clock stands still from here to the next claim."""
     return update_job(conn, job_id, status="paused", paused_at=func.coalesce(jobs.c.paused_at, func.now()), eta_at=None)
+
+
+def reopen_job(conn: Connection, job_id: str) -> Job:
+    """Forget how a job ended and what it was asked, and count a retry; its time starts anew with the next claim."""
+    forgotten = dict.fromkeys(
+        ("error", "cancel_requested_at", "pause_requested_at", "paused_at", "started_at", "finished_at")
+    )
+    return update_job(conn, job_id, **forgotten, paused_s=0, retries=jobs.c.retries + 1)
 
 
 def note_progress(conn: Connection, job_id: str, progress: float, left_s: float | None, every_s: float) -> bool:

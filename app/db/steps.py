@@ -129,9 +129,19 @@ def revoke_running_steps(conn: Connection, job_id: str) -> None:
     conn.execute(
         update(steps)
         .where(steps.c.job_id == job_id, steps.c.status == "running")
-        .values(
-            status="cancelled", token=steps.c.token + 1, lease_until=None, finished_at=func.now(), seconds=_seconds()
-        )
+        .values(status="cancelled", lease_until=None, finished_at=func.now(), seconds=_seconds())
+    )
+
+
+def restart_steps(conn: Connection, job_id: str) -> None:
+    """Block every step of a locked job that is not done, as if never tried, but for its checkpoint and its token.
+
+    The token goes on, so that no worker of an earlier attempt can write any more.
+    """
+    conn.execute(
+        update(steps)
+        .where(steps.c.job_id == job_id, steps.c.status != "done")
+        .values(status="blocked", lease_until=None, crashes=0, started_at=None, finished_at=None, seconds=None)
     )
 
 

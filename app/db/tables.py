@@ -84,6 +84,7 @@ jobs = Table(
     _time("pause_requested_at"),  # null again once the job was told to go on
     _time("paused_at"),  # the clock of max_seconds stands still since then, until the next claim
     Column("paused_s", Double, nullable=False, server_default=text("0")),  # seconds for which it did so before
+    Column("retries", Integer, nullable=False, server_default=text("0")),
     _now(),
     _time("started_at"),
     _time("finished_at"),

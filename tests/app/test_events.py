@@ -12,8 +12,9 @@ from typing import Any
 
 import httpx
 
-from app.core.moves import request_cancel
+from app.core.moves import request_cancel, request_retry
 from app.db.events import append_event
+from p2d.client import Client
 from tests.app.conftest import Api, serving
 
 STREAM = {"Accept": "text/event-stream"}
@@ -134,6 +135,24 @@ def test_a_stream_that_has_ended_says_not_to_come_back(api: Api) -> None:
     answer = api.http.get(f"/jobs/{job_id}/events", headers={**STREAM, "Last-Event-ID": str(last)})
 
     assert answer.status_code == 204
+
+
+def test_a_stream_goes_on_over_the_end_of_a_job_that_was_retried(api: Api) -> None:
+    job_id = api.job()
+    cancel(api, job_id)
+    with api.engine.begin() as conn:
+        request_retry(conn, job_id)
+    add_events(api, job_id, 3)
+
+    with ThreadPoolExecutor(2) as pool, Client(api.url) as client:
+        reading, following = pool.submit(read_stream, api, job_id), pool.submit(lambda: list(client.events(job_id)))
+        add_events(api, job_id, 3)
+        cancel(api, job_id)
+        seen, followed = reading.result(30), following.result(30)
+
+    assert seen == [event.seq for event in followed] == list(range(1, len(seen) + 1))
+    ends = [event.seq for event in followed if event.type == "end"]
+    assert (len(ends), ends[-1]) == (2, seen[-1])
 
 
 def test_a_number_from_the_future_does_not_skip_what_comes(api: Api) -> None:

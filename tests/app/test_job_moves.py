@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 
 from app.cli import cli
 from p2d.client import Client, ServiceProblem
-from tests.app.conftest import Api
+from tests.app.conftest import Api, a_job
 
 
 def test_a_job_is_paused_and_goes_on_to_its_end(api: Api) -> None:
@@ -62,14 +62,45 @@ def test_a_move_is_made_once_for_a_key(api: Api) -> None:
     assert api.http.get(f"/jobs/{job_id}").json()["status"] == "queued"
 
 
+def test_a_job_that_was_cancelled_is_retried_once_for_a_key(api: Api) -> None:
+    job_id, key = api.job(), {"Idempotency-Key": "retry-once"}
+    api.http.post(f"/jobs/{job_id}/cancel")
+
+    first, again = (api.http.post(f"/jobs/{job_id}/retry", headers=key) for _ in range(2))
+
+    assert (first.status_code, first.json()["status"], first.json()["retries"]) == (202, "queued", 1)
+    assert (again.json(), again.headers["Idempotency-Replayed"]) == (first.json(), "true")
+    refused = api.http.post(f"/jobs/{job_id}/retry")
+    assert (refused.status_code, refused.json()["facts"]["allowed"]) == (409, ["pause", "cancel"])
+
+
+def test_a_job_whose_dataset_was_deleted_is_not_retried(api: Api) -> None:
+    answer = api.post(a_job(dataset=api.dataset(50, start=7000)))
+    job_id, dataset_id = answer.json()["id"], answer.json()["dataset_id"]
+    api.http.post(f"/jobs/{job_id}/cancel")
+    assert api.http.delete(f"/datasets/{dataset_id}").status_code == 204
+
+    refused = api.http.post(f"/jobs/{job_id}/retry")
+
+    assert (refused.status_code, refused.json()["code"]) == (404, "dataset.not_found")
+    assert refused.json()["errors"][0]["pointer"] == "/dataset"
+
+
 def test_the_client_and_the_command_line_make_the_same_moves(api: Api) -> None:
     job_id, runner = api.job(), CliRunner()
     with Client(api.url) as client:
         assert client.pause(job_id).status == "paused"
         assert client.resume(job_id).status == "queued"
-        for command, status in [("pause", "paused"), ("resume", "queued"), ("cancel", "cancelled")]:
+        for command, status in [
+            ("pause", "paused"),
+            ("resume", "queued"),
+            ("cancel", "cancelled"),
+            ("retry", "queued"),
+        ]:
             done = runner.invoke(cli, [command, job_id, "--url", api.url])
             assert (done.exit_code, done.output.strip()) == (0, f"{job_id} {status}")
+        assert client.cancel(job_id).status == "cancelled"
+        assert client.retry(job_id).raw["retries"] == 2
         with pytest.raises(ServiceProblem) as refused:
-            client.pause(job_id)
+            client.retry(job_id)
     assert refused.value.code == "job.move_not_allowed"

@@ -222,6 +222,7 @@ def test_an_id_that_names_no_job_is_404(api: Api, id: str) -> None:
         ("POST", "/cancel"),
         ("POST", "/pause"),
         ("POST", "/resume"),
+        ("POST", "/retry"),
         ("GET", "/events"),
         ("GET", "/artifacts"),
         ("GET", "/report"),

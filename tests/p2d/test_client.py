@@ -197,6 +197,23 @@ def test_events_go_on_behind_the_last_one_seen(
     assert [request.headers.get("Last-Event-ID") for request in seen] == [None, "2"]
 
 
+def test_an_end_in_the_middle_of_the_log_does_not_end_the_events(client: Client, answer: Callable[..., None]) -> None:
+    retried = event(1, "end") + event(2, "job.status") + event(3, "end")
+    answer(lambda request: request.say(200, retried))
+
+    assert [each.seq for each in client.events("job_1")] == [1, 2, 3]
+
+
+def test_a_stream_that_is_cut_behind_the_end_is_over_when_the_service_says_so(
+    client: Client, answer: Callable[..., None], seen: list[Request]
+) -> None:
+    cut = event(1, "end") + b": ping"
+    answer(lambda request: request.say(200, cut, cut_at=len(cut) - 1), lambda request: request.say(204, b""))
+
+    assert [each.seq for each in client.events("job_1")] == [1]
+    assert len(seen) == 2
+
+
 def test_a_stream_that_never_gets_further_is_given_up(client: Client, answer: Callable[..., None]) -> None:
     answer(lambda request: request.say(200, b""))
 

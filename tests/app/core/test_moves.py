@@ -1,4 +1,4 @@
-"""What a user may ask of a job, without workers: pause, resume and cancel in every status, and against a claim."""
+"""What a user may ask of a job, without workers: pause, resume, cancel and retry in every status, and against a claim."""
 
 from __future__ import annotations
 
@@ -12,14 +12,16 @@ from sqlalchemy import update
 from app.core import lifecycle
 from app.core.lifecycle import NEXT, StepFacts
 from app.core.moves import MOVES
+from app.db.datasets import delete_dataset
 from app.db.jobs import Status
 from app.db.leases import Lease, claim, pulse
 from app.db.tables import jobs
-from app.errors import LeaseLost, MoveNotAllowed
+from app.errors import DatasetNotFound, LeaseLost, MoveNotAllowed
 from app.settings import Settings
 from p2d.errors import Diverged
 from tests.app.db.test_leases import begin, expire, take
 from tests.rig import Rig, make_rig, wait_for
+from workers.reconcile import reconcile
 
 
 @pytest.fixture
@@ -199,6 +201,92 @@ def test_cancel_ends_a_paused_job_at_once_and_a_pausing_one_with_its_last_step(r
     rig.check_ledger(pausing)
 
 
+def test_a_retry_keeps_what_is_done_and_starts_the_rest_again(rig: Rig) -> None:
+    job_id = rig.submit(rows=60)
+    finish(rig, begin(rig))
+    heads, late = begin(rig), begin(rig, by="late")
+    with rig.db.begin() as conn:
+        lifecycle.record_checkpoint(conn, late, {"state.json": "0" * 64})
+        lifecycle.fail_step(conn, heads, Diverged("no"))
+    failed = rig.job(job_id)
+
+    job = rig.retry(job_id)
+
+    assert (job.status, job.error, job.retries) == ("queued", None, 1)
+    assert (job.started_at, job.finished_at) == (None, None)
+    assert (job.stage, job.progress) == (failed.stage, failed.progress), "stage and progress never go back"
+    assert {(step.step, step.status, step.crashes) for step in rig.steps(job_id)} == {
+        ("validate", "done", 0),
+        *((step, "ready", 0) for step in ("heads", "respond")),
+        *((step, "blocked", 0) for step in ("select", "train", "evaluate", "package")),
+    }
+    with pytest.raises(LeaseLost):
+        finish(rig, late)
+    assert [step.checkpoint for step in rig.steps(job_id) if step.id == late.step_id] == [
+        {"files": {"state.json": "0" * 64}}
+    ]
+    finish_all(rig)
+    assert path_of(rig, job_id) == ["queued", "running", "failed", "queued", "running", "succeeded"]
+    told = [event.data["error"]["code"] for event in rig.events(job_id) if "error" in event.data]
+    assert told == ["engine.diverged"], "the error stays in the log"
+    rig.check_ledger(job_id)
+
+
+def test_a_cancelled_job_is_retried_and_cancelled_again(rig: Rig) -> None:
+    job_id = rig.submit()
+    rig.cancel(job_id)
+
+    assert rig.retry(job_id).cancel_requested_at is None
+
+    finish(rig, begin(rig))
+    assert rig.cancel(job_id).status == "cancelled"
+    rig.check_ledger(job_id)
+
+
+def test_a_claim_from_the_moment_in_which_the_job_ended_is_void_after_a_retry(rig: Rig) -> None:
+    job_id = rig.submit()
+    with rig.db.begin() as conn:  # the cancel skips the step that is being claimed
+        lease = claim(conn, queue=rig.settings.worker_queue, worker="w", lease_s=60)
+        assert rig.cancel(job_id).status == "cancelled"
+    assert lease is not None
+
+    rig.retry(job_id)
+
+    with pytest.raises(LeaseLost), rig.db.begin() as conn:
+        lifecycle.begin_step(conn, lease)
+    finish_all(rig)
+    assert rig.job(job_id).status == "succeeded"
+    rig.check_ledger(job_id)
+
+
+def test_a_job_whose_dataset_is_gone_is_not_retried(rig: Rig) -> None:
+    job_id = rig.submit()
+    rig.cancel(job_id)
+    with rig.db.begin() as conn:
+        assert delete_dataset(conn, rig.job(job_id).dataset_id)
+
+    with pytest.raises(DatasetNotFound):
+        rig.retry(job_id)
+
+    rig.check_ledger(job_id)
+
+
+def test_a_retry_has_the_whole_time_again(rig: Rig) -> None:
+    job_id = rig.submit(max_seconds=100)
+    finish(rig, begin(rig))
+    with rig.db.begin() as conn:
+        conn.execute(update(jobs).where(jobs.c.id == job_id).values(started_at="2000-01-01T00:00:00Z"))
+    reconcile(rig.db, rig.waker, max_crashes=3)
+    assert rig.job(job_id).status == "failed"
+
+    rig.retry(job_id)
+
+    reconcile(rig.db, rig.waker, max_crashes=3)
+    begin(rig)
+    reconcile(rig.db, rig.waker, max_crashes=3)
+    assert rig.job(job_id).status == "running"
+
+
 def test_repeating_a_move_changes_and_tells_nothing(rig: Rig) -> None:
     job_id = rig.submit()
     begin(rig)
@@ -210,9 +298,12 @@ def test_repeating_a_move_changes_and_tells_nothing(rig: Rig) -> None:
         assert rig.job(job_id) == told
 
 
-@pytest.mark.parametrize("status", ["cancelling", "cancelled", "succeeded", "failed"])
-@pytest.mark.parametrize("move", ["pause", "resume"])
-def test_a_move_that_the_status_forbids_names_those_that_it_allows(rig: Rig, status: Status, move: str) -> None:
+@pytest.mark.parametrize(
+    ("move", "status"),
+    [(move, status) for move in ("pause", "resume") for status in ("cancelling", "cancelled", "succeeded", "failed")]
+    + [("retry", status) for status in ("queued", "running", "pausing", "paused", "cancelling", "succeeded")],
+)
+def test_a_move_that_the_status_forbids_names_those_that_it_allows(rig: Rig, move: str, status: Status) -> None:
     job_id = rig.submit()
     with rig.db.begin() as conn:
         conn.execute(update(jobs).where(jobs.c.id == job_id).values(status=status))
