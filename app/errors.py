@@ -81,6 +81,15 @@ class RangeNotSatisfiable(RequestError):
         super().__init__(f"The range lies outside of the {size_bytes} bytes.", size_bytes=size_bytes)
 
 
+class PreconditionFailed(RequestError):
+    """The resource has changed since the client read it."""
+
+    code, hint = "request.precondition_failed", "Read the resource again, and send the change with its new ETag."
+
+    def __init__(self, *, etag: str) -> None:
+        super().__init__("The resource does not have the ETag of If-Match.", etag=etag)
+
+
 class CursorInvalid(RequestError):
     """A paging cursor that this service did not make."""
 
@@ -161,6 +170,15 @@ class MoveNotAllowed(Conflict):
     def __init__(self, *, job_id: str, status: str, move: str, allowed: Sequence[str]) -> None:
         text = f"A job that is {status} cannot be asked to {move}."
         super().__init__(text, job_id=job_id, status=status, move=move, allowed=list(allowed))
+
+
+class JobInUse(Conflict):
+    """A job whose head map or selection another job reads that has not ended."""
+
+    code, hint = "job.in_use", "Wait for the jobs in facts.by, or cancel them, and delete this one then."
+
+    def __init__(self, *, job_id: str, by: Sequence[str]) -> None:
+        super().__init__("A job that has not ended reads its head map or selection.", job_id=job_id, by=list(by))
 
 
 class DatasetInUse(Conflict):

@@ -14,7 +14,19 @@ from collections.abc import AsyncIterator
 from fastapi import FastAPI
 
 from app import problems
-from app.api import artifacts, datasets, documentation, events, head_maps, job_moves, jobs, models, ops, selections
+from app.api import (
+    artifacts,
+    datasets,
+    documentation,
+    events,
+    head_maps,
+    job_moves,
+    job_views,
+    jobs,
+    models,
+    ops,
+    selections,
+)
 from app.api.context import Services, Wake
 from app.api.event_hub import EventHub
 from app.api.uploads import sweep
@@ -66,7 +78,7 @@ def create_app(settings: Settings, *, waker: Wake | None = None) -> FastAPI:
     )
     problems.install(app)
     documentation.install(app)
-    for room in (jobs, job_moves, events, artifacts, datasets, head_maps, selections, models, ops):
+    for room in (jobs, job_views, job_moves, events, artifacts, datasets, head_maps, selections, models, ops):
         app.include_router(room.router)
     app.add_middleware(problems.RequestIds)
     return app

@@ -56,6 +56,7 @@ STATUS = {
     "request.no_such_path": 404,
     "request.range": 416,
     "request.cursor": 422,
+    "request.precondition_failed": 412,
     "request.conflict": 409,
     "resource.not_found": 404,
     "artifact.not_found": 404,
@@ -68,6 +69,7 @@ STATUS = {
     "job.not_found": 404,
     "job.already_final": 409,
     "job.move_not_allowed": 409,
+    "job.in_use": 409,
     # Why a job ended: met in `job.error`; the status is what an answer with this code would have.
     "job.cancelled": 409,
     "job.failed": 500,

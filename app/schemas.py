@@ -48,6 +48,9 @@ Id = Annotated[Text, Field(min_length=1, max_length=64)]
 Ratio = Annotated[float, Field(json_schema_extra={"exclusiveMinimum": 0, "maximum": 1})]
 
 
+MAX_METADATA = 16
+"""Most pairs of text on one job."""
+
 Count = Annotated[int, Field(le=1_000_000)]
 
 
@@ -149,7 +152,7 @@ class JobBody(Body):
     )
     limits: LimitsBody = LimitsBody()
     metadata: dict[Annotated[Text, Field(max_length=64)], Annotated[Text, Field(max_length=512)]] = Field(
-        default={}, max_length=16, description="Up to 16 pairs of text of your own."
+        default={}, max_length=MAX_METADATA, description="Pairs of text of your own."
     )
     name: Annotated[Text, Field(max_length=200)] = Field(default="", description="A name of your own.")
 
@@ -167,6 +170,15 @@ class JobBody(Body):
             controls=tuple(self.controls),
             limits=Limits(**self.limits.model_dump()),
         )
+
+
+class JobPatch(Body):
+    """What `PATCH /jobs/{id}` takes, as a JSON merge patch: only what is to change; null empties it."""
+
+    name: Annotated[Text, Field(max_length=200)] | None = Field(default=None, description="A name of your own.")
+    metadata: dict[Annotated[Text, Field(max_length=64)], Annotated[Text, Field(max_length=512)] | None] | None = Field(
+        default=None, description=f"Pairs to set; null removes one. Up to {MAX_METADATA} in the end."
+    )
 
 
 # --- answers ---------------------------------------------------------------------------------------------------------
@@ -249,6 +261,39 @@ class JobView(JobSummary):
     estimate: dict[str, JsonValue] | None = Field(description="Seconds per step, from the job's own plan.")
     head_map: str | None = Field(default=None, description="Id of the head map that the job made, for later jobs.")
     selection: str | None = Field(default=None, description="Id of the selection that the job made, for later jobs.")
+
+
+class JobConfigView(View):
+    """What a job is computed from."""
+
+    job_id: str
+    base_model: str
+    model_digest: str = Field(description="Sha256 that the base model's files must have.")
+    dataset_id: str
+    validation_dataset_id: str | None
+    config: dict[str, JsonValue] = Field(description="As asked, with the defaults filled in; never changes.")
+    resolved: dict[str, JsonValue] | None = Field(description="Without `auto`; final once the job has validated.")
+    reasons: dict[str, str] = Field(description="Why each `auto` was resolved so: pointer -> reason.")
+    seed: int
+    versions: dict[str, str] = Field(description="Versions of the code that resolved it: name -> version.")
+
+
+class AttemptView(View):
+    """One try at a step by one worker."""
+
+    id: str
+    job_id: str
+    step: str
+    shard: int
+    attempt: int = Field(description="1, 2, 3 ... of this step and shard.")
+    worker: str
+    outcome: Literal["running", "done", "failed", "lost", "released", "cancelled"] = Field(
+        description="`lost`: its worker or process died; `released`: given back, by a pause or a worker that left."
+    )
+    error: Problem | None = None
+    seconds: float | None = Field(description="Wall time; for `lost` until the loss was noticed.")
+    started_at: datetime
+    finished_at: datetime | None
 
 
 class DatasetView(View):

@@ -190,6 +190,11 @@ class Client:
         """Queue a failed or cancelled job again; its finished steps are kept."""
         return self._move(job_id, "retry")
 
+    def clone(self, job_id: str, patch: Mapping[str, Any] | None = None, *, idempotency_key: str | None = None) -> Job:
+        """Send the request of a job again, changed by a JSON merge patch; returns the new job."""
+        headers = {"Idempotency-Key": idempotency_key or str(uuid.uuid4())}
+        return _job(self._json("POST", f"/jobs/{job_id}/clone", headers=headers, json=dict(patch or {})))
+
     def models(self) -> list[Mapping[str, Any]]:
         """The base models that the service has."""
         return list(self._pages("/models", {}))

@@ -15,6 +15,7 @@ from typing import Any
 
 from app.blobs import BlobStore
 from app.core.lifecycle import StepFacts
+from app.core.versions import versions
 from app.db.artifacts import NewArtifact, list_artifacts
 from app.db.attempts import list_attempts
 from app.db.datasets import get_dataset
@@ -138,7 +139,12 @@ def read_facts(lease: Lease, out: Path) -> StepFacts:
         plan = load_plan(out / "plan.json")
         return StepFacts(
             accounting=accounting,
-            resolved={"config": config_json(plan.config), "reasons": plan.reasons},
+            resolved={
+                "config": config_json(plan.config),
+                "reasons": plan.reasons,
+                "warnings": list(plan.warnings),
+                "versions": versions(),  # of the machine that decided; the child runs on the same packages
+            },
             estimate_s=plan.estimate_s,
             warnings=tuple(plan.warnings),
         )

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from fastapi import Request, Response
 from fastapi.responses import StreamingResponse
 
+from app.api.etags import matches
 from app.blobs import Blob, BlobStore
 from app.errors import BlobCorrupt, BlobMissing, RangeNotSatisfiable
 
@@ -29,7 +30,7 @@ def send_blob(request: Request, blobs: BlobStore, blob: Blob, *, media_type: str
         "Repr-Digest": f"sha-256=:{digest}:",
         "X-Content-Type-Options": "nosniff",
     }
-    if _matches(request.headers.get("if-none-match"), etag):
+    if matches(request.headers.get("if-none-match"), etag):
         return Response(status_code=304, headers=headers)
     stored = blobs.size(blob.sha256)
     if stored is None:
@@ -59,13 +60,6 @@ def _primed(chunks: Iterator[bytes]) -> Iterator[bytes]:
         yield from chunks
 
     return rest()
-
-
-def _matches(header: str | None, etag: str) -> bool:
-    if header is None:
-        return False
-    tags = [tag.strip().removeprefix("W/") for tag in header.split(",")]
-    return etag in tags or "*" in tags
 
 
 def _range(request: Request, etag: str, size: int) -> tuple[int, int] | None:

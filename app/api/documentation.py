@@ -9,7 +9,7 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import TypeAdapter
 
 from app.problems import MEDIA_TYPE, STATUS
-from app.schemas import JobBody, Mapping, Problem
+from app.schemas import JobBody, JobPatch, Mapping, Problem
 from p2d.errors import P2DError
 
 _PROBLEM = {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}
@@ -61,6 +61,27 @@ JOB_BODY = {
     }
 }
 
+_PATCH = {
+    "type": "object",
+    "description": "A JSON merge patch (RFC 7396) of a job's body: only what is to differ; null means the default.",
+}
+
+CLONE_BODY = {
+    "requestBody": {
+        "required": False,
+        "content": {"application/json": {"schema": _PATCH}, "application/merge-patch+json": {"schema": _PATCH}},
+    }
+}
+
+_JOB_PATCH = {"schema": {"$ref": "#/components/schemas/JobPatch"}}
+
+PATCH_BODY = {
+    "requestBody": {
+        "required": True,
+        "content": {"application/json": _JOB_PATCH, "application/merge-patch+json": _JOB_PATCH},
+    }
+}
+
 DATASET_BODY = {
     "requestBody": {
         "required": True,
@@ -92,7 +113,7 @@ def install(app: FastAPI) -> None:
                 tags=app.openapi_tags,
             )
             schemas = document.setdefault("components", {}).setdefault("schemas", {})
-            for model in (JobBody, Problem):
+            for model in (JobBody, JobPatch, Problem):
                 schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
                 schemas.update(schema.pop("$defs", {}))
                 schemas[model.__name__] = schema

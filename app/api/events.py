@@ -104,7 +104,10 @@ class _EventStream(StreamingResponse):
 async def _frames(services: Services, job_id: str, after: int) -> AsyncIterator[bytes]:
     yield b"retry: 1000\n\n"
     while not services.hub.closing:
-        job, events = await run_in_threadpool(_read, services, job_id, after, BATCH)
+        try:
+            job, events = await run_in_threadpool(_read, services, job_id, after, BATCH)
+        except JobNotFound:
+            return  # it was deleted: whoever comes back gets 404
         if events:
             yield b"".join(_frame(event) for event in events)
             after = events[-1].seq

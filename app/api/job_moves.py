@@ -1,30 +1,44 @@
-"""What a user may ask of a job that is there: cancel, pause, resume, retry. When which is allowed is app.core.moves' business."""
+"""What a user may do to a job that is there: cancel, pause, resume, retry, rename, delete.
+
+When which is allowed is app.core.moves' business.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Request, Response
+from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse
 
 from app.api.context import Context, IdempotencyKey, JobId, Services
-from app.api.documentation import errors
+from app.api.documentation import PATCH_BODY, errors
+from app.api.etags import IfMatch, require_match, send_view
 from app.api.idempotency import Once
 from app.api.job_views import view_of
-from app.api.uploads import Received
-from app.core.moves import request_cancel, request_pause, request_resume, request_retry
+from app.api.patches import merge_patch
+from app.api.uploads import Received, read_json, receive_json
+from app.core.moves import delete, request_cancel, request_pause, request_resume, request_retry
 from app.db.engine import Connection
-from app.db.jobs import Job
+from app.db.jobs import Job, lock_job, update_job
 from app.errors import (
     DatasetNotFound,
     HeadMapNotFound,
     IdempotencyInFlight,
     JobAlreadyFinal,
+    JobInUse,
     JobNotFound,
     MoveNotAllowed,
+    PreconditionFailed,
+    RequestError,
+    RequestInvalid,
+    RequestTooLarge,
     SelectionNotFound,
+    UnsupportedMediaType,
 )
-from app.schemas import JobView
+from app.problems import invalid
+from app.schemas import MAX_METADATA, JobPatch, JobView
+from p2d.errors import ErrorDetail
 
 router = APIRouter(tags=["jobs"])
 
@@ -69,6 +83,43 @@ def retry_job(job_id: JobId, services: Context, key: IdempotencyKey) -> Response
     events and attempts.
     """
     return _move(services, job_id, "retry", key, request_retry)
+
+
+@router.patch(
+    "/jobs/{id}",
+    response_model=JobView,
+    responses=errors(
+        *(JobNotFound, PreconditionFailed),
+        *(RequestError, RequestInvalid, RequestTooLarge, UnsupportedMediaType),
+    ),
+    openapi_extra=PATCH_BODY,
+)
+async def patch_job(request: Request, job_id: JobId, services: Context, if_match: IfMatch = None) -> Response:
+    """Change a job's name and metadata, in any status; with If-Match only if the job is still as it was read."""
+    body = await receive_json(request, services.settings)
+    return await run_in_threadpool(_patch, services, job_id, read_json(JobPatch, body), if_match)
+
+
+@router.delete("/jobs/{id}", status_code=204, responses=errors(JobNotFound, MoveNotAllowed, JobInUse))
+def delete_job(job_id: JobId, services: Context) -> None:
+    """Delete a job that has ended, with its events, artifacts, head map and selection. Its datasets stay."""
+    with services.engine.begin() as conn:
+        delete(conn, job_id)
+
+
+def _patch(services: Services, job_id: str, patch: JobPatch, if_match: str | None) -> Response:
+    with services.engine.begin() as conn:
+        job = lock_job(conn, job_id)
+        if job is None:
+            raise JobNotFound(id=job_id)
+        require_match(if_match, view_of(conn, job))
+        asked = merge_patch({"name": job.name, "metadata": job.metadata}, patch.model_dump(exclude_unset=True))
+        metadata = asked.get("metadata", {})
+        if len(metadata) > MAX_METADATA:
+            text = f"With this there would be {len(metadata)} pairs; {MAX_METADATA} are the most."
+            raise invalid([ErrorDetail(code="field.too_long", message=text, pointer="/metadata")])
+        view = view_of(conn, update_job(conn, job_id, name=asked.get("name", ""), metadata=metadata))
+    return send_view(view)
 
 
 def _move(

@@ -1,16 +1,70 @@
-"""A job as the API shows it: one view for every route that answers with a job."""
+"""A job as the API shows it: the job itself, the configuration it is frozen to, and every try at its steps."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
 from typing import Any
 
+from fastapi import APIRouter, Response
+
+from app.api.context import Context, Cursor, JobId, Limit, page_after, page_of
+from app.api.documentation import errors
+from app.api.etags import NOT_MODIFIED, IfNoneMatch, send_view
+from app.db.attempts import list_attempts
 from app.db.engine import Connection
 from app.db.head_maps import head_map_of_job
-from app.db.jobs import Job
+from app.db.jobs import Job, get_job
 from app.db.selections import selection_of_job
+from app.errors import JobNotFound
 from app.problems import problem_body
-from app.schemas import JobSummary, JobView
+from app.schemas import AttemptView, JobConfigView, JobSummary, JobView, Page
+
+router = APIRouter(tags=["jobs"])
+
+
+@router.get("/jobs/{id}", response_model=JobView, responses={**NOT_MODIFIED, **errors(JobNotFound)})
+def get_one_job(job_id: JobId, services: Context, if_none_match: IfNoneMatch = None) -> Response:
+    """A job as it is now, with an ETag: cheap to poll with If-None-Match, safe to change with If-Match."""
+    with services.engine.connect() as conn:
+        view = view_of(conn, _find(conn, job_id))
+    return send_view(view, if_none_match)
+
+
+@router.get("/jobs/{id}/config", response_model=JobConfigView, responses={**NOT_MODIFIED, **errors(JobNotFound)})
+def get_job_config(job_id: JobId, services: Context, if_none_match: IfNoneMatch = None) -> Response:
+    """What the job is computed from: as asked, as resolved and why, with seed, digest and versions."""
+    with services.engine.connect() as conn:
+        job = _find(conn, job_id)
+    resolved = job.resolved or {}
+    view = JobConfigView(
+        job_id=job.id,
+        base_model=job.base_model,
+        model_digest=job.model_digest,
+        dataset_id=job.dataset_id,
+        validation_dataset_id=job.validation_dataset_id,
+        config=job.config,
+        resolved=resolved.get("config"),
+        reasons=resolved.get("reasons", {}),
+        seed=job.config["training"]["seed"],
+        versions=resolved.get("versions", {}),
+    )
+    return send_view(view, if_none_match)
+
+
+@router.get("/jobs/{id}/attempts", responses=errors(JobNotFound))
+def get_job_attempts(job_id: JobId, services: Context, limit: Limit = 20, cursor: Cursor = None) -> Page[AttemptView]:
+    """Every try at every step of the job, oldest first: which worker, how it ended, and with what error."""
+    after = page_after(cursor)
+    with services.engine.connect() as conn:
+        _find(conn, job_id)
+        found = list_attempts(conn, job_id, after=after, limit=limit + 1)
+    views = [
+        AttemptView.model_validate(
+            asdict(one) | {"attempt": one.token, "error": problem_body(one.error) if one.error else None}
+        )
+        for one in found
+    ]
+    return Page[AttemptView].model_validate(page_of(views, [one.id for one in found], limit))
 
 
 def summary_of(job: Job) -> JobSummary:
@@ -31,6 +85,13 @@ def view_of(conn: Connection, job: Job) -> JobView:
             "selection": selection.id if selection else None,
         }
     )
+
+
+def _find(conn: Connection, job_id: str) -> Job:
+    job = get_job(conn, job_id)
+    if job is None:
+        raise JobNotFound(id=job_id)
+    return job
 
 
 def _fields(job: Job) -> dict[str, Any]:

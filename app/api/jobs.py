@@ -1,7 +1,8 @@
-"""Jobs: create, read, list. What a job may ask for and do is app.core's business; how it runs is the workers'."""
+"""Jobs: create, clone, list. What a job may ask for and do is app.core's business; how it runs is the workers'."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Annotated, TypeVar
@@ -9,14 +10,17 @@ from typing import Annotated, TypeVar
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse
+from pydantic import JsonValue
 
 from app.api.context import Context, Cursor, IdempotencyKey, JobId, Limit, Services, page_after, page_of
-from app.api.documentation import JOB_BODY, errors
+from app.api.documentation import CLONE_BODY, JOB_BODY, errors
 from app.api.idempotency import Once
 from app.api.job_views import summary_of, view_of
-from app.api.uploads import Received, read_json, receive
+from app.api.patches import merge_patch
+from app.api.uploads import Received, read_json, receive, receive_json
 from app.core.ingest import Candidate, inspect, record, store
 from app.core.submit import Content, JobRequest, find_dataset, refusals, submit
+from app.core.versions import versions
 from app.db.engine import Connection
 from app.db.jobs import Job, get_job, list_jobs, update_job
 from app.errors import (
@@ -57,12 +61,13 @@ router = APIRouter(tags=["jobs"])
 FILES = ("dataset", "validation_dataset")
 POLL_AFTER_S = 2
 
-_CREATE_ERRORS = errors(
+_REFUSALS: tuple[type[P2DError], ...] = (
     *(RequestError, RequestInvalid, RequestTooLarge, UnsupportedMediaType, IdempotencyInFlight, IdempotencyMismatch),
     *(ConfigError, DatasetError, DatasetEmpty, DatasetTooSmall, DatasetTooLarge, MappingInvalid),
     *(ModelError, ModelNotFound, ModelUnsupported),
     *(HeadMapNotFound, HeadMapMismatch, SelectionNotFound, SelectionMismatch),
 )
+_CREATE_ERRORS, _CLONE_ERRORS = errors(*_REFUSALS), errors(JobNotFound, *_REFUSALS)
 
 
 @router.post("/jobs", status_code=202, response_model=JobView, responses=_CREATE_ERRORS, openapi_extra=JOB_BODY)
@@ -91,14 +96,20 @@ def get_jobs(
     return Page[JobSummary].model_validate(page_of(summaries, [job.id for job in jobs], limit))
 
 
-@router.get("/jobs/{id}", responses=errors(JobNotFound))
-def get_one_job(job_id: JobId, services: Context) -> JobView:
-    """A job as it is now."""
-    with services.engine.connect() as conn:
-        job = get_job(conn, job_id)
-        if job is None:
-            raise JobNotFound(id=job_id)
-        return view_of(conn, job)
+@router.post(
+    "/jobs/{id}/clone",
+    status_code=202,
+    response_model=JobView,
+    responses=_CLONE_ERRORS,
+    openapi_extra=CLONE_BODY,
+)
+async def clone_job(request: Request, job_id: JobId, services: Context, key: IdempotencyKey) -> Response:
+    """Queue a new job from the request of another one, changed by a JSON merge patch: null means the default.
+
+    Checked as POST /jobs checks it; the base model is the one that is installed under its name now.
+    """
+    patch = await receive_json(request, services.settings)
+    return await run_in_threadpool(_clone, services, job_id, patch, key)
 
 
 # --- creating --------------------------------------------------------------------------------------------------------
@@ -106,7 +117,25 @@ def get_one_job(job_id: JobId, services: Context) -> JobView:
 
 def _create(services: Services, received: Received, key: str | None) -> Response:
     body = _parse(received)
-    once = Once.of("POST /jobs", key, body.model_dump(mode="json"), received)
+    return _queue(services, body, received, Once.of("POST /jobs", key, body.model_dump(mode="json"), received))
+
+
+def _clone(services: Services, job_id: str, body: bytes, key: str | None) -> Response:
+    patch = read_json(dict[str, JsonValue], body or b"{}")
+    once = Once.of(f"POST /jobs/{job_id}/clone", key, patch, Received())
+    if (replay := once.earlier(services.engine)) is not None:
+        return replay
+    with services.engine.connect() as conn:
+        job = get_job(conn, job_id)
+    if job is None:
+        raise JobNotFound(id=job_id)
+    inputs = {"base_model": job.base_model, "dataset": job.dataset_id, "validation_dataset": job.validation_dataset_id}
+    asked = {**job.config, **inputs, "name": job.name, "metadata": job.metadata}
+    received = Received(json=json.dumps(merge_patch(asked, patch)).encode())
+    return _queue(services, _parse(received), received, once)
+
+
+def _queue(services: Services, body: JobBody, received: Received, once: Once) -> Response:
     if (replay := once.earlier(services.engine)) is not None:
         return replay
     model, candidates = _inspect(services, body, received)
@@ -240,5 +269,10 @@ def _resolve(conn: Connection, job: Job, request: JobRequest) -> Job:
     held_out = held_out_count(rows, validation, proxy_rows=0)
     train_rows = rows - held_out if validation is None else rows
     found = resolve(config, rows=train_rows, context_length=request.model.context_length)
-    resolved = {"config": config_json(found.config), "reasons": found.reasons, "warnings": list(found.warnings)}
+    resolved = {
+        "config": config_json(found.config),
+        "reasons": found.reasons,
+        "warnings": list(found.warnings),
+        "versions": versions(),
+    }
     return update_job(conn, job.id, resolved=resolved)

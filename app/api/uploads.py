@@ -84,6 +84,15 @@ async def receive(
         raise
 
 
+async def receive_json(request: Request, settings: Settings) -> bytes:
+    """A body that is JSON or a JSON merge patch, or nothing. Raises UnsupportedMediaType, RequestTooLarge."""
+    media_type, _ = parse_options_header(request.headers.get("content-type"))
+    body = await _read_json(request, settings.max_json_bytes)
+    if body and media_type not in (b"application/json", b"application/merge-patch+json"):
+        raise UnsupportedMediaType(expected=["application/json", "application/merge-patch+json"])
+    return body
+
+
 SomeBody = TypeVar("SomeBody")
 
 

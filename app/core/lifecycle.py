@@ -197,10 +197,10 @@ def cancel_step(conn: Connection, lease: Lease) -> Job:
 def expire_step(conn: Connection, lease: Lease, *, max_crashes: int) -> None:
     """Take a step from a worker that has been silent for too long, unless it came back just now."""
     job = jobs.lock_job(conn, lease.job_id)
-    assert job is not None, "a step without a job"
     leases.fence(conn, lease)
     if not leases.is_expired(conn, lease):
         return
+    assert job is not None, "a step without a job"
     if not job.is_final:
         lose_step(conn, lease, max_crashes=max_crashes)
         return

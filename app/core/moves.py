@@ -1,4 +1,4 @@
-"""What a user may ask of a job, by its status: cancel, pause, resume, retry. What then happens is app.core.lifecycle's.
+"""What a user may ask of a job, by its status: cancel, pause, resume, retry, delete. What then happens is app.core.lifecycle's.
 
 Each function takes a Connection, locks the job first and never commits. Repeating a move (but retry) is harmless: it
 answers with the job as it is. A move that the status forbids raises MoveNotAllowed with those that it allows.
@@ -14,9 +14,9 @@ from app.core.submit import find_inputs
 from app.db import attempts, jobs, steps
 from app.db.engine import Connection
 from app.db.jobs import Job, Status
-from app.errors import JobAlreadyFinal, JobNotFound, MoveNotAllowed
+from app.errors import JobAlreadyFinal, JobInUse, JobNotFound, MoveNotAllowed
 
-Move = Literal["pause", "resume", "cancel", "retry"]
+Move = Literal["pause", "resume", "cancel", "retry", "delete"]
 
 MOVES: Mapping[Status, tuple[Move, ...]] = {
     "queued": ("pause", "cancel"),
@@ -24,9 +24,9 @@ MOVES: Mapping[Status, tuple[Move, ...]] = {
     "pausing": ("resume", "cancel"),
     "paused": ("resume", "cancel"),
     "cancelling": (),
-    "cancelled": ("retry",),
-    "succeeded": (),
-    "failed": ("retry",),
+    "cancelled": ("retry", "delete"),
+    "succeeded": ("delete",),
+    "failed": ("retry", "delete"),
 }
 """The moves that change something in each status."""
 
@@ -84,6 +84,18 @@ def request_retry(conn: Connection, job_id: str) -> Job:
     attempts.close_attempts_of_job(conn, job_id, "cancelled")
     steps.unblock_steps(conn, job_id)
     return set_status(conn, jobs.reopen_job(conn, job_id), "queued")
+
+
+def delete(conn: Connection, job_id: str) -> None:
+    """Remove a job that has ended, with its steps, events, artifacts, head map and selection.
+
+    Raises: JobNotFound, MoveNotAllowed, JobInUse.
+    """
+    job = _lock(conn, job_id)
+    _allow(job, "delete")
+    if by := jobs.readers_of(conn, job_id):
+        raise JobInUse(job_id=job_id, by=by)
+    jobs.delete_job(conn, job_id)
 
 
 def _lock(conn: Connection, job_id: str) -> Job:

@@ -50,14 +50,19 @@ def close_attempts_of_job(conn: Connection, job_id: str, outcome: Outcome) -> No
     )
 
 
-def list_attempts(conn: Connection, job_id: str) -> list[Attempt]:
-    """All attempts of a job, oldest first."""
+def list_attempts(
+    conn: Connection, job_id: str, *, after: str | None = None, limit: int | None = None
+) -> list[Attempt]:
+    """Attempts of a job, oldest first: all, or up to `limit` behind the one with the id `after`."""
     query = (
         select(attempts, steps.c.step, steps.c.shard)
         .join(steps, steps.c.id == attempts.c.step_id)
         .where(attempts.c.job_id == job_id)
         .order_by(attempts.c.id)
+        .limit(limit)
     )
+    if after is not None:
+        query = query.where(attempts.c.id > after)
     return [Attempt(**row._mapping) for row in conn.execute(query)]
 
 

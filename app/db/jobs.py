@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Literal
 
-from sqlalchemy import ColumnElement, case, func, insert, select, update
+from sqlalchemy import ColumnElement, case, delete, func, insert, select, update
 
 from app.db.engine import Connection, Json
 from app.db.ids import new_id
-from app.db.tables import jobs
+from app.db.tables import head_maps, jobs, selections
 
 Status = Literal["queued", "running", "pausing", "paused", "cancelling", "cancelled", "succeeded", "failed"]
 Stage = Literal["validating", "identifying_heads", "selecting_data", "training", "evaluating", "packaging"]
@@ -105,6 +105,22 @@ def lock_job(conn: Connection, job_id: str) -> Job | None:
     # NO KEY UPDATE, so that the foreign key checks of inserts elsewhere do not wait for us.
     row = conn.execute(select(jobs).where(jobs.c.id == job_id).with_for_update(key_share=True)).first()
     return Job(**row._mapping) if row else None
+
+
+def readers_of(conn: Connection, job_id: str) -> list[str]:
+    """Jobs that have not ended and read the head map or the selection of this one."""
+    head_map = select(head_maps.c.id).where(head_maps.c.job_id == job_id)
+    selection = select(selections.c.id).where(selections.c.job_id == job_id)
+    reads = jobs.c.config[("heads", "head_map")].astext.in_(head_map) | jobs.c.config[("data", "selection")].astext.in_(
+        selection
+    )
+    query = select(jobs.c.id).where(jobs.c.finished_at.is_(None), reads).order_by(jobs.c.id)
+    return [row[0] for row in conn.execute(query)]
+
+
+def delete_job(conn: Connection, job_id: str) -> None:
+    """Delete a locked job and every row about it. Its objects stay in the store, where others may have the same."""
+    conn.execute(delete(jobs).where(jobs.c.id == job_id))
 
 
 def list_jobs(
