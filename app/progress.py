@@ -140,6 +140,8 @@ def _line(event: Event) -> str:
         return f"This job will take about {duration(float(data['total_s']))}" + (f" ({steps})." if steps else ".")
     if event.type == "warning":
         return f"Note: {data.get('message')}"
+    if event.type == "job.status" and data.get("status") == "paused":
+        return "The job is paused, and waits to be resumed."
     if event.type == "attempt" and data.get("outcome") not in ("running", "done"):
         return f"An attempt at {data.get('step')} ended: {data.get('outcome')}."
     return ""

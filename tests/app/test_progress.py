@@ -23,6 +23,7 @@ EVENTS: list[tuple[str, dict[str, Any]]] = [
     ("metric", {"values": {"loss": 1.25}}),
     ("job.progress", {"progress": 0.4, "stage": "identifying_heads", "eta_at": SOON}),
     ("attempt", {"step": "heads", "outcome": "lost"}),
+    ("job.status", {"status": "paused"}),
     ("job.stage", {"stage": "a_stage_of_tomorrow"}),
     ("an.event.of.tomorrow", {}),
     ("end", {"status": "succeeded"}),
@@ -38,12 +39,13 @@ def shown(*, terminal: bool, width: int = 80) -> str:
 
 
 @pytest.mark.parametrize("terminal", [True, False])
-def test_estimate_warnings_and_lost_attempts_are_said_everywhere(terminal: bool) -> None:
+def test_estimate_warnings_pauses_and_lost_attempts_are_said_everywhere(terminal: bool) -> None:
     said = " ".join(shown(terminal=terminal).split())
 
     assert "This job will take about 3 min 20 s (heads 2 min, train 1 min 20 s)." in said
     assert "Note: Few rows [see docs]." in said
     assert "An attempt at heads ended: lost." in said
+    assert "The job is paused" in said
     assert "a_stage_of_tomorrow" in said
 
 
