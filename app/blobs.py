@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 import obstore
@@ -28,6 +28,9 @@ SMALL_BYTES = 8 << 20
 """Largest object that is written in one piece."""
 
 PART_BYTES = 5 << 20  # S3's least
+
+PARTS = "uploads"
+"""Prefix of what uploads in parts leave until they are complete; all else is named by its sha256."""
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -119,15 +122,8 @@ class BlobStore:
 
     def stream(self, sha256: str, start: int = 0, end: int | None = None) -> Iterator[bytes]:
         """Yield the bytes from `start` up to, without, `end`. Raises BlobMissing before the first chunk."""
-        try:
-            options = {"range": (start, end)} if end is not None else {"range": {"offset": start}} if start else None
-            found = obstore.get(self._store, key(sha256), options=options)  # type: ignore[arg-type]
-            for chunk in found.stream(min_chunk_size=CHUNK_BYTES):
-                yield bytes(chunk)
-        except FileNotFoundError:
-            raise BlobMissing(sha256=sha256) from None
-        except (BaseError, OSError) as error:
-            raise StoreUnavailable() from error
+        options = {"range": (start, end)} if end is not None else {"range": {"offset": start}} if start else None
+        yield from self._stream(key(sha256), sha256, options)
 
     def size(self, sha256: str) -> int | None:
         """Size in bytes, or None if the object is not there."""
@@ -144,16 +140,50 @@ class BlobStore:
 
     def delete(self, sha256: str) -> None:
         """Remove the object; one that is not there is success."""
+        self._delete(key(sha256))
+
+    # --- parts of uploads -------------------------------------------------------------------------------------------
+    # Under a prefix of their own: each belongs to one upload and may be removed without asking who else holds the bytes.
+
+    def put_part(self, name: str, path: Path) -> None:
+        """Store the file as a part; the same name always stands for the same bytes."""
         try:
-            obstore.delete(self._store, key(sha256))
+            with path.open("rb") as file:
+                obstore.put(self._store, f"{PARTS}/{name}", file, chunk_size=PART_BYTES, max_concurrency=2)
+        except (BaseError, OSError) as error:
+            raise StoreUnavailable() from error
+
+    def stream_part(self, name: str, sha256: str) -> Iterator[bytes]:
+        """Yield the bytes of a part. Raises BlobMissing before the first chunk."""
+        yield from self._stream(f"{PARTS}/{name}", sha256)
+
+    def delete_part(self, name: str) -> None:
+        """Remove a part; one that is not there is success."""
+        self._delete(f"{PARTS}/{name}")
+
+    # --- all --------------------------------------------------------------------------------------------------------
+
+    def ping(self) -> None:
+        """Raise StoreUnavailable unless the store answers."""
+        self.exists("0" * 64)
+
+    def _delete(self, path: str) -> None:
+        try:
+            obstore.delete(self._store, path)
         except FileNotFoundError:
             pass
         except (BaseError, OSError) as error:
             raise StoreUnavailable() from error
 
-    def ping(self) -> None:
-        """Raise StoreUnavailable unless the store answers."""
-        self.exists("0" * 64)
+    def _stream(self, path: str, sha256: str, options: dict[str, Any] | None = None) -> Iterator[bytes]:
+        try:
+            found = obstore.get(self._store, path, options=options)  # type: ignore[arg-type]
+            for chunk in found.stream(min_chunk_size=CHUNK_BYTES):
+                yield bytes(chunk)
+        except FileNotFoundError:
+            raise BlobMissing(sha256=sha256) from None
+        except (BaseError, OSError) as error:
+            raise StoreUnavailable() from error
 
     def _has(self, blob: Blob) -> bool:
         """Whether the object is there; BlobCorrupt if it has another size than it should."""

@@ -20,6 +20,9 @@ from typing import ClassVar
 
 from p2d.errors import ErrorDetail, Fault, P2DError
 
+MAX_PARTS_LISTED = 100
+"""Missing parts of an upload that get an entry in errors[]; `facts` holds them all."""
+
 
 class ServiceError(P2DError):
     """Anything that goes wrong around the engine."""
@@ -90,6 +93,24 @@ class PreconditionFailed(RequestError):
         super().__init__("The resource does not have the ETag of If-Match.", etag=etag)
 
 
+class PartWrong(RequestError):
+    """A part of another size, or with another sha256, than was said."""
+
+    code, hint = "upload.part_wrong", "Send the part again, cut as part_bytes says."
+
+
+class UploadWrong(RequestError):
+    """All parts are there, but together they do not have the sha256 that was said."""
+
+    code, hint = (
+        "upload.hash_mismatch",
+        "Compare the parts' sha256 with the file's, send the wrong ones again, then complete.",
+    )
+
+    def __init__(self, *, expected: str, found: str) -> None:
+        super().__init__("The file does not have the sha256 that was said.", expected=expected, found=found)
+
+
 class CursorInvalid(RequestError):
     """A paging cursor that this service did not make."""
 
@@ -123,6 +144,13 @@ class DatasetNotFound(NotFound):
     """No dataset of that id."""
 
     code, what = "dataset.not_found", "dataset"
+
+
+class UploadNotFound(NotFound):
+    """No upload of that id, or it was deleted or has expired."""
+
+    code, what = "upload.not_found", "upload"
+    hint = "Check the id; an upload without new parts expires: begin a new one."
 
 
 class ArtifactNotFound(NotFound):
@@ -188,6 +216,29 @@ class DatasetInUse(Conflict):
 
     def __init__(self, *, dataset_id: str) -> None:
         super().__init__("A job that has not ended reads the dataset.", dataset_id=dataset_id)
+
+
+class UploadIncomplete(Conflict):
+    """An upload that is to be completed and still lacks parts."""
+
+    code, hint = "upload.incomplete", "Send the parts listed in errors[], then complete the upload again."
+
+    def __init__(self, *, missing: Sequence[int], total: int) -> None:
+        faults = [
+            ErrorDetail(code="upload.part_missing", message=f"Part {number} is missing.", pointer=f"/parts/{number}")
+            for number in missing[:MAX_PARTS_LISTED]
+        ]
+        text = f"{len(missing)} of {total} parts are missing."
+        super().__init__(text, errors=faults, errors_total=len(missing), missing=list(missing), total=total)
+
+
+class UploadCompleted(Conflict):
+    """A part for an upload that is a dataset already."""
+
+    code, hint = "upload.completed", "Nothing to do: read the upload for its dataset."
+
+    def __init__(self, *, upload_id: str, dataset_id: str) -> None:
+        super().__init__("The upload is complete.", upload_id=upload_id, dataset_id=dataset_id)
 
 
 class ModelNameTaken(Conflict):

@@ -26,10 +26,11 @@ from app.api import (
     models,
     ops,
     selections,
+    uploads,
 )
+from app.api.bodies import sweep
 from app.api.context import Services, Wake
 from app.api.event_hub import EventHub
-from app.api.uploads import sweep
 from app.blobs import BlobStore
 from app.core.wake import Waker
 from app.db.engine import make_engine
@@ -78,7 +79,7 @@ def create_app(settings: Settings, *, waker: Wake | None = None) -> FastAPI:
     )
     problems.install(app)
     documentation.install(app)
-    for room in (jobs, job_views, job_moves, events, artifacts, datasets, head_maps, selections, models, ops):
+    for room in (jobs, job_views, job_moves, events, artifacts, datasets, uploads, head_maps, selections, models, ops):
         app.include_router(room.router)
     app.add_middleware(problems.RequestIds)
     return app

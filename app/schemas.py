@@ -181,6 +181,23 @@ class JobPatch(Body):
     )
 
 
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$", description="In lower-case hexadecimal digits.")]
+
+
+class UploadBody(Body):
+    """What `POST /uploads` takes."""
+
+    name: Annotated[Text, Field(max_length=200)] = Field(default="", description="The file's name, a label.")
+    size_bytes: int = Field(ge=1, le=2**63 - 1, description="Of the whole file.")
+    sha256: Sha256 | None = Field(default=None, description="Of the whole file; checked when it is complete.")
+
+
+class CompleteBody(Body):
+    """What `POST /uploads/{id}/complete` takes; no body at all is fine too."""
+
+    mapping: Mapping = {}
+
+
 # --- answers ---------------------------------------------------------------------------------------------------------
 
 
@@ -307,6 +324,29 @@ class DatasetView(View):
     content_hash: str = Field(description="Sha256 over prompts and answers; the same for any format.")
     created_at: datetime
     deduplicated: bool = Field(default=False, description="The same content was there already; this is that dataset.")
+
+
+class PartView(View):
+    """One part of an upload that is there."""
+
+    number: int = Field(description="From 1.")
+    sha256: str
+
+
+class UploadView(View):
+    """A file that comes in parts, any order, each as often as it takes."""
+
+    id: str
+    status: Literal["open", "completed"]
+    name: str
+    size_bytes: int
+    sha256: str | None
+    part_bytes: int = Field(description="Size of every part but the last, which has the rest.")
+    part_count: int
+    parts: list[PartView] = Field(description="Those that are there, by number.")
+    dataset_id: str | None = Field(description="The dataset that it became.")
+    created_at: datetime
+    expires_at: datetime = Field(description="Given up then; every part puts it off.")
 
 
 class DatasetReportView(View):

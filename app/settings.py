@@ -41,6 +41,10 @@ class Settings(BaseSettings):
 
     max_upload_bytes: int = Field(default=1024 * MiB, ge=1)
     """Largest dataset file, in bytes. A larger upload is cut off with 413."""
+    upload_part_bytes: int = Field(default=8 * MiB, ge=1)
+    """Size of one part of an upload in parts, in bytes; more where a file would have above 10,000 parts."""
+    upload_expiry_h: float = Field(default=24, gt=0)
+    """Hours without a new part after which an upload in parts is given up."""
     max_rows: int = Field(default=1_000_000, ge=1)
     """Most rows of one dataset."""
     max_row_bytes: int = Field(default=1 * MiB, ge=64)

@@ -16,10 +16,12 @@ from typing import IO
 import structlog
 
 from app.blobs import BlobStore
+from app.core.uploads import sweep_uploads
 from app.core.wake import Waker
 from app.db.engine import DatabaseUnavailable, make_engine
 from app.db.ids import new_id
 from app.db.leases import Lease, claim
+from app.errors import StoreUnavailable
 from app.settings import Settings
 from workers.attempt import Workshop, run_attempt
 from workers.engine_process import EngineProcess
@@ -120,7 +122,8 @@ class Worker:
         while not self._stopping.wait(self._settings.reconcile_s * random.uniform(0.8, 1.0)):  # noqa: S311 - jitter
             try:
                 reconcile(self._db, self._waker, max_crashes=self._settings.max_crashes)
-            except DatabaseUnavailable as error:
+                sweep_uploads(self._db, self._shop.store)
+            except (DatabaseUnavailable, StoreUnavailable) as error:
                 log.warning("reconcile.failed", error=type(error).__name__)
 
 

@@ -22,6 +22,7 @@ from app.errors import (
     NotFound,
     RequestInvalid,
     SelectionNotFound,
+    UploadNotFound,
 )
 from app.schemas import read_cursor, write_cursor
 from app.settings import Settings
@@ -72,6 +73,7 @@ def _id(prefix: str, error: type[NotFound]) -> Callable[[str], str]:
 JobId = Annotated[str, Depends(_id("job", JobNotFound))]
 DatasetId = Annotated[str, Depends(_id("ds", DatasetNotFound))]
 ArtifactId = Annotated[str, Depends(_id("art", ArtifactNotFound))]
+UploadId = Annotated[str, Depends(_id("upl", UploadNotFound))]
 HeadMapId = Annotated[str, Depends(_id("hm", HeadMapNotFound))]
 SelectionId = Annotated[str, Depends(_id("sel", SelectionNotFound))]
 

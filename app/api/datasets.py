@@ -6,12 +6,13 @@ from fastapi import APIRouter, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse
 
+from app.api.bodies import Received, read_json, receive
 from app.api.context import Context, Cursor, DatasetId, IdempotencyKey, Limit, Services, page_after, page_of
-from app.api.documentation import DATASET_BODY, errors
+from app.api.documentation import DATASET_BODY, DATASET_KNOWN, errors
 from app.api.idempotency import Once
-from app.api.uploads import Received, read_json, receive
 from app.core.ingest import inspect, record, store
 from app.db.datasets import Dataset, delete_dataset, get_dataset, is_needed, list_datasets
+from app.db.engine import Connection
 from app.errors import (
     DatasetInUse,
     DatasetNotFound,
@@ -27,17 +28,18 @@ from p2d.errors import DatasetEmpty, DatasetError, DatasetTooLarge, ErrorDetail,
 
 router = APIRouter(tags=["datasets"])
 
-_CREATE_ERRORS = errors(
+DATASET_ERRORS = (
     *(RequestError, RequestInvalid, UnsupportedMediaType, IdempotencyInFlight, IdempotencyMismatch),
     *(DatasetError, DatasetEmpty, DatasetTooLarge, MappingInvalid),
 )
+"""What can be wrong with a request that makes a dataset."""
 
 
 @router.post(
     "/datasets",
     status_code=201,
     response_model=DatasetView,
-    responses={200: {"description": "The same content was there already.", "model": DatasetView}, **_CREATE_ERRORS},
+    responses={**DATASET_KNOWN, **errors(*DATASET_ERRORS)},
     openapi_extra=DATASET_BODY,
 )
 async def create_dataset(request: Request, services: Context, key: IdempotencyKey) -> Response:
@@ -97,9 +99,14 @@ def _create(services: Services, received: Received, key: str | None) -> Response
         if (replay := once.take(conn)) is not None:
             return replay
         dataset, new = record(conn, candidate, blob)
-        view = DatasetView.model_validate(dataset).model_copy(update={"deduplicated": not new}).model_dump(mode="json")
-        status_code, headers = 201 if new else 200, {"Location": f"/datasets/{dataset.id}"}
-        once.keep(conn, status_code, headers, view)
+        return answer_dataset(conn, once, dataset, new=new)
+
+
+def answer_dataset(conn: Connection, once: Once, dataset: Dataset, *, new: bool) -> Response:
+    """Answer a request to make a dataset, and keep the answer: 200 where the content was there already."""
+    view = DatasetView.model_validate(dataset).model_copy(update={"deduplicated": not new}).model_dump(mode="json")
+    status_code, headers = 201 if new else 200, {"Location": f"/datasets/{dataset.id}"}
+    once.keep(conn, status_code, headers, view)
     return JSONResponse(view, status_code=status_code, headers=headers)
 
 

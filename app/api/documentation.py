@@ -6,10 +6,10 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
-from pydantic import TypeAdapter
+from pydantic import BaseModel, TypeAdapter
 
 from app.problems import MEDIA_TYPE, STATUS
-from app.schemas import JobBody, JobPatch, Mapping, Problem
+from app.schemas import CompleteBody, DatasetView, JobBody, JobPatch, Mapping, Problem, UploadBody
 from p2d.errors import P2DError
 
 _PROBLEM = {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}
@@ -99,6 +99,26 @@ DATASET_BODY = {
     }
 }
 
+DATASET_KNOWN: dict[int | str, dict[str, Any]] = {
+    200: {"description": "The same content was there already.", "model": DatasetView}
+}
+"""What a request to make a dataset may be answered beside 201."""
+
+
+def _json_body(model: type[BaseModel], *, required: bool) -> dict[str, Any]:
+    schema = {"$ref": f"#/components/schemas/{model.__name__}"}
+    return {"requestBody": {"required": required, "content": {"application/json": {"schema": schema}}}}
+
+
+UPLOAD_BODY = _json_body(UploadBody, required=True)
+COMPLETE_BODY = _json_body(CompleteBody, required=False)
+PART_BODY = {
+    "requestBody": {
+        "required": True,
+        "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
+    }
+}
+
 
 def install(app: FastAPI) -> None:
     """Make /openapi.json know the schemas of bodies that FastAPI does not parse itself."""
@@ -113,7 +133,7 @@ def install(app: FastAPI) -> None:
                 tags=app.openapi_tags,
             )
             schemas = document.setdefault("components", {}).setdefault("schemas", {})
-            for model in (JobBody, JobPatch, Problem):
+            for model in (JobBody, JobPatch, UploadBody, CompleteBody, Problem):
                 schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
                 schemas.update(schema.pop("$defs", {}))
                 schemas[model.__name__] = schema

@@ -15,7 +15,7 @@ from typing import Any
 from fastapi import Response
 from fastapi.responses import JSONResponse
 
-from app.api.uploads import Received
+from app.api.bodies import Received
 from app.db.engine import Connection, Engine, Json
 from app.db.idempotency import StoredAnswer, find_answer, store_answer, take_key
 from app.errors import IdempotencyMismatch
@@ -30,11 +30,11 @@ class Once:
     request_hash: str
 
     @classmethod
-    def of(cls, route: str, key: str | None, body: Json | None, received: Received) -> Once:
+    def of(cls, route: str, key: str | None, body: Json | None, received: Received | None = None) -> Once:
         """The claim of a request with this body and these files, whatever the order of its fields and parts."""
         seen = {
             "body": body or None,
-            "files": {name: file.sha256 for name, file in received.files.items()},
+            "files": {name: file.sha256 for name, file in received.files.items()} if received else {},
         }
         return cls(route, key, hashlib.sha256(json.dumps(seen, sort_keys=True).encode()).hexdigest())
 

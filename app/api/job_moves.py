@@ -11,13 +11,13 @@ from fastapi import APIRouter, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse
 
+from app.api.bodies import Received, read_json, receive_json
 from app.api.context import Context, IdempotencyKey, JobId, Services
 from app.api.documentation import PATCH_BODY, errors
 from app.api.etags import IfMatch, require_match, send_view
 from app.api.idempotency import Once
 from app.api.job_views import view_of
 from app.api.patches import merge_patch
-from app.api.uploads import Received, read_json, receive_json
 from app.core.moves import delete, request_cancel, request_pause, request_resume, request_retry
 from app.db.engine import Connection
 from app.db.jobs import Job, lock_job, update_job

@@ -12,12 +12,12 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse
 from pydantic import JsonValue
 
+from app.api.bodies import Received, read_json, receive, receive_json
 from app.api.context import Context, Cursor, IdempotencyKey, JobId, Limit, Services, page_after, page_of
 from app.api.documentation import CLONE_BODY, JOB_BODY, errors
 from app.api.idempotency import Once
 from app.api.job_views import summary_of, view_of
 from app.api.patches import merge_patch
-from app.api.uploads import Received, read_json, receive, receive_json
 from app.core.ingest import Candidate, inspect, record, store
 from app.core.submit import Content, JobRequest, find_dataset, refusals, submit
 from app.core.versions import versions

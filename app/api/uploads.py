@@ -1,260 +1,240 @@
-"""Receive a body: JSON under a small cap, multipart as a stream to files under a large one. Never a file in memory.
-
-Starlette's own form parser caps fields but not files, so the multipart parser's callbacks are used directly. What the
-bytes of a file mean is not decided here.
-"""
+"""Uploads in parts: begin, send parts in any order, look, complete, give up. What they become is a dataset like any other."""
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import hashlib
-import re
-import tempfile
-import time
-from collections.abc import AsyncIterator, Collection
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import IO, TypeVar
+import base64
+import binascii
+from typing import Annotated
 
-from fastapi import Request
+from fastapi import APIRouter, Header, Request, Response
+from fastapi import Path as PathParameter
 from fastapi.concurrency import run_in_threadpool
-from pydantic import TypeAdapter, ValidationError
-from python_multipart.exceptions import FormParserError
-from python_multipart.multipart import MultipartParser, parse_options_header
+from fastapi.responses import JSONResponse
 
-from app.errors import DiskFull, RequestError, RequestTooLarge, UnsupportedMediaType
-from app.problems import body_faults, invalid
-from app.settings import Settings
-from p2d.errors import DatasetTooLarge, ErrorDetail, P2DError
+from app.api.bodies import ReceivedFile, read_json, receive_bytes, receive_json
+from app.api.context import Context, IdempotencyKey, Services, UploadId
+from app.api.datasets import DATASET_ERRORS, answer_dataset
+from app.api.documentation import COMPLETE_BODY, DATASET_KNOWN, PART_BODY, UPLOAD_BODY, errors
+from app.api.idempotency import Once
+from app.core.ingest import inspect, record, store
+from app.core.uploads import MAX_PARTS, assembled, ended_meanwhile, expected_size, part_size, take_part
+from app.db.datasets import Dataset, get_dataset
+from app.db.engine import Connection
+from app.db.uploads import Part, Upload, delete_upload, finish_upload, get_upload, insert_upload, lock_upload, parts_of
+from app.errors import (
+    BlobMissing,
+    DatasetNotFound,
+    IdempotencyInFlight,
+    IdempotencyMismatch,
+    PartWrong,
+    RequestError,
+    RequestInvalid,
+    RequestTooLarge,
+    UnsupportedMediaType,
+    UploadCompleted,
+    UploadIncomplete,
+    UploadNotFound,
+    UploadWrong,
+)
+from app.schemas import CompleteBody, DatasetView, PartView, UploadBody, UploadView
+from p2d.columns import mapped
+from p2d.errors import DatasetTooLarge, ErrorDetail
 
-BUFFER_BYTES = 1 << 20
-"""Bytes gathered before they are parsed and written, in a thread."""
+router = APIRouter(tags=["uploads"])
 
-MAX_PARTS = 16
+_JSON_ERRORS = (RequestError, RequestTooLarge, UnsupportedMediaType, IdempotencyInFlight, IdempotencyMismatch)
 
-DRAIN_BYTES, DRAIN_S = 64 << 20, 10.0
-"""How much of a refused body is still read: a client that is writing would else meet a reset instead of the answer."""
+PartNumber = Annotated[int, PathParameter(ge=1, le=MAX_PARTS, description="From 1.")]
 
 
-@dataclass(frozen=True, slots=True)
-class ReceivedFile:
-    """One file of a body."""
-
-    path: Path
-    name: str
-    """As the client calls it: a label, never a path."""
-    sha256: str
-    size_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class Received:
-    """A whole body."""
-
-    files: dict[str, ReceivedFile] = field(default_factory=dict)
-    json: bytes | None = None
+@router.post(
+    "/uploads",
+    status_code=201,
+    response_model=UploadView,
+    responses=errors(*_JSON_ERRORS, DatasetTooLarge),
+    openapi_extra=UPLOAD_BODY,
+)
+async def create_upload(request: Request, services: Context, key: IdempotencyKey) -> Response:
+    """Begin a file that comes in parts. The answer says how to cut it: `part_count` parts of `part_bytes` each."""
+    body = read_json(UploadBody, await receive_json(request, services.settings))
+    return await run_in_threadpool(_create, services, body, key)
 
 
-@contextlib.asynccontextmanager
-async def receive(
-    request: Request, settings: Settings, *, files: Collection[str], json_part: str | None = None, json: bool = False
-) -> AsyncIterator[Received]:
-    """Receive a body; its files lie in a folder of their own until the block is left.
+@router.get("/uploads/{id}", responses=errors(UploadNotFound))
+def get_one_upload(upload_id: UploadId, services: Context) -> UploadView:
+    """An upload and the parts that are there."""
+    with services.engine.connect() as conn:
+        return _view(conn, _find(conn, upload_id))
 
-    Args:   files: names of the file parts that are taken. json_part: name of the part that holds JSON.
-            json: whether a plain JSON body is taken too.
-    Raises: UnsupportedMediaType, RequestTooLarge, DatasetTooLarge, RequestError, DiskFull.
-    """
-    media_type, options = parse_options_header(request.headers.get("content-type"))
-    uploads = settings.work_dir / "uploads"
+
+@router.put(
+    "/uploads/{id}/parts/{number}",
+    responses=errors(UploadNotFound, UploadCompleted, PartWrong),
+    openapi_extra=PART_BODY,
+)
+async def put_part(
+    request: Request,
+    upload_id: UploadId,
+    number: PartNumber,
+    services: Context,
+    digest: Annotated[
+        str | None,
+        Header(
+            alias="Content-Digest",
+            max_length=200,
+            description="`sha-256=:BASE64:` (RFC 9530) of the part; checked before it is taken.",
+        ),
+    ] = None,
+) -> PartView:
+    """Send one part: plain bytes, any order, again as often as it takes; other bytes for a part replace it."""
+    said = _digest(digest)
+
+    def expect() -> int:
+        return expected_size(services.engine, upload_id, number)
+
+    async with receive_bytes(request, services.settings, expect) as received:
+        return await run_in_threadpool(_take, services, upload_id, number, received, said)
+
+
+@router.post(
+    "/uploads/{id}/complete",
+    status_code=201,
+    response_model=DatasetView,
+    responses={
+        **DATASET_KNOWN,
+        **errors(*DATASET_ERRORS, RequestTooLarge, UploadNotFound, UploadIncomplete, UploadWrong, DatasetNotFound),
+    },
+    openapi_extra=COMPLETE_BODY,
+)
+async def complete_upload(request: Request, upload_id: UploadId, services: Context, key: IdempotencyKey) -> Response:
+    """Make the dataset, checked as in POST /datasets. Refused, the upload stays open, so that parts can be sent anew."""
+    content = await receive_json(request, services.settings)
+    body = read_json(CompleteBody, content or b"{}")
+    return await run_in_threadpool(_complete, services, upload_id, body, key)
+
+
+@router.delete("/uploads/{id}", status_code=204, responses=errors(UploadNotFound))
+def delete_one_upload(upload_id: UploadId, services: Context) -> None:
+    """Give an upload up; its parts are removed soon. A dataset that it became stays."""
+    with services.engine.begin() as conn:
+        if not delete_upload(conn, upload_id):
+            raise UploadNotFound(id=upload_id)
+
+
+def _create(services: Services, body: UploadBody, key: str | None) -> Response:
+    settings = services.settings
+    if body.size_bytes > (limit := settings.max_upload_bytes):
+        text = f"The file has {body.size_bytes} bytes; the limit is {limit}."
+        detail = ErrorDetail(code=DatasetTooLarge.code, message=text, pointer="/size_bytes")
+        raise DatasetTooLarge(text, errors=[detail], size_bytes=body.size_bytes, limit=limit)
+    once = Once.of("POST /uploads", key, body.model_dump(mode="json"))
+    with services.engine.begin() as conn:
+        if (replay := once.take(conn)) is not None:
+            return replay
+        upload = insert_upload(
+            conn,
+            name=body.name,
+            size_bytes=body.size_bytes,
+            sha256=body.sha256,
+            part_bytes=part_size(body.size_bytes, settings.upload_part_bytes),
+            expiry_h=settings.upload_expiry_h,
+        )
+        view, headers = _view(conn, upload).model_dump(mode="json"), {"Location": f"/uploads/{upload.id}"}
+        once.keep(conn, 201, headers, view)
+    return JSONResponse(view, status_code=201, headers=headers)
+
+
+def _take(services: Services, upload_id: str, number: int, received: ReceivedFile, said: str | None) -> PartView:
+    if said not in (None, received.sha256):
+        text = f"Part {number} has another sha256 than Content-Digest says."
+        fault = ErrorDetail(code="upload.part_hash", message=text, pointer="/header/Content-Digest")
+        raise PartWrong(text, errors=[fault], expected=said, found=received.sha256)
+    part = Part(upload_id=upload_id, number=number, sha256=received.sha256)
+    take_part(services.engine, services.blobs, part, received.path, expiry_h=services.settings.upload_expiry_h)
+    return PartView.model_validate(part)
+
+
+def _complete(services: Services, upload_id: str, body: CompleteBody, key: str | None) -> Response:
+    once = Once.of(f"POST /uploads/{upload_id}/complete", key, body.model_dump(mode="json"))
+    if (replay := once.earlier(services.engine)) is not None:
+        return replay
+    columns = mapped(body.mapping)
+    with services.engine.connect() as conn:
+        upload = _find(conn, upload_id)
+    if upload.dataset_id is not None:
+        return _completed(services, once, upload.dataset_id)
+    folder = services.settings.work_dir / "uploads"
     try:
-        if json and media_type == b"application/json":
-            yield Received(json=await _read_json(request, settings.max_json_bytes))
-        elif media_type == b"multipart/form-data" and options.get(b"boundary"):
-            await run_in_threadpool(uploads.mkdir, parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=uploads) as folder:
-                form = _Form(Path(folder), settings, files, json_part)
-                yield await _read_form(request, form, options[b"boundary"])
-        else:
-            raise UnsupportedMediaType(expected=["multipart/form-data", *(["application/json"] if json else [])])
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DiskFull() from error
-        raise
+        with assembled(services.engine, services.blobs, upload, folder) as path:
+            candidate = inspect(path, upload.name, services.settings, columns)
+            blob = store(services.blobs, candidate)
+    except BlobMissing as missing:
+        return _completed(services, once, ended_meanwhile(services.engine, upload_id, missing))
+    with services.engine.begin() as conn:
+        if (replay := once.take(conn)) is not None:
+            return replay
+        locked = lock_upload(conn, upload_id)
+        if locked is None:
+            raise UploadNotFound(id=upload_id)
+        if locked.dataset_id is not None:  # a twin was faster
+            return answer_dataset(conn, once, _dataset(conn, locked.dataset_id), new=False)
+        dataset, new = record(conn, candidate, blob)
+        finish_upload(conn, upload_id, dataset.id)
+        return answer_dataset(conn, once, dataset, new=new)
 
 
-async def receive_json(request: Request, settings: Settings) -> bytes:
-    """A body that is JSON or a JSON merge patch, or nothing. Raises UnsupportedMediaType, RequestTooLarge."""
-    media_type, _ = parse_options_header(request.headers.get("content-type"))
-    body = await _read_json(request, settings.max_json_bytes)
-    if body and media_type not in (b"application/json", b"application/merge-patch+json"):
-        raise UnsupportedMediaType(expected=["application/json", "application/merge-patch+json"])
-    return body
+def _completed(services: Services, once: Once, dataset_id: str) -> Response:
+    with services.engine.begin() as conn:
+        if (replay := once.take(conn)) is not None:
+            return replay
+        return answer_dataset(conn, once, _dataset(conn, dataset_id), new=False)
 
 
-SomeBody = TypeVar("SomeBody")
+def _dataset(conn: Connection, dataset_id: str) -> Dataset:
+    dataset = get_dataset(conn, dataset_id)
+    if dataset is None:
+        raise DatasetNotFound(id=dataset_id)
+    return dataset
 
 
-def read_json(shape: type[SomeBody], content: bytes, *, root: str = "") -> SomeBody:
-    """What the JSON says. Raises RequestError for what is no JSON, RequestInvalid for fields that do not fit `shape`.
-
-    Args:   root: put before the pointers of faults, where the JSON is a part of something.
-    """
-    try:
-        return TypeAdapter(shape).validate_json(content)
-    except ValidationError as error:
-        if any(fault["type"] == "json_invalid" for fault in error.errors()):
-            raise RequestError("The body is not JSON.") from None
-        raise invalid(body_faults(error.errors(), root=root)) from None
+def _find(conn: Connection, upload_id: str) -> Upload:
+    upload = get_upload(conn, upload_id)
+    if upload is None:
+        raise UploadNotFound(id=upload_id)
+    return upload
 
 
-def sweep(settings: Settings) -> None:
-    """Remove what a killed process left of its uploads."""
-    uploads = settings.work_dir / "uploads"
-    for folder in uploads.iterdir() if uploads.is_dir() else ():
-        with contextlib.suppress(OSError):
-            if time.time() - folder.stat().st_mtime > 24 * 3600:
-                for path in folder.iterdir():
-                    path.unlink()
-                folder.rmdir()
+def _view(conn: Connection, upload: Upload) -> UploadView:
+    return UploadView(
+        id=upload.id,
+        status="open" if upload.dataset_id is None else "completed",
+        name=upload.name,
+        size_bytes=upload.size_bytes,
+        sha256=upload.sha256,
+        part_bytes=upload.part_bytes,
+        part_count=upload.part_count,
+        parts=[PartView.model_validate(part) for part in parts_of(conn, upload.id)],
+        dataset_id=upload.dataset_id,
+        created_at=upload.created_at,
+        expires_at=upload.expires_at,
+    )
 
 
-async def _read_json(request: Request, limit: int) -> bytes:
-    body = bytearray()
-    stream = request.stream()
-    async for chunk in stream:
-        body += chunk
-        if len(body) > limit:
-            await _drain(stream)
-            raise RequestTooLarge(limit=limit)
-    return bytes(body)
-
-
-async def _read_form(request: Request, form: _Form, boundary: bytes) -> Received:
-    stream = request.stream()
-    try:
-        parser = MultipartParser(boundary, form.callbacks())  # type: ignore[arg-type]  # its TypedDict names all keys
-        buffer, total = bytearray(), 0
-        async for chunk in stream:
-            buffer += chunk
-            total += len(chunk)
-            if total > form.limit:  # parts have caps of their own; this one bounds what lies around them
-                raise RequestTooLarge(limit=form.limit)
-            if len(buffer) >= BUFFER_BYTES:
-                await run_in_threadpool(parser.write, bytes(buffer))
-                buffer.clear()
-        await run_in_threadpool(parser.write, bytes(buffer))
-        parser.finalize()
-        return form.received()
-    except FormParserError as error:
-        await _drain(stream)
-        raise RequestError("The multipart body cannot be read.") from error
-    except P2DError:
-        await _drain(stream)
-        raise
-    finally:
-        form.close()
-
-
-async def _drain(stream: AsyncIterator[bytes]) -> None:
-    read, until = 0, time.monotonic() + DRAIN_S
-    async for chunk in stream:
-        read += len(chunk)
-        if read > DRAIN_BYTES or time.monotonic() > until:
-            return
-
-
-class _Form:
-    """The multipart parser's callbacks: one part at a time, files to disk, the JSON part to memory."""
-
-    def __init__(self, folder: Path, settings: Settings, files: Collection[str], json_part: str | None) -> None:
-        self._folder, self._settings = folder, settings
-        self._names, self._json_part = files, json_part
-        self.limit = settings.max_upload_bytes * len(files) + settings.max_json_bytes + BUFFER_BYTES
-        self._parts, self._ended = 0, False
-        self._files: dict[str, ReceivedFile] = {}
-        self._json: bytearray | None = None
-        self._header = (bytearray(), bytearray())
-        self._headers: dict[bytes, bytes] = {}
-        self._name, self._file_name, self._size = "", "", 0
-        self._file: IO[bytes] | None = None
-        self._digest = hashlib.sha256()
-
-    def callbacks(self) -> dict[str, object]:
-        """What the parser calls."""
-        return {
-            "on_part_begin": self._begin,
-            "on_header_field": lambda data, start, end: self._header[0].extend(data[start:end]),
-            "on_header_value": lambda data, start, end: self._header[1].extend(data[start:end]),
-            "on_header_end": self._end_header,
-            "on_headers_finished": self._open,
-            "on_part_data": self._write,
-            "on_part_end": self._end,
-            "on_end": self._finish,
-        }
-
-    def received(self) -> Received:
-        """The whole body. Raises RequestError if it was cut off."""
-        if not self._ended:
-            raise RequestError("The multipart body ends before its closing boundary.")
-        return Received(self._files, None if self._json is None else bytes(self._json))
-
-    def close(self) -> None:
-        """Close the file of a part that was cut off."""
-        if self._file is not None:
-            self._file.close()
-
-    def _begin(self) -> None:
-        self._parts += 1
-        if self._parts > MAX_PARTS:
-            raise RequestError(f"The body has more than {MAX_PARTS} parts.")
-        self._headers, self._size = {}, 0
-
-    def _end_header(self) -> None:
-        self._headers[bytes(self._header[0]).lower()] = bytes(self._header[1])
-        self._header = (bytearray(), bytearray())
-
-    def _open(self) -> None:
-        _, options = parse_options_header(self._headers.get(b"content-disposition", b""))
-        self._name = options.get(b"name", b"").decode("utf-8", "replace")
-        taken = [*self._names, *([self._json_part] if self._json_part else [])]
-        if self._name not in taken:
-            # The name is a stranger's text: said in the pointer only when it looks like a name.
-            pointer = f"/{self._name}" if re.fullmatch(r"\w{1,40}", self._name) else None
-            text = f"Expected the parts {', '.join(taken)}."
-            raise RequestError(text, errors=[ErrorDetail(code="request.unknown_part", message=text, pointer=pointer)])
-        if self._name in self._files or (self._name == self._json_part and self._json is not None):
-            raise RequestError(f"The part {self._name!r} is sent twice.")
-        if self._name == self._json_part:
-            self._json = bytearray()
-        else:
-            label = options.get(b"filename", b"").decode("utf-8", "replace").replace("\\", "/").rpartition("/")[2]
-            self._file_name = "".join(char for char in label if char.isprintable())[:200]
-            self._file = (self._folder / self._name).open("wb")
-            self._digest = hashlib.sha256()
-
-    def _write(self, data: bytes, start: int, end: int) -> None:
-        self._size += end - start
-        chunk = memoryview(data)[start:end]
-        if self._file is None:
-            assert self._json is not None
-            if self._size > self._settings.max_json_bytes:
-                raise RequestTooLarge(limit=self._settings.max_json_bytes)
-            self._json += chunk
-            return
-        limit = self._settings.max_upload_bytes
-        if self._size > limit:
-            raise DatasetTooLarge(f"The file has more than {limit} bytes.", limit=limit)
-        self._digest.update(chunk)
-        self._file.write(chunk)
-
-    def _end(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-            path = self._folder / self._name
-            self._files[self._name] = ReceivedFile(path, self._file_name, self._digest.hexdigest(), self._size)
-
-    def _finish(self) -> None:
-        self._ended = True
+def _digest(header: str | None) -> str | None:
+    """The sha256 that Content-Digest says, in hexadecimal. Raises RequestInvalid for one that cannot be read."""
+    for one in (header or "").split(","):
+        name, _, value = one.strip().partition("=")
+        if name.strip().lower() == "sha-256":
+            try:
+                digest = base64.b64decode(value.strip().removeprefix(":").removesuffix(":"), validate=True)
+            except (ValueError, binascii.Error):
+                digest = b""
+            if len(digest) == 32:
+                return digest.hex()
+            break
+    else:
+        if header is None:
+            return None
+    text = "Expected `sha-256=:BASE64:` (RFC 9530)."
+    fault = ErrorDetail(code="field.content_digest", message=text, pointer="/header/Content-Digest")
+    raise RequestInvalid("The Content-Digest cannot be used.", errors=[fault])

@@ -57,6 +57,31 @@ datasets = Table(
     _time("deleted_at"),
 )
 
+uploads = Table(
+    "uploads",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("name", Text, nullable=False),
+    Column("size_bytes", BigInteger, nullable=False),
+    Column("sha256", Text),  # of the whole file, where its sender said it
+    Column("part_bytes", BigInteger, nullable=False),
+    Column("dataset_id", Text, ForeignKey("datasets.id")),  # what it became
+    _now(),
+    Column("expires_at", DateTime(timezone=True), nullable=False),
+    _time("deleted_at"),
+    _time("emptied_at"),  # when its parts were removed from the store
+    Index(None, "expires_at"),
+)
+
+upload_parts = Table(
+    "upload_parts",
+    metadata,
+    Column("upload_id", Text, ForeignKey("uploads.id", ondelete="CASCADE"), primary_key=True),
+    Column("number", Integer, primary_key=True, autoincrement=False),
+    Column("sha256", Text, primary_key=True),
+    _time("stored_at"),  # null: announced; its bytes may be in the store or not
+)
+
 jobs = Table(
     "jobs",
     metadata,

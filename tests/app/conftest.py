@@ -146,7 +146,12 @@ def module_settings(
     """The service's settings for a whole module, with short time constants and a small upload limit."""
     home = tmp_path_factory.mktemp("home")
     servers = {"database_url": database_url, "broker_url": broker_url, "store_url": store_url, "home": home}
-    limits = {"max_upload_bytes": 3_000_000, "max_row_bytes": 100_000, "max_json_bytes": 50_000}
+    limits = {
+        "max_upload_bytes": 3_000_000,
+        "max_row_bytes": 100_000,
+        "max_json_bytes": 50_000,
+        "upload_part_bytes": 1000,
+    }
     return Settings.model_validate({**servers, **FAST, **limits, "sse_poll_s": 0.05, "sse_ping_s": 0.5})
 
 

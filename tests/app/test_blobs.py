@@ -116,3 +116,17 @@ def test_a_store_that_is_away_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path:
 def test_a_url_of_another_kind_is_refused(url: str) -> None:
     with pytest.raises(ValueError, match="store URL"):
         BlobStore.open(url)
+
+
+@pytest.mark.parametrize("size", [1, PART_BYTES - 1, 2 * PART_BYTES + 1])
+def test_a_part_of_an_upload_is_kept_until_it_is_deleted(store: BlobStore, tmp_path: Path, size: int) -> None:
+    path, name = a_file(tmp_path, size, seed=9), f"upl_x.1.{'0' * 64}"
+
+    for _ in range(2):
+        store.put_part(name, path)
+
+    assert b"".join(store.stream_part(name, "0" * 64)) == path.read_bytes()
+    for _ in range(2):
+        store.delete_part(name)
+    with pytest.raises(BlobMissing):
+        list(store.stream_part(name, "0" * 64))

@@ -1,0 +1,141 @@
+"""Uploads in parts: take a part, put all together, remove what is left. The parts lie in the store, not on a disk of ours.
+
+So any API process takes any part, a restart loses none, and a worker on another machine can remove what was given up.
+How the bytes of a part arrive is app.api's business; what the whole file means, app.core.ingest's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from app.blobs import BlobStore
+from app.db.engine import Connection, Engine
+from app.db.uploads import (
+    Part,
+    Upload,
+    all_parts,
+    announce_part,
+    confirm_part,
+    forget_upload,
+    get_upload,
+    lock_upload,
+    mark_emptied,
+    parts_of,
+    uploads_to_empty,
+    uploads_to_forget,
+)
+from app.errors import (
+    BlobCorrupt,
+    BlobMissing,
+    PartWrong,
+    UploadCompleted,
+    UploadIncomplete,
+    UploadNotFound,
+    UploadWrong,
+)
+from p2d.errors import ErrorDetail
+
+MAX_PARTS = 10_000
+"""Most parts of one upload, as S3 has it."""
+
+GRACE_H = 1.0
+"""Hours after its end in which an upload's row still tells where a part may lie that a slow request brings."""
+
+
+def part_size(size_bytes: int, least: int) -> int:
+    """Bytes of every part but the last, of a file of `size_bytes`."""
+    return max(least, -(-size_bytes // MAX_PARTS))
+
+
+def open_upload(conn: Connection, upload_id: str) -> Upload:
+    """The upload, which still takes parts. Raises UploadNotFound, UploadCompleted."""
+    upload = lock_upload(conn, upload_id)
+    if upload is None:
+        raise UploadNotFound(id=upload_id)
+    if upload.dataset_id is not None:
+        raise UploadCompleted(upload_id=upload.id, dataset_id=upload.dataset_id)
+    return upload
+
+
+def expected_size(engine: Engine, upload_id: str, number: int) -> int:
+    """Bytes that the part must have. Raises UploadNotFound, UploadCompleted, PartWrong if the file has no such part."""
+    with engine.begin() as conn:
+        upload = open_upload(conn, upload_id)
+    if number > upload.part_count:
+        text = f"The upload has {upload.part_count} parts of {upload.part_bytes} bytes; there is no part {number}."
+        raise PartWrong(text, errors=[ErrorDetail(code="upload.no_such_part", message=text, pointer="/path/number")])
+    return upload.size_of(number)
+
+
+def take_part(engine: Engine, blobs: BlobStore, part: Part, path: Path, *, expiry_h: float) -> None:
+    """Store a part. The same part again changes nothing; other bytes under its number take its place.
+
+    Raises: UploadNotFound, UploadCompleted: also when the upload ended while the part was on its way.
+    """
+    with engine.begin() as conn:
+        open_upload(conn, part.upload_id)
+        announce_part(conn, part, expiry_h=expiry_h)
+    blobs.put_part(part.key, path)
+    try:
+        with engine.begin() as conn:
+            open_upload(conn, part.upload_id)
+            confirm_part(conn, part)
+    except (UploadNotFound, UploadCompleted):
+        blobs.delete_part(part.key)  # the sweep may have been here already
+        raise
+
+
+@contextmanager
+def assembled(engine: Engine, blobs: BlobStore, upload: Upload, folder: Path) -> Iterator[Path]:
+    """Yield the whole file, on this disk until the block is left.
+
+    Raises: UploadIncomplete with every missing part; UploadWrong; BlobMissing, BlobCorrupt.
+    """
+    with engine.connect() as conn:
+        parts = parts_of(conn, upload.id)
+    there = {part.number for part in parts}
+    if missing := [number for number in range(1, upload.part_count + 1) if number not in there]:
+        raise UploadIncomplete(missing=missing, total=upload.part_count)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as own:
+        path, whole = Path(own) / "file", hashlib.sha256()
+        with path.open("wb") as file:
+            for part in parts:
+                digest = hashlib.sha256()
+                for chunk in blobs.stream_part(part.key, part.sha256):
+                    digest.update(chunk)
+                    whole.update(chunk)
+                    file.write(chunk)
+                if digest.hexdigest() != part.sha256:
+                    raise BlobCorrupt(sha256=part.sha256)
+        if upload.sha256 not in (None, whole.hexdigest()):
+            raise UploadWrong(expected=str(upload.sha256), found=whole.hexdigest())
+        yield path
+
+
+def sweep_uploads(engine: Engine, blobs: BlobStore) -> None:
+    """Remove the parts of uploads that became datasets, were deleted or have expired. Safe to run anywhere, any number."""
+    with engine.begin() as conn:
+        ended, old = uploads_to_empty(conn), uploads_to_forget(conn, grace_h=GRACE_H)
+    for upload_id in {*ended, *old}:
+        with engine.begin() as conn:
+            parts = all_parts(conn, upload_id)
+        for part in parts:
+            blobs.delete_part(part.key)
+        with engine.begin() as conn:
+            forget_upload(conn, upload_id) if upload_id in old else mark_emptied(conn, upload_id)
+
+
+def ended_meanwhile(engine: Engine, upload_id: str, missing: BlobMissing) -> str:
+    """The dataset that the upload became while its parts were read, which is why one is missing. Else raises `missing`."""
+    with engine.connect() as conn:
+        upload = get_upload(conn, upload_id)
+    if upload is None:
+        raise UploadNotFound(id=upload_id)
+    if upload.dataset_id is None:
+        raise missing
+    return upload.dataset_id
