@@ -286,6 +286,18 @@ def models_add(
     out.print(f"{name}: {info.model_type}, {info.parameters / 1e6:.0f} M parameters, digest {info.digest[:12]}")
 
 
+@models.command("check")
+def models_check(directory: Annotated[Path, typer.Argument(help="A safetensors model directory.")]) -> None:
+    """Say whether a model directory can be used, and why not; installs nothing."""
+    from p2d.model_info import read_model_info
+
+    info = read_model_info(directory.resolve())
+    groups = f"{info.n_heads} heads in {info.n_kv_groups} key-value groups"
+    out.print(
+        f"{info.name} can be used: {info.model_type}, {info.n_layers} layers of {groups}, digest {info.digest[:12]}"
+    )
+
+
 @models.command("list")
 def models_list() -> None:
     """Show the installed base models."""

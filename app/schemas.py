@@ -31,6 +31,7 @@ from p2d.config import (
     Projection,
     TrainingConfig,
 )
+from p2d.model_info import MODEL_NAME
 
 Status = Literal["queued", "running", "pausing", "paused", "cancelling", "cancelled", "succeeded", "failed"]
 Auto = Literal["auto"]
@@ -196,6 +197,15 @@ class CompleteBody(Body):
     """What `POST /uploads/{id}/complete` takes; no body at all is fine too."""
 
     mapping: Mapping = {}
+
+
+class ModelCheckBody(Body):
+    """What `POST /models/check` takes."""
+
+    name: Annotated[str, Field(pattern=f"^{MODEL_NAME.pattern}$")] = Field(
+        default="model", description="How the answer calls the model."
+    )
+    config: dict[str, JsonValue] = Field(description="The contents of the model's config.json.")
 
 
 # --- answers ---------------------------------------------------------------------------------------------------------
@@ -419,7 +429,7 @@ class SelectionView(View):
 
 
 class ModelView(View):
-    """An installed base model, usable or not."""
+    """A base model, usable or not. What only its files say is absent where there are none."""
 
     name: str
     supported: bool

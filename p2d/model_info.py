@@ -15,7 +15,7 @@ import re
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -40,12 +40,9 @@ _DTYPES = {"F32": "fp32", "BF16": "bf16", "F16": "fp16", "F64": "fp64"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ModelInfo:
-    """What the service and the engine must know of a base model before they load it."""
+class ModelShape:
+    """What config.json alone says of a model."""
 
-    name: str
-    digest: str
-    """Sha256 over the names and contents of config, tokenizer and weight files."""
     model_type: str
     n_layers: int
     n_heads: int
@@ -57,14 +54,23 @@ class ModelInfo:
     vocab_size: int
     context_length: int
     """Tokens."""
-    parameters: int
-    dtype: str
-    """Of most weights: fp32, bf16 or fp16."""
     mlp_matrices: int = 3
     """Matrices of intermediate times hidden size in one MLP: 3 with a gate, 2 without."""
     window: int | None = None
     """Keys that a token sees in the layers with a sliding window, itself included."""
     n_windowed_layers: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelInfo(ModelShape):
+    """What the service and the engine must know of a base model before they load it."""
+
+    name: str
+    digest: str
+    """Sha256 over the names and contents of config, tokenizer and weight files."""
+    parameters: int
+    dtype: str
+    """Of most weights: fp32, bf16 or fp16."""
 
 
 def read_model_info(directory: Path) -> ModelInfo:
@@ -76,13 +82,24 @@ def read_model_info(directory: Path) -> ModelInfo:
         raise ModelNotFound(
             f"There is no model {directory.name!r}.", errors=[_fault("model.not_found", "No such model.")]
         )
-    config = _config(directory)
-    spec = _spec(directory, config)
-    if config.get("quantization_config"):
-        raise ModelUnsupported(f"The model {directory.name!r} is quantised; head slices need plain weights.")
+    shape = shape_of(_config(directory), name=directory.name)
     if not (directory / "tokenizer.json").is_file():
         raise _broken(directory, "tokenizer.json is missing")
     parameters, dtype = _weights(directory)
+    return ModelInfo(
+        name=directory.name, digest=model_digest(directory), parameters=parameters, dtype=dtype, **asdict(shape)
+    )
+
+
+def shape_of(config: Mapping[str, Any], *, name: str) -> ModelShape:
+    """What the contents of a config.json say; `name` is how errors call the model.
+
+    Raises: ModelUnsupported (family without a spec, quantised), ModelError (sizes that are missing or do not fit).
+    """
+    directory = Path(name)
+    spec = _spec(directory, config)
+    if config.get("quantization_config"):
+        raise ModelUnsupported(f"The model {name!r} is quantised; head slices need plain weights.")
     keys = spec.config
     heads = _size(directory, config, keys.n_heads)
     hidden = _size(directory, config, keys.hidden_size)
@@ -91,9 +108,7 @@ def read_model_info(directory: Path) -> ModelInfo:
         raise _broken(directory, f"{heads} heads do not divide into {groups} key-value groups")
     layers = _size(directory, config, keys.n_layers)
     window = _window(directory, config, keys)
-    return ModelInfo(
-        name=directory.name,
-        digest=model_digest(directory),
+    return ModelShape(
         model_type=config["model_type"],
         n_layers=layers,
         n_heads=heads,
@@ -103,8 +118,6 @@ def read_model_info(directory: Path) -> ModelInfo:
         intermediate_size=_size(directory, config, keys.intermediate_size, default=hidden * (keys.mlp_ratio or 0)),
         vocab_size=_size(directory, config, "vocab_size"),
         context_length=_size(directory, config, keys.context_length),
-        parameters=parameters,
-        dtype=dtype,
         mlp_matrices=spec.mlp_matrices,
         window=window,
         n_windowed_layers=0 if window is None else _windowed_layers(directory, config, keys, layers),

@@ -9,7 +9,7 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel, TypeAdapter
 
 from app.problems import MEDIA_TYPE, STATUS
-from app.schemas import CompleteBody, DatasetView, JobBody, JobPatch, Mapping, Problem, UploadBody
+from app.schemas import CompleteBody, DatasetView, JobBody, JobPatch, Mapping, ModelCheckBody, Problem, UploadBody
 from p2d.errors import P2DError
 
 _PROBLEM = {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}
@@ -111,6 +111,7 @@ def _json_body(model: type[BaseModel], *, required: bool) -> dict[str, Any]:
 
 
 UPLOAD_BODY = _json_body(UploadBody, required=True)
+MODEL_CHECK_BODY = _json_body(ModelCheckBody, required=True)
 COMPLETE_BODY = _json_body(CompleteBody, required=False)
 PART_BODY = {
     "requestBody": {
@@ -133,7 +134,7 @@ def install(app: FastAPI) -> None:
                 tags=app.openapi_tags,
             )
             schemas = document.setdefault("components", {}).setdefault("schemas", {})
-            for model in (JobBody, JobPatch, UploadBody, CompleteBody, Problem):
+            for model in (JobBody, JobPatch, UploadBody, CompleteBody, ModelCheckBody, Problem):
                 schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
                 schemas.update(schema.pop("$defs", {}))
                 schemas[model.__name__] = schema

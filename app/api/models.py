@@ -5,15 +5,17 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Annotated
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from fastapi import Path as PathParameter
 
+from app.api.bodies import read_json, receive_json
 from app.api.context import Context
-from app.api.documentation import errors
+from app.api.documentation import MODEL_CHECK_BODY, errors
+from app.errors import RequestError, RequestTooLarge, UnsupportedMediaType
 from app.problems import problem_body
-from app.schemas import ModelView, Page
+from app.schemas import ModelCheckBody, ModelView, Page
 from p2d.errors import ModelError, ModelNotFound
-from p2d.model_info import ModelInfo, find_model, list_models, read_model_info
+from p2d.model_info import ModelShape, find_model, list_models, read_model_info, shape_of
 
 router = APIRouter(tags=["models"])
 
@@ -23,6 +25,24 @@ def get_models(services: Context) -> Page[ModelView]:
     """All installed models; a handful, so always one page."""
     found = list_models(services.settings.models_dir)
     return Page[ModelView](data=[_view(name, model) for name, model in found], has_more=False)
+
+
+@router.post(
+    "/models/check",
+    response_model=ModelView,
+    responses=errors(RequestError, RequestTooLarge, UnsupportedMediaType),
+    openapi_extra=MODEL_CHECK_BODY,
+)
+async def check_model(request: Request, services: Context) -> ModelView:
+    """Whether a model can be used, and why not, by its config.json alone, before anything is downloaded or installed.
+
+    Its weights and tokenizer are checked when it is installed. Nothing is stored.
+    """
+    body = read_json(ModelCheckBody, await receive_json(request, services.settings))
+    try:
+        return _view(body.name, shape_of(body.config, name=body.name))
+    except ModelError as error:
+        return _view(body.name, error)
 
 
 @router.get("/models/{name}", responses=errors(ModelNotFound))
@@ -35,7 +55,7 @@ def get_one_model(name: Annotated[str, PathParameter(max_length=128)], services:
         return _view(name, error)
 
 
-def _view(name: str, model: ModelInfo | ModelError) -> ModelView:
+def _view(name: str, model: ModelShape | ModelError) -> ModelView:
     if isinstance(model, ModelError):
         return ModelView.model_validate({"name": name, "supported": False, "error": problem_body(model.to_json())})
-    return ModelView.model_validate({**asdict(model), "supported": True})
+    return ModelView.model_validate({"name": name, **asdict(model), "supported": True})

@@ -152,6 +152,20 @@ def test_a_model_is_added_listed_and_added_again_without_change(home: Path, mode
     assert [path.name for path in (home / "models").iterdir()] == ["mine"]
 
 
+def test_a_model_directory_is_checked_without_being_installed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, home: Path, model: Path, tmp_path: Path
+) -> None:
+    good = CliRunner().invoke(cli, ["models", "check", str(model)])
+    status, said = p2d(capsys, monkeypatch, "models", "check", tmp_path)
+
+    assert good.exit_code == 0
+    assert "tiny can be used: llama" in good.stdout
+    assert status == 2
+    assert "model.invalid" in said
+    assert "config.json is missing" in said
+    assert not (home / "models").exists()
+
+
 def test_a_name_that_could_leave_the_models_directory_is_refused(model: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError):
         install_directory(tmp_path, "../outside", model)
