@@ -1,7 +1,7 @@
 """The command line `p2d`: parses, calls one function, prints. Runs the service, talks to one, or uses the engine alone.
 
     p2d up                       the whole service on this machine, until Ctrl-C
-    p2d submit | watch | download    a job of a running service (P2D_URL)
+    p2d upload | submit | watch | download    datasets and jobs of a running service (P2D_URL)
     p2d run | apply | models     the engine on this machine, without a service
 
 torch is imported by `run`, `apply` and `models add` only, inside of them.
@@ -137,7 +137,7 @@ def migrate() -> None:
     out.print("The schema is up to date.")
 
 
-# --- jobs of a running service ----------------------------------------------------------------------------------------
+# --- a running service -------------------------------------------------------------------------------------------------
 
 
 @cli.command()
@@ -164,6 +164,19 @@ def submit(
         out.print(job.id)
         if watch:
             _follow(client, job)
+
+
+@cli.command()
+def upload(
+    file: Annotated[Path, typer.Argument(help="Dataset file.")],
+    map_: Map = [],  # noqa: B006
+    url: Url = DEFAULT_URL,
+) -> None:
+    """Store and check a dataset; prints its id, for any number of jobs. Large files go in parts."""
+    if not file.is_file():
+        raise DatasetFileMissing(f"There is no file {str(file)!r}.")
+    with Client(url) as client:
+        out.print(client.upload(file, mapping=_mapping(map_)))
 
 
 @cli.command()

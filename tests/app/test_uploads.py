@@ -18,6 +18,7 @@ from app.core.uploads import GRACE_H, sweep_uploads, take_part
 from app.db.engine import Engine
 from app.db.uploads import Part, delete_upload
 from app.errors import UploadNotFound
+from p2d.client import Client
 from tests.app.conftest import Api, rows, serving
 from tests.rig import wait_for
 from workers.loop import Worker
@@ -168,6 +169,19 @@ def test_with_a_key_a_repeat_gets_the_first_answer(api: Api) -> None:
     assert (done.status_code, repeated.status_code) == (201, 201)
     assert repeated.json() == done.json()
     assert repeated.headers["Idempotency-Replayed"] == "true"
+
+
+def test_the_client_sends_a_large_file_in_parts(api: Api, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("p2d.client.PARTS_FROM_BYTES", 1000)
+    path, before = tmp_path / "german.jsonl", api.count("uploads")
+    path.write_bytes(rows(70, start=3000).replace(b'"question"', b'"Frage"'))
+
+    with Client(api.url) as client:
+        dataset_id = client.upload(path, mapping={"question": "Frage"})
+
+    assert api.http.get(f"/datasets/{dataset_id}").json()["name"] == "german.jsonl"
+    assert api.count("uploads") == before + 1
+    assert api.upload(rows(70, start=3000)).json()["id"] == dataset_id
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------
