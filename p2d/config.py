@@ -75,8 +75,15 @@ RECIPES = {
 MIN_ROWS = 200
 """Fewest rows that an automatic data ratio leaves. A guess until the learning curve is measured (docs/LOG.md)."""
 
-POOL_FACTOR = 3
-"""Fast mode scores a random pool of this many times the rows that are kept. By measurement (docs/decisions/0012)."""
+POOL_FACTOR = 2
+"""Fast mode scores a random pool of this many times the rows that are kept (docs/decisions/0012)."""
+
+FAST_DEMOS = 20
+"""Fewest demonstrations of an `icl` group in fast mode: a query's cost is shared by as many rows."""
+
+UPPER_THIRD = 2 / 3
+"""Depth at which `alignment` begins to read gradients, and at which fast `icl` stops to read masses. By measurement: the
+upper third of the layers tells clean from bad rows as well as all of them (docs/decisions/0012)."""
 
 DEFAULT_RATIO = 0.10
 """Share of heads and of rows kept by default: the paper's 10 %."""
@@ -105,7 +112,7 @@ class DataConfig:
     ratio: float | Auto = "auto"
     """Share of rows kept, (0, 1]. `auto` = 10 %, but never fewer than MIN_ROWS rows."""
     mode: Mode = "faithful"
-    """`fast` = the same scorer at a fraction of its cost, within the seed noise of `faithful` (docs/results)."""
+    """`fast` = the same scorer at a fraction of its cost: fewer rows are scored, and heads of the upper half chosen."""
     metric: Metric = "log_likelihood"
     """`icl`: how the answers of a group are judged; the last two generate, which costs far more."""
     n_demos: int = 5
@@ -171,6 +178,21 @@ def pool_count(data: DataConfig, rows: int) -> int:
         return rows
     assert data.ratio != "auto", "resolve the config first"
     return min(rows, POOL_FACTOR * top_count(data.ratio, rows))
+
+
+def alignment_layers(layers: int) -> range:
+    """Layers that `alignment` scores: the upper third, so that backward stops there."""
+    return range(min(round(UPPER_THIRD * layers), layers - 1), layers)
+
+
+def alignment_projections(slices: tuple[Projection, ...]) -> tuple[Projection, ...]:
+    """Projections that `alignment` reads: v alone where it is trained, which is as telling as all; else the trained ones."""
+    return ("v",) if "v" in slices else slices
+
+
+def icl_layers(mode: Mode, layers: int) -> range:
+    """Layers that `icl` scores: all, or in fast mode the lower two thirds, after which the pass stops."""
+    return range(max(1, round(UPPER_THIRD * layers)) if mode == "fast" else layers)
 
 
 def first_chosen_layer(config: JobConfig, layers: int) -> int:
@@ -314,6 +336,11 @@ def resolve(config: JobConfig, *, rows: int, context_length: int) -> Resolution:
         data, reasons["/data/scorer"] = replace(data, scorer=recipe.data_scorer), because
     if training.slices == "auto":
         training, reasons["/training/slices"] = replace(training, slices=recipe.slices), because
+    if data.mode == "fast":
+        reasons["/data/mode"] = (
+            f"as asked: rows are drawn into a pool of {POOL_FACTOR} times those that are kept, only these are scored, and heads "
+            "are chosen of the upper half of the layers (docs/decisions/0012)"
+        )
     if training.max_length == "auto":
         training = replace(training, max_length=context_length)
         reasons["/training/max_length"] = "the context length of the base model"

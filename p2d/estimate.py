@@ -8,7 +8,17 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
-from p2d.config import JobConfig, proxy_guide_rows, top_count
+from p2d.config import (
+    FAST_DEMOS,
+    JobConfig,
+    alignment_layers,
+    alignment_projections,
+    first_chosen_layer,
+    icl_layers,
+    pool_count,
+    proxy_guide_rows,
+    top_count,
+)
 from p2d.flops import (
     Work,
     alignment,
@@ -19,6 +29,7 @@ from p2d.flops import (
     lora_training,
     slice_training,
     typical_work,
+    work_of,
 )
 from p2d.model_info import ModelInfo
 from p2d.plans import RowCounts
@@ -32,6 +43,9 @@ DECODE_EFFICIENCY = 0.15
 ICL_SHARE = 1.33
 """How much slower `icl` computes than whole rows do, as its passes are many and small; queries without demos included.
 Measured as above."""
+
+BARE_PROMPT = 10
+"""Tokens of prefix and empty prompt that `information` puts before an answer. A guess."""
 
 LOAD_S = 8.0
 """Starting Python, torch and transformers once, in a fresh process. Measured on two CPU cores."""
@@ -90,7 +104,8 @@ def estimate_seconds(
         else forward(info, judging.times(3))
     )
     # Chosen heads at even distances: somewhere in the lowest layer, as a random choice nearly always has one.
-    chosen = heads[:: max(1, len(heads) // top_count(config.heads.ratio, len(heads)))]
+    upper = heads[first_chosen_layer(config, info.n_layers) * info.n_heads :]
+    chosen = upper[:: max(1, len(upper) // top_count(config.heads.ratio, len(heads)))]
     epochs = config.training.epochs + _search_epochs(config, share * train.rows)
     flops = {
         "heads": slice_training(info, proxy, heads=heads, projections=slices) + looks,
@@ -133,17 +148,27 @@ def _typical(counts: RowCounts) -> tuple[int, int]:
 
 
 def _respond(info: ModelInfo, config: JobConfig, train: RowCounts, guide: RowCounts) -> float:
-    row = _typical(train)
+    row, data = _typical(train), config.data
+    rows = pool_count(data, train.rows)
     slices = config.training.slices
     assert slices != "auto", "resolve the config first"
-    if config.data.scorer == "alignment":
-        asked = alignment(info, guide=[_typical(guide)], rows=[], projections=slices)
-        return guide.rows * asked + train.rows * alignment(info, guide=[], rows=[row], projections=slices)
-    if config.data.scorer == "icl":
-        groups = train.rows / config.data.n_demos
-        group = icl_group(info, shown=config.data.n_demos * row[0], queries=[row] * config.data.n_queries)
-        return ICL_SHARE * groups * group
-    return 0.0
+    total = 0.0
+    if data.scorer in ("alignment", "alignment_information"):
+        read, first = alignment_projections(slices), alignment_layers(info.n_layers).start
+        total += guide.rows * alignment(info, guide=[_typical(guide)], rows=[], projections=read, from_layer=first)
+        total += rows * alignment(info, guide=[], rows=[row], projections=read, from_layer=first)
+    if data.scorer in ("information", "alignment_information"):
+        bare = (min(row[0], row[1] + BARE_PROMPT), row[1])
+        total += rows * forward(info, work_of([bare] if "alignment" in data.scorer else [bare, row]))
+    if data.scorer == "icl":
+        demos = max(data.n_demos, FAST_DEMOS) if data.mode == "fast" else data.n_demos
+        deep = None if data.mode == "faithful" else icl_layers(data.mode, info.n_layers).stop
+        group = icl_group(info, shown=demos * row[0], queries=[row] * data.n_queries, to_layer=deep)
+        total += ICL_SHARE * rows / demos * group
+        if data.metric in ("exact_match", "rouge_l"):
+            token = forward(info, Work(tokens=1, pairs=demos * row[0], logits=1))
+            total += rows / demos * data.n_queries * row[1] * token * EFFICIENCY / DECODE_EFFICIENCY
+    return total
 
 
 def _baseline_steps(info: ModelInfo, config: JobConfig, train: RowCounts) -> float:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Mapping
 
 _FINAL = "####"
+_WORD = re.compile(r"[^\W_]+")
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
 
@@ -26,8 +27,11 @@ def exact_match(prediction: str, reference: str) -> float:
 
 
 def rouge_l(prediction: str, reference: str) -> float:
-    """F1 of the longest common subsequence of words, 0 to 1."""
-    a, b = _even(prediction).split(), _even(reference).split()
+    """F1 of the longest common subsequence of words, 0 to 1; case and punctuation do not count.
+
+    On ASCII text the same numbers as `rouge-score` 0.1.2 without stemming (docs/decisions/0012).
+    """
+    a, b = (_WORD.findall(text.lower()) for text in (prediction, reference))
     if not a or not b:
         return float(a == b)
     row = [0] * (len(b) + 1)

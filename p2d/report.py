@@ -46,13 +46,18 @@ def write_report(inputs: Path, path: Path, *, started: float, device: str) -> No
         "dtype": plan.dtype,
         "rows": {"train": asdict(plan.train), "guide": asdict(plan.guide), "evaluation": asdict(plan.evaluation)},
         "heads": _heads(inputs, plan, training),
-        "selection": _optional(inputs / "selection_summary.json"),
+        "selection": _selection(inputs, plan),
         "training": None if training is None else {key: training[key] for key in training if key != "log"},
         "evaluation": evaluation,
     }
     report["estimate_s"] = plan.estimate_s
     report["cost"] = _cost(inputs, plan, evaluation, started=started, device=device)
     write_json(path, report)
+
+
+def _selection(inputs: Path, plan: Plan) -> dict[str, Any] | None:
+    summary: dict[str, Any] | None = _optional(inputs / "selection_summary.json")
+    return summary and {**summary, "mode": plan.config.data.mode}
 
 
 def _optional(path: Path) -> Any:

@@ -4,7 +4,7 @@ score of a row = sum over the chosen heads of the row's responses, combined with
 the top `ceil(ratio * rows)` are kept, ties by row order. Another head set or ratio costs no model pass.
 
 Two things a cheap scoring may leave out, and what then holds:
-- a chosen head in a layer that was not scored adds nothing; where no chosen head was scored, all scored heads stand in;
+- for each chosen head in a layer that was not scored, the mean of all scored heads stands in;
 - a row that was not scored (fast mode's pool) has no score, ranks behind all that have one, and is never kept.
 """
 
@@ -46,7 +46,8 @@ class Selection:
     heads: int
     """Chosen heads."""
     heads_scored: int
-    """Those among them that have responses. 0: all scored heads stood in, or the scorer looks at none (`quality`)."""
+    """Those among them that have responses of their own; for the others the mean of all scored heads stood in. 0 where the
+    scorer looks at no head (`quality`)."""
 
     @property
     def kept_rows(self) -> list[int]:
@@ -85,9 +86,7 @@ def select_rows(shards: Iterable[ResponseShard], heads: Sequence[tuple[int, int]
     rows, columns, shard = 0, np.zeros(0, dtype=np.intp), None
     for shard in shards:
         columns = _columns(shard, heads)
-        used = shard.response_RN[:, columns] if len(columns) else shard.response_RN
-        # float64 sums: fp16 values of 27 heads added in fp16 would tie.
-        sums.append(used.sum(axis=1, dtype=np.float64))
+        sums.append(_summed(shard, columns, missing=len(heads) - len(columns)))
         places.append(shard.row_R)
         if shard.quality_R is not None:
             qualities.append(shard.quality_R)
@@ -118,6 +117,14 @@ def _columns(shard: ResponseShard, heads: Sequence[tuple[int, int]]) -> npt.NDAr
     first = shard.layers.start
     scored = [(layer - first) * shard.n_heads + head for layer, head in heads if layer in shard.layers]
     return np.array(scored, dtype=np.intp)
+
+
+def _summed(shard: ResponseShard, columns: npt.NDArray[np.intp], *, missing: int) -> Floats:
+    """Responses of the chosen heads added up, [R]. float64: fp16 values of 27 heads added in fp16 would tie."""
+    response_R: Floats = shard.response_RN[:, columns].sum(axis=1, dtype=np.float64)
+    if missing and len(shard.layers):
+        response_R += missing * shard.response_RN.mean(axis=1, dtype=np.float64)
+    return response_R
 
 
 def _spread(value_R: Floats, place_R: npt.NDArray[np.int64], rows: int) -> Floats:

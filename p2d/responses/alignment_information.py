@@ -11,6 +11,7 @@ from dataclasses import replace
 import numpy as np
 
 from p2d import flops
+from p2d.config import alignment_layers, alignment_projections
 from p2d.response_matrix import ResponseShard
 from p2d.responses import ResponseInput, Responses
 from p2d.responses.alignment import align
@@ -22,7 +23,11 @@ def alignment_information(given: ResponseInput) -> Responses:
     base, row_R = given.base, given.wanted()
     first = len(given.guide) + len(row_R)
     total = first + len(row_R)
-    found = align(replace(given, progress=lambda done, _, metrics: given.progress(done, total, metrics)))
+    found = align(
+        replace(given, progress=lambda done, _, metrics: given.progress(done, total, metrics)),
+        alignment_layers(base.info.n_layers),
+        alignment_projections(given.slices),
+    )
     bare = without_prompts(base, [base.renderer.render(given.rows[index]) for index in row_R])
     bare_R = answer_nats(base, bare, lambda done: given.progress(first + done, total, {}))
     shard = ResponseShard(

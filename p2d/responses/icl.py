@@ -30,7 +30,7 @@ from torch.nn import functional
 from p2d import flops
 from p2d.batches import answer_nll, collate, token_budget_batches
 from p2d.branches import Tree, branching, plant
-from p2d.config import Metric
+from p2d.config import FAST_DEMOS, Metric, icl_layers
 from p2d.depth import first_layers
 from p2d.errors import Diverged
 from p2d.generation import answer_limit, generate
@@ -58,18 +58,12 @@ TOKENS = 4096
 KEPT_RENDERED = 1024
 """Rendered rows kept at most: each is asked for twice or more, close together."""
 
-FAST_DEMOS = 20
-"""Fewest demonstrations of a group in fast mode: a query's cost is shared by as many rows."""
-
-FAST_DEPTH = 2 / 3
-"""Share of the layers that fast mode computes: masses of deeper heads are not read."""
-
 
 def icl(given: ResponseInput) -> Responses:
     """Masses and gains of every row of the span. Raises Diverged if a likelihood or a mass is not finite."""
     base, info, data = given.base, given.base.info, given.config.data
     fast = data.mode == "fast"
-    layers = range(max(1, round(FAST_DEPTH * info.n_layers)) if fast else info.n_layers)
+    layers = icl_layers(data.mode, info.n_layers)
     render = lru_cache(KEPT_RENDERED)(lambda row: base.renderer.render(given.rows[row]))
     collected = _Collected(given.wanted(), len(layers) * info.n_heads)
     judge = None if fast else METRICS[data.metric](base)

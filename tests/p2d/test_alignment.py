@@ -14,7 +14,7 @@ from p2d.batches import answer_nll, collate
 from p2d.config import JobConfig, Projection
 from p2d.models import BaseModel, load_base_model
 from p2d.responses import ResponseInput
-from p2d.responses.alignment import alignment, gradient_squares
+from p2d.responses.alignment import align, alignment, gradient_squares
 from p2d.rows import Row
 from p2d.slices import HeadSlices
 from tests.factories import some_rows, tiny_model_dir
@@ -39,13 +39,13 @@ def gradients(base: BaseModel, rows: list[Row], head: tuple[int, int], slices: t
 
 @pytest.mark.parametrize("slices", [("v", "o"), ("q", "k", "v"), ("o",)])
 def test_a_response_is_the_cosine_of_autograds_gradients(tiny: BaseModel, slices: tuple[Projection, ...]) -> None:
-    response_RN = alignment(given(tiny, slices)).shard.response_RN
+    response_RN = align(given(tiny, slices), range(tiny.info.n_layers), slices).cosine_RN
 
     for layer, head in [(0, 0), (1, 4), (2, 5)]:
         mean = torch.stack(gradients(tiny, GUIDE, (layer, head), slices)).mean(0)
         for row, gradient in enumerate(gradients(tiny, ROWS, (layer, head), slices)):
             expected = float(torch.nn.functional.cosine_similarity(gradient, mean, dim=0))
-            assert response_RN[row, layer * tiny.info.n_heads + head] == pytest.approx(expected, abs=2e-3)  # fp16
+            assert response_RN[row, layer * tiny.info.n_heads + head] == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.parametrize("family", sorted(ARCHS))
@@ -53,14 +53,45 @@ def test_a_response_is_that_cosine_in_every_family(family: str, tmp_path: Path) 
     slices: tuple[Projection, ...] = ("q", "k", "v", "o")
     base = load_base_model(tiny_model_dir(tmp_path / family, family=family), precision="fp32", device="cpu")
 
-    shard = alignment(given(base, slices, range(2))).shard
+    found = align(given(base, slices, range(2)), range(1, base.info.n_layers), slices)
 
     head = (base.info.n_layers - 1, base.info.n_heads - 1)
     mean = torch.stack(gradients(base, GUIDE, head, slices)).mean(0)
-    column = (head[0] - shard.layers.start) * base.info.n_heads + head[1]
+    column = (head[0] - 1) * base.info.n_heads + head[1]
     for row, gradient in enumerate(gradients(base, ROWS[:2], head, slices)):
         expected = float(torch.nn.functional.cosine_similarity(gradient, mean, dim=0))
-        assert shard.response_RN[row, column] == pytest.approx(expected, abs=2e-3)  # fp16
+        assert found.cosine_RN[row, column] == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_default_reads_v_of_the_upper_third_and_no_graph_is_below(tiny: BaseModel) -> None:
+    shard = alignment(given(tiny, ("v", "o"))).shard
+    every = align(given(tiny, ("v", "o")), range(3), ("v",)).cosine_RN
+
+    assert shard.layers == range(2, 3)
+    np.testing.assert_allclose(shard.response_RN, every[:, 2 * tiny.info.n_heads :], atol=2e-3)  # fp16
+    below = tiny.projection(1, "v")
+    outputs: list[Tensor] = []
+    handle = below.register_forward_hook(lambda _, args, output: outputs.append(output))
+    alignment(given(tiny, ("v", "o")))
+    handle.remove()
+    assert outputs
+    assert not any(output.requires_grad for output in outputs)
+
+
+def test_a_head_whose_v_is_not_trained_is_read_where_it_is(tiny: BaseModel) -> None:
+    shard = alignment(given(tiny, ("q", "o"))).shard
+
+    expected = align(given(tiny, ("q", "o")), range(2, 3), ("q", "o")).cosine_RN
+    assert shard.response_RN.tobytes() == expected.astype(np.float16).tobytes()
+
+
+def test_the_forward_pass_knows_the_likelihood_as_well(tiny: BaseModel) -> None:
+    found = align(given(tiny, ("v",)), range(2, 3), ("v",))
+
+    for row, nll in zip(ROWS, found.nll_R, strict=True):
+        with torch.no_grad():
+            expected_B, _ = answer_nll(tiny, collate(tiny.renderer, [tiny.renderer.render(row)], [0]))
+        assert nll == pytest.approx(float(expected_B), rel=1e-4)
 
 
 def test_responses_do_not_depend_on_how_rows_are_sharded(tiny: BaseModel) -> None:

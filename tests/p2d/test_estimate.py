@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from p2d.config import JobConfig, resolve
+from p2d.config import DataConfig, JobConfig, resolve
 from p2d.estimate import Speed, estimate_seconds
 from p2d.model_info import ModelInfo
 from p2d.plans import RowCounts
@@ -47,3 +47,15 @@ def test_a_given_random_scorer_costs_next_to_nothing() -> None:
     found = estimate_seconds(SMOLLM2, config, Speed(1e11), train=rows(300), guide=rows(24), evaluation=rows(36))
 
     assert found["respond"] == 0
+
+
+def test_a_fast_job_foresees_less_scoring_and_training() -> None:
+    def found(**data: object) -> dict[str, float]:
+        config = resolve(JobConfig(data=DataConfig(**data)), rows=5000, context_length=8192).config  # type: ignore[arg-type]
+        return estimate_seconds(SMOLLM2, config, Speed(1e11), train=rows(5000), guide=rows(24), evaluation=rows(36))
+
+    for scorer in ("alignment", "alignment_information", "information", "icl"):
+        faithful, fast = found(scorer=scorer), found(scorer=scorer, mode="fast")
+        assert fast["respond"] < 0.3 * faithful["respond"], scorer
+        assert fast["train"] < faithful["train"]
+    assert found(scorer="icl", metric="rouge_l")["respond"] > found(scorer="icl")["respond"]

@@ -19,7 +19,7 @@ from p2d.models import BaseModel
 from p2d.probe import probe_attention
 from p2d.rendering import RenderedRow
 from p2d.responses import ResponseInput
-from p2d.responses.alignment import alignment
+from p2d.responses.alignment import align
 from p2d.responses.icl import METRICS, read_masses, set_scene
 from p2d.rows import Row
 from p2d.slices import Head, HeadSlices
@@ -116,17 +116,18 @@ def test_a_causal_row_meets_half_of_its_square() -> None:
 
 
 @pytest.mark.usefixtures("squares")
-@pytest.mark.parametrize("projections", [("q", "k", "v"), ("v", "o")])
-def test_alignment_scoring(tiny: BaseModel, projections: tuple[Projection, ...]) -> None:
+@pytest.mark.parametrize("projections", [("v",), ("q", "k", "v"), ("v", "o")])
+@pytest.mark.parametrize("first", [0, 2])
+def test_alignment_scoring(tiny: BaseModel, projections: tuple[Projection, ...], first: int) -> None:
     # One prompt and one length: nothing is padded.
     row, config = Row(prompt="What is 2 plus 2?", answer="It is 4.", line=1), JobConfig()
     given = ResponseInput(base=tiny, rows=[row] * 4, guide=[row] * 2, span=range(4), slices=projections, config=config)
     rendered = tiny.renderer.render(row)
     size = (tiny.renderer.length(rendered), len(rendered.answer_ids))
 
-    found = counted(lambda: alignment(given))
+    found = counted(lambda: align(given, range(first, 3), projections))
 
-    closed = flops.alignment(tiny.info, guide=[size] * 2, rows=[size] * 4, projections=projections)
+    closed = flops.alignment(tiny.info, guide=[size] * 2, rows=[size] * 4, projections=projections, from_layer=first)
     assert closed == pytest.approx(found, rel=TOLERANCE)
 
 

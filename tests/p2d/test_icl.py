@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from p2d.batches import answer_nll, collate
-from p2d.config import DataConfig, JobConfig, Metric
+from p2d.config import POOL_FACTOR, DataConfig, JobConfig, Metric
 from p2d.generation import generate
 from p2d.metrics import rouge_l
 from p2d.models import BaseModel
@@ -146,7 +146,7 @@ def test_fast_mode_shows_more_rows_to_a_query_and_judges_no_answer(tiny: BaseMod
 
     assert max(len(group.demos) for group in groups_of(tiny, range(20), FAST)) > FAST.n_demos
     assert (shard.layers, shard.combine, shard.quality_R) == (range(2), "response", None)
-    assert len(shard.row_R) == 3 * 4  # three times the rows that are kept
+    assert len(shard.row_R) == POOL_FACTOR * 4
 
 
 def test_the_mass_of_a_slot_is_taken_out() -> None:

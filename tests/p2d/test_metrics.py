@@ -33,3 +33,16 @@ def test_exact_match(prediction: str, reference: str, score: float) -> None:
 )
 def test_rouge_l(prediction: str, reference: str, score: float) -> None:
     assert rouge_l(prediction, reference) == pytest.approx(score)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "reference", "score"),
+    [
+        ("the cat sat on the mat", "the cat lay on a mat", 0.6666666666666666),
+        ("she sells 3 sea shells", "sea shells she sells by the sea shore", 0.4615384615384615),
+        ("yes, it is 42.", "Yes it is 42", 1.0),
+        ("well-known, isn't it?", "It isn't well known_here", 0.36363636363636365),
+    ],
+)
+def test_rouge_l_gives_the_numbers_of_the_usual_library(prediction: str, reference: str, score: float) -> None:
+    assert rouge_l(prediction, reference) == pytest.approx(score)  # computed by rouge-score 0.1.2

@@ -85,18 +85,17 @@ def test_a_row_quality_alone_needs_no_heads() -> None:
     assert selection.heads_scored == 0
 
 
-def test_a_chosen_head_in_a_layer_that_was_not_scored_adds_nothing() -> None:
-    selection = select_rows([a_shard([[1, 5], [2, 4]], layers=range(1, 2))], [(0, 1), (1, 0)], ratio=0.5)
+@pytest.mark.parametrize(
+    ("heads", "scored", "scores"),
+    [([(1, 0), (1, 1)], 2, [6, 6]), ([(0, 1), (1, 0)], 1, [1 + 3, 2 + 3]), ([(0, 0), (0, 1)], 0, [2 * 3, 2 * 3])],
+)
+def test_the_mean_of_all_scored_heads_stands_in_for_a_chosen_one_that_was_not(
+    heads: list[tuple[int, int]], scored: int, scores: list[float]
+) -> None:
+    selection = select_rows([a_shard([[1, 5], [2, 4]], layers=range(1, 2))], heads, ratio=0.5)
 
-    assert selection.score_R.tolist() == [1, 2]
-    assert (selection.heads, selection.heads_scored) == (2, 1)
-
-
-def test_all_scored_heads_stand_in_where_no_chosen_head_was_scored() -> None:
-    selection = select_rows([a_shard([[1, 5], [2, 3]], layers=range(1, 2))], [(0, 0), (0, 1)], ratio=0.5)
-
-    assert selection.score_R.tolist() == [6, 5]
-    assert (selection.heads, selection.heads_scored) == (2, 0)
+    assert selection.score_R.tolist() == scores
+    assert (selection.heads, selection.heads_scored) == (2, scored)
 
 
 def test_a_row_outside_the_pool_is_never_kept(tmp_path: Path) -> None:
