@@ -41,7 +41,7 @@ def peak_extra_bytes(device: torch.device, work: Callable[[], object]) -> int:
         return int(torch.cuda.max_memory_allocated(device) - before)
     with _LiveBytes() as live:
         work()
-    return live.peak
+    return int(live.peak)
 
 
 class _LiveBytes(TorchDispatchMode):

@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -173,7 +173,7 @@ def as_markdown(jobs: Sequence[Facts]) -> str:
     names = list(jobs[0]["steps"])
     head = " | ".join(f"{job['rows']:,} rows" for job in jobs)
     rule = "| --- |" + " ---: |" * (len(jobs) + 1)
-    tables = (
+    tables: tuple[tuple[str, str, Callable[[float], str]], ...] = (
         ("Seconds", "seconds", lambda value: f"{value:.3g}"),
         ("Bytes written, MiB", "written_bytes", lambda value: f"{value / 2**20:.3g}"),
         ("Highest resident set until the step ended, MiB", "peak_bytes", lambda value: f"{value / 2**20:.0f}"),
