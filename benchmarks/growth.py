@@ -5,8 +5,9 @@
 
 Every size is a whole job (`validate` to `package`) in a process of its own, on a random model of two layers: what is measured is
 the machinery around a model, not the model. Rows are a few sentences repeated with other numbers, some 20 tokens each. An
-exponent is the slope of log cost over log rows between the two largest sizes: 1 = linear, 0 = flat. Memory is the highest
-resident set of the process so far, libraries included. Writes growth.json and growth.md.
+exponent is the slope of log cost over log rows between the two largest sizes: 1 = linear, 0 = flat. Seconds are of the
+processor, on one thread. Memory is the highest resident set of the process so far, libraries included. Writes growth.json and
+growth.md.
 """
 
 from __future__ import annotations
@@ -37,12 +38,13 @@ class StepGrowth:
     """One step of one job, all its shards together."""
 
     seconds: float
+    """Of the processor."""
     written_bytes: int
     peak_bytes: int
     """Of the process, until the step ended: it only rises."""
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Parse, run every size in a child, write."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.growth", description="Growth from 1k to 1M rows.")
     parser.add_argument("--max-rows", type=int, default=SIZES[-1], help="largest job (default 1000000)")
@@ -50,7 +52,7 @@ def main() -> None:
         "--out", type=Path, default=ROOT / "docs" / "results", help="where growth.json and growth.md go"
     )
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)  # what a child is called with
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if options.one:
         print(json.dumps(one_job(options.one)))  # noqa: T201 - the answer to the parent
         return
@@ -131,12 +133,12 @@ class step:
         self._steps, self._name, self._folder = steps, name, folder
 
     def __enter__(self) -> None:
-        self._started, self._bytes = time.perf_counter(), folder_bytes(self._folder)
+        self._started, self._bytes = time.process_time(), folder_bytes(self._folder)
 
     def __exit__(self, *_: object) -> None:
         before = self._steps.get(self._name, StepGrowth(0.0, 0, 0))
         self._steps[self._name] = StepGrowth(
-            before.seconds + time.perf_counter() - self._started,
+            before.seconds + time.process_time() - self._started,
             before.written_bytes + folder_bytes(self._folder) - self._bytes,
             peak_bytes(),
         )

@@ -8,12 +8,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from p2d.config import HEAD_SCORERS, HeadsConfig, JobConfig, TrainingConfig
+from p2d.config import HEAD_SCORERS, HeadsConfig, JobConfig, Projection, TrainingConfig
 from p2d.errors import Cancelled, DatasetTooSmall, EngineError
 from p2d.head_maps import HeadMap
 from p2d.identify import balanced_mean, half_proxies, identify_heads
 from p2d.models import BaseModel
 from p2d.rows import content_hash
+from p2d.scorers import ScorerInput
 from tests.factories import some_rows
 from tests.p2d.test_slices import assert_same, weights_of
 
@@ -48,6 +49,34 @@ def test_every_scorer_ranks_all_heads_and_leaves_the_base_bit_identical(tiny: Ba
     assert head_map.reproducibility.k == 4
     assert head_map.reproducibility.chance == pytest.approx(16 / 18)
     assert len({score for row in head_map.scores for score in row}) == 18
+
+
+def moved_projections(given: ScorerInput) -> torch.Tensor:
+    """A scorer that notes which projections the proxy moved, in every layer."""
+    proxy, layers = given.trained_proxy, range(given.info.n_layers)
+    names: tuple[Projection, ...] = ("q", "k", "v", "o")
+    MOVED.append({p for p in names if any(not torch.equal(proxy.base(la, p), proxy.trained(la, p)) for la in layers)})
+    return torch.rand(given.info.n_layers, given.info.n_heads, generator=torch.Generator().manual_seed(given.seed))
+
+
+MOVED: list[set[Projection]] = []
+
+
+@pytest.mark.parametrize("slices", [("v", "o"), ("q", "k", "v"), ("o",)])
+def test_a_proxy_trains_the_projections_of_the_recipe_and_no_other_weight(
+    tiny: BaseModel, monkeypatch: pytest.MonkeyPatch, slices: tuple[Projection, ...]
+) -> None:
+    monkeypatch.setitem(HEAD_SCORERS, "moved", f"{__name__}:moved_projections")
+    MOVED.clear()
+    config = config_for("moved")
+    others = {name: value for name, value in weights_of(tiny).items() if not any(f"{p}_proj" in name for p in slices)}
+
+    def untouched(done: int, total: int, metrics: Mapping[str, float]) -> None:
+        assert_same({name: value for name, value in weights_of(tiny).items() if name in others}, others)
+
+    identify_heads(tiny, ROWS, GUIDE, replace(config, training=replace(config.training, slices=slices)), untouched)
+
+    assert [set(slices)] * 2 == MOVED
 
 
 def test_attribution_accounts_for_the_held_out_decrease_of_both_halves(tiny: BaseModel) -> None:
