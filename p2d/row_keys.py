@@ -1,4 +1,4 @@
-"""Which rows were seen, in some 15 bytes a row: for repeated rows, and for held-out rows that training rows repeat."""
+"""Which rows were seen, in some 11 bytes a row: for repeated rows, and for held-out rows that training rows repeat."""
 
 from __future__ import annotations
 
