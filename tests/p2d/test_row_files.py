@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,9 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from p2d.config import DATA_SCORERS, DataConfig, JobConfig
+from p2d.models import BaseModel
 from p2d.plans import leaked, split_rows
+from p2d.registry import load
 from p2d.response_matrix import ResponseShard
-from p2d.row_files import open_rows, write_row_file
+from p2d.responses import DataScorer, ResponseInput
+from p2d.row_files import RowFile, line_starts, open_rows, write_row_file
 from p2d.rows import Row, content_hash, load_rows, write_rows
 from p2d.selection import load_kept, select_rows, summarise, write_selection
 from p2d.validation import validate_file
@@ -55,6 +60,32 @@ def test_an_index_of_another_file_is_noticed(tmp_path: Path) -> None:
 
     with pytest.raises(AssertionError, match="another"):
         open_rows(tmp_path / "rows.jsonl")
+
+
+@pytest.mark.parametrize("scorer", ["alignment", "icl"])
+def test_a_shard_reads_its_own_rows_and_the_queries_alone(tiny: BaseModel, tmp_path: Path, scorer: str) -> None:
+    path, read = tmp_path / "rows.jsonl", set[int]()
+    write_rows(path, some_rows(400))
+
+    def parse(line: bytes) -> Row:
+        row = Row(**json.loads(line))
+        read.add(row.line - 1)
+        return row
+
+    respond: DataScorer = load(DATA_SCORERS, scorer, what="data scorer", pointer="/data/scorer")
+    respond(
+        ResponseInput(
+            base=tiny,
+            rows=RowFile(path, line_starts(path), parse),
+            guide=some_rows(3, first=500),
+            span=range(200, 206),
+            slices=("v",),
+            config=JobConfig(data=DataConfig(scorer=scorer)),
+        )
+    )
+
+    assert read >= set(range(200, 206))
+    assert len(read) <= 6 + (0 if scorer == "alignment" else 64)
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------
