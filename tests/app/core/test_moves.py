@@ -245,12 +245,14 @@ def test_a_cancelled_job_is_retried_and_cancelled_again(rig: Rig) -> None:
 
 def test_a_claim_from_the_moment_in_which_the_job_ended_is_void_after_a_retry(rig: Rig) -> None:
     job_id = rig.submit()
-    with rig.db.begin() as conn:  # the cancel skips the step that is being claimed
-        lease = claim(conn, queue=rig.settings.worker_queue, worker="w", lease_s=60)
-        assert rig.cancel(job_id).status == "cancelled"
+    with ThreadPoolExecutor(1) as pool:
+        with rig.db.begin() as conn:  # the cancel skips the step that is being claimed, the retry waits for it
+            lease = claim(conn, queue=rig.settings.worker_queue, worker="w", lease_s=60)
+            assert rig.cancel(job_id).status == "cancelled"
+            retrying = pool.submit(rig.retry, job_id)
+            wait_for(lambda: somebody_waits(rig), "the retry to wait for the claim")
+        assert retrying.result(30).status == "queued"
     assert lease is not None
-
-    rig.retry(job_id)
 
     with pytest.raises(LeaseLost), rig.db.begin() as conn:
         lifecycle.begin_step(conn, lease)
