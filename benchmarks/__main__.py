@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PARTS = {
     "respond": "benchmarks.respond:respond",
     "heads": "benchmarks.heads:heads",
+    "train": "benchmarks.train:train",
 }
 """Part -> function `(Workbench) -> Findings`; nothing is imported before it is asked for."""
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from benchmarks.counters import peak_extra_bytes
 from benchmarks.eager import demo_masses
 from benchmarks.findings import Findings, Ratio, Target
-from benchmarks.peers.data_whisperer import DataWhisperer, Scored
+from benchmarks.peers.data_whisperer import DataWhisperer, Scored, group_flops
 from benchmarks.workbench import Times, Workbench, per_round
 from p2d import flops
 from p2d.config import JobConfig, resolve
@@ -117,11 +117,14 @@ def _against_data_whisperer(bench: Workbench, score: _Scoring) -> tuple[Times, R
         unwarmed=("Data Whisperer",),
     )
     spent, theirs = score.span(range(rows)), found[0]
+    prompt, steps = theirs.prompt_tokens, theirs.decode_steps
+    operations = group_flops(base.info, prompt=prompt, steps=steps, layer=peer.layer)
+    tokens = prompt * (1 + (peer.layer + 1) / base.info.n_layers) + steps - 1  # in passes through all layers
     twin = {
-        "FLOP per row, theirs / ours": peer.flops(base.info, theirs) / DEMOS / (spent.flops / rows),
+        "FLOP per row, theirs / ours": operations / DEMOS / (spent.flops / rows),
         "decode steps per row, theirs": theirs.decode_steps / DEMOS,
         "decode steps per row, ours": 0,
-        "tokens per row, theirs": theirs.tokens / DEMOS,
+        "tokens per row, theirs": tokens / DEMOS,
         "tokens per row, ours": spent.tokens / rows,
     }
     ratio = Ratio(

@@ -12,11 +12,13 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
+from p2d.config import Precision
 from p2d.models import BaseModel, load_base_model
 from p2d.rows import Row, read_rows
 
@@ -37,14 +39,16 @@ class Workbench:
     device: str
     scratch: Path
     """A folder for what an arm writes; whoever made it removes it."""
+    precision: Precision = "auto"
+    """`auto` = what the device computes fastest."""
     _base: BaseModel | None = field(default=None, init=False)
 
     @property
     def base(self) -> BaseModel:
-        """The model, loaded once, in the type that the device computes fastest."""
+        """The model, loaded once."""
         if self._base is None:
             self.say(f"loading {self.model_dir.name}")
-            self._base = load_base_model(self.model_dir, device=self.device)
+            self._base = load_base_model(self.model_dir, precision=self.precision, device=self.device)
         return self._base
 
     def say(self, line: str) -> None:
@@ -64,21 +68,30 @@ class Workbench:
         return clock() - started
 
     def take_turns(
-        self, arms: Mapping[str, Callable[[], object]], *, rounds: int | None = None, unwarmed: Collection[str] = ()
+        self,
+        arms: Mapping[str, Callable[[], object]],
+        *,
+        unwarmed: Collection[str] = (),
+        inside: Mapping[str, Callable[[], AbstractContextManager[object]]] | None = None,
     ) -> Times:
-        """Time every arm once a round, after one warm-up each except for those in `unwarmed` (too dear to do twice)."""
-        names = list(arms)
+        """Time every arm once a round.
+
+        Args: unwarmed: arms that get no run before the first round: too dear to do once more. inside: what holds around
+              an arm's run, made and undone outside of its time.
+        """
+        names, around = list(arms), inside or {}
         for name in names:
             if name not in unwarmed:
-                arms[name]()
+                with around.get(name, nullcontext)():
+                    arms[name]()
         times: Times = {name: [] for name in names}
-        count = self.rounds if rounds is None else rounds
-        for number in range(count):
+        for number in range(self.rounds):
             turn = number % len(names)
             for name in names[turn:] + names[:turn]:
-                times[name].append(self.seconds(arms[name]))
+                with around.get(name, nullcontext)():
+                    times[name].append(self.seconds(arms[name]))
             shown = ", ".join(f"{name} {times[name][-1]:.3g} s" for name in names)
-            self.say(f"  round {number + 1} of {count}: {shown}")
+            self.say(f"  round {number + 1} of {self.rounds}: {shown}")
         return times
 
 

@@ -60,14 +60,15 @@ class Scored:
     """Numbers parsed from the generated text."""
     prompt_tokens: int
     decode_steps: int
-    layers_again: int
-    """Layers of the second pass."""
-    layers: int
 
-    @property
-    def tokens(self) -> float:
-        """Tokens pushed through the model, in passes through all its layers."""
-        return self.prompt_tokens * (1 + self.layers_again / self.layers) + self.decode_steps - 1
+
+def group_flops(info: ModelInfo, *, prompt: int, steps: int, layer: int) -> float:
+    """Operations of a group: eager attention multiplies the whole square, masked or not."""
+    steps -= 1  # the first token comes from the prompt's pass
+    whole = Work(tokens=prompt, pairs=prompt**2, logits=1)
+    decoded = Work(tokens=steps, pairs=steps * prompt + steps * (steps + 1) / 2, logits=steps)
+    again = Work(tokens=prompt, pairs=prompt**2, logits=0)
+    return forward(info, whole) + forward(info, decoded) + forward(info, again, to_layer=layer + 1)
 
 
 class DataWhisperer:
@@ -83,7 +84,7 @@ class DataWhisperer:
             os.fspath(directory), dtype=dtype, attn_implementation="eager", local_files_only=True
         ).to(device)
         self.model.eval()
-        self._device, self._layer = device, layer
+        self._device, self.layer = device, layer
 
     @torch.no_grad()
     def score_group(self, demos: Sequence[Row], queries: Sequence[Row], *, max_new_tokens: int) -> Scored:
@@ -113,17 +114,7 @@ class DataWhisperer:
             predictions=predictions[: len(queries)],
             prompt_tokens=int(encoding.input_ids.shape[1]),
             decode_steps=int(output.shape[1] - encoding.input_ids.shape[1]),
-            layers_again=self._layer + 1,
-            layers=self.model.config.num_hidden_layers,
         )
-
-    def flops(self, info: ModelInfo, scored: Scored) -> float:
-        """Operations of a group: eager attention multiplies the whole square, masked or not."""
-        prompt, steps = scored.prompt_tokens, scored.decode_steps - 1  # the first token comes from the prompt's pass
-        whole = Work(tokens=prompt, pairs=prompt**2, logits=1)
-        decoded = Work(tokens=steps, pairs=steps * prompt + steps * (steps + 1) / 2, logits=steps)
-        again = Work(tokens=prompt, pairs=prompt**2, logits=0)
-        return forward(info, whole) + forward(info, decoded) + forward(info, again, to_layer=scored.layers_again)
 
     def _attention(self, input_ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
         """Attention of one layer summed over its heads, fp16, by a forward pass that stops there."""
@@ -139,10 +130,10 @@ class DataWhisperer:
         )
         rotary = backbone.rotary_emb(h_BTD, position_ids=position_BT)
         taken: list[Tensor] = []
-        hook = backbone.layers[self._layer].self_attn.register_forward_hook(
+        hook = backbone.layers[self.layer].self_attn.register_forward_hook(
             lambda module, args, output: taken.append(output[1].sum(dim=1).to(torch.float16))
         )
-        for layer in backbone.layers[: self._layer + 1]:
+        for layer in backbone.layers[: self.layer + 1]:
             h_BTD = layer(h_BTD, attention_mask=mask, position_ids=position_BT, position_embeddings=rotary)
         hook.remove()
         return taken[0]

@@ -5,17 +5,21 @@ Each count by its closed form agrees with what PyTorch counts while the arm runs
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks.counters import count_flops, peak_extra_bytes
+from benchmarks.counters import bytes_of, count_flops, peak_extra_bytes
 from benchmarks.eager import demo_masses
 from benchmarks.heads import bytes_read_by_us, moved_proxy, pad_flops
 from benchmarks.peers import alps
-from benchmarks.peers.data_whisperer import DataWhisperer
+from benchmarks.peers.data_whisperer import DataWhisperer, group_flops
 from benchmarks.respond import scene_masses
+from benchmarks.train import CACHED, UPPER, Arm, bytes_held, chosen_heads, made_arms
+from benchmarks.workbench import Workbench
+from p2d import flops
 from p2d.arch.spec import n_units
 from p2d.models import BaseModel, load_base_model
 from p2d.responses.icl import set_scene
@@ -54,8 +58,8 @@ def test_data_whisperer_decodes_and_passes_its_prompt_again(long_dir: Path, base
     found = count_flops(lambda: peer.score_group(rows[:5], rows[5:], max_new_tokens=6))
 
     assert scored.decode_steps == 6
-    assert scored.tokens == pytest.approx(scored.prompt_tokens * (1 + 2 / 3) + 5)
-    assert peer.flops(base.info, scored) == pytest.approx(found, rel=TOLERANCE)
+    closed = group_flops(base.info, prompt=scored.prompt_tokens, steps=6, layer=1)
+    assert closed == pytest.approx(found, rel=TOLERANCE)
 
 
 def test_a_group_costs_one_forward_pass_of_its_tokens(base: BaseModel, rows: list[Row]) -> None:
@@ -126,3 +130,50 @@ def test_alps_finds_no_distance_between_equal_models(long_dir: Path, base: BaseM
 
     assert len(found) == base.info.n_layers * base.info.n_heads
     assert set(found.values()) == {0.0}
+
+
+# --- train ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def arms(long_dir: Path, rows: list[Row], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Arm]]:
+    """All arms of one step of four rows of one length, each after a first step."""
+    # The counter sees every token meet every other.
+    monkeypatch.setattr(flops, "causal_pairs", lambda tokens, past=0: tokens * (past + tokens))
+    bench = Workbench(
+        model_dir=long_dir, rows=rows, scored=4, rounds=1, device="cpu", scratch=tmp_path, precision="fp32"
+    )
+    with made_arms(bench, [bench.base.renderer.render(rows[0])] * 4) as made:
+        for arm in made.values():
+            with arm.inside():
+                arm.step()
+        yield made
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers, about peft
+def test_every_way_to_train_costs_what_its_closed_form_says(arms: dict[str, Arm]) -> None:
+    for name, arm in arms.items():
+        with arm.inside():
+            assert arm.flops == pytest.approx(count_flops(arm.step), rel=TOLERANCE), name
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_the_trained_state_is_four_times_the_trained_numbers(arms: dict[str, Arm], base: BaseModel) -> None:
+    info = base.info
+    slices = flops.slice_weights(info, chosen_heads(info, 0), ("q", "k", "v"))
+    every = flops.slice_weights(info, flops.every_head(info), ("q", "k", "v"))
+    lora = info.n_layers * flops.lora_parameters(info, rank=128, projections=("q", "k", "v"))
+    expected = {"full fine-tuning": info.parameters, "masked": every, "LoRA": lora, "slices": slices}
+
+    found = {name: bytes_of(arms[name].state()) for name in expected}
+
+    assert found == {name: 4 * 4 * count for name, count in expected.items()}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_slices_keep_fewest_activations_and_fewer_still_above_the_middle(arms: dict[str, Arm], base: BaseModel) -> None:
+    saved = {name: bytes_held(base, arm).saved for name, arm in arms.items()}
+
+    assert saved[UPPER] < saved["slices"] < saved["masked"] < saved["full fine-tuning"]
+    assert saved["slices"] < saved["LoRA"]
+    assert saved[CACHED] == saved[UPPER]

@@ -14,7 +14,7 @@ def refused(config: JobConfig) -> Iterator[tuple[str, str | None]]:
     with pytest.raises(ConfigError) as caught:
         check(config)
     for error in caught.value.errors:
-        yield error.code, error.pointer
+        yield error.code, error.pointer or ""
 
 
 @pytest.mark.parametrize("metric", ["token_accuracy", "exact_match", "rouge_l"])
