@@ -29,6 +29,8 @@ PARTS = {
     "respond": "benchmarks.respond:respond",
     "heads": "benchmarks.heads:heads",
     "train": "benchmarks.train:train",
+    "cost": "benchmarks.cost:cost",
+    "growth": "benchmarks.sizes:growth",
 }
 """Part -> function `(Workbench) -> Findings`; nothing is imported before it is asked for."""
 

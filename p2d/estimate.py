@@ -6,7 +6,7 @@ An estimate, not a promise: other work on the machine is not foreseen. The arith
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from p2d.config import (
     FAST_DEMOS,
@@ -90,7 +90,24 @@ def estimate_seconds(
     info: ModelInfo, config: JobConfig, speed: Speed, *, train: RowCounts, guide: RowCounts, evaluation: RowCounts
 ) -> dict[str, float]:
     """Seconds of every step of an `adapt` job, validation aside; a resolved config is needed."""
-    every, asked, held = (_work(counts) for counts in (train, guide, evaluation))
+    flops = estimate_flops(info, config, train=train, guide=guide)
+    flops["evaluate"] = forward(info, _work(evaluation).times(2)) + _baseline_steps(info, config, train)
+    if config.data.scorer == "icl":
+        written = _written(info, config, train)
+        flops["respond"] = ICL_SHARE * (flops["respond"] - written) + written * EFFICIENCY / DECODE_EFFICIENCY
+    seconds = {step: count / (speed.flop_per_s * EFFICIENCY) for step, count in flops.items()}
+    answer = evaluation.answer_tokens / max(1, evaluation.rows) * min(evaluation.rows, 200)
+    token = forward(info, Work(tokens=1, pairs=evaluation.longest, logits=1))
+    # Most rows write until the limit, a little over the longest reference: twice the mean.
+    seconds["evaluate"] += 2 * 2 * answer * token / (speed.flop_per_s * DECODE_EFFICIENCY)
+    seconds["heads"] += LOAD_S + info.parameters * 2 / LOAD_BYTES_PER_S
+    seconds |= {"select": 0.5 + train.rows * 2e-5, "package": 0.5}
+    return {step: round(s, 1) for step, s in seconds.items()}
+
+
+def estimate_flops(info: ModelInfo, config: JobConfig, *, train: RowCounts, guide: RowCounts) -> dict[str, float]:
+    """Operations of the steps that multiply matrices and count in AER; rows are taken to be of mean length."""
+    every, asked = _work(train), _work(guide)
     slices = config.training.slices
     assert slices != "auto", "resolve the config first"
     heads = every_head(info)
@@ -103,26 +120,26 @@ def estimate_seconds(
         if config.heads.scorer == "attribution"
         else forward(info, judging.times(3))
     )
-    # Chosen heads at even distances: somewhere in the lowest layer, as a random choice nearly always has one.
-    upper = heads[first_chosen_layer(config, info.n_layers) * info.n_heads :]
-    chosen = upper[:: max(1, len(upper) // top_count(config.heads.ratio, len(heads)))]
-    epochs = config.training.epochs + _search_epochs(config, share * train.rows)
-    flops = {
-        "heads": slice_training(info, proxy, heads=heads, projections=slices) + looks,
+    proxies = slice_training(info, proxy, heads=heads, projections=slices) + looks
+    return {
+        "heads": 0.0 if config.heads.scorer == "random" else proxies,
         "respond": _respond(info, config, train, guide),
-        "train": slice_training(info, every.times(share * epochs), heads=chosen, projections=slices),
-        "evaluate": forward(info, held.times(2)) + _baseline_steps(info, config, train),
+        "train": _train(info, config, every.times(share), rows=share * train.rows),
     }
-    if config.heads.scorer == "random":
-        flops["heads"] = 0.0
-    seconds = {step: count / (speed.flop_per_s * EFFICIENCY) for step, count in flops.items()}
-    answer = evaluation.answer_tokens / max(1, evaluation.rows) * min(evaluation.rows, 200)
-    token = forward(info, Work(tokens=1, pairs=evaluation.longest, logits=1))
-    # Most rows write until the limit, a little over the longest reference: twice the mean.
-    seconds["evaluate"] += 2 * 2 * answer * token / (speed.flop_per_s * DECODE_EFFICIENCY)
-    seconds["heads"] += LOAD_S + info.parameters * 2 / LOAD_BYTES_PER_S
-    seconds |= {"select": 0.5 + train.rows * 2e-5, "package": 0.5}
-    return {step: round(s, 1) for step, s in seconds.items()}
+
+
+def _train(info: ModelInfo, config: JobConfig, kept: Work, *, rows: float) -> float:
+    """All epochs and the search; looks at held-out rows are a part of its trials, see TRIALS."""
+    slices = config.training.slices
+    assert slices != "auto", "resolve the config first"
+    lowest, heads = first_chosen_layer(config, info.n_layers), every_head(info)
+    # Chosen heads at even distances: somewhere in the lowest layer, as a random choice nearly always has one.
+    upper = heads[lowest * info.n_heads :]
+    chosen = upper[:: max(1, len(upper) // top_count(config.heads.ratio, len(heads)))]
+    passes = config.training.epochs + _search_epochs(config, rows)
+    below = lowest if passes > 1 else 0  # remembered as soon as a row is seen twice
+    trained = slice_training(info, kept.times(passes), heads=chosen, projections=slices, cached=below > 0)
+    return trained + forward(info, replace(kept, logits=0), to_layer=below)
 
 
 def _search_epochs(config: JobConfig, rows: float) -> float:
@@ -164,11 +181,17 @@ def _respond(info: ModelInfo, config: JobConfig, train: RowCounts, guide: RowCou
         demos = max(data.n_demos, FAST_DEMOS) if data.mode == "fast" else data.n_demos
         deep = None if data.mode == "faithful" else icl_layers(data.mode, info.n_layers).stop
         group = icl_group(info, shown=demos * row[0], queries=[row] * data.n_queries, to_layer=deep)
-        total += ICL_SHARE * rows / demos * group
-        if data.metric in ("exact_match", "rouge_l"):
-            token = forward(info, Work(tokens=1, pairs=demos * row[0], logits=1))
-            total += rows / demos * data.n_queries * row[1] * token * EFFICIENCY / DECODE_EFFICIENCY
+        total += rows / demos * group + _written(info, config, train)
     return total
+
+
+def _written(info: ModelInfo, config: JobConfig, train: RowCounts) -> float:
+    """Of the answers that `icl` lets the model write, where the metric wants them."""
+    row, data = _typical(train), config.data
+    if data.metric not in ("exact_match", "rouge_l"):
+        return 0.0
+    token = forward(info, Work(tokens=1, pairs=data.n_demos * row[0], logits=1))
+    return pool_count(data, train.rows) / data.n_demos * data.n_queries * row[1] * token
 
 
 def _baseline_steps(info: ModelInfo, config: JobConfig, train: RowCounts) -> float:
