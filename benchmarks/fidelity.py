@@ -332,10 +332,16 @@ def _page(name: str, entry: Mapping[str, Any]) -> list[str]:
         f"{fmean(entry['fast_s']) / entry['faithful_s']:.2f}.",
         "",
         f"Fast minus faithful: {verdict['difference']:+.4f}; seed noise {verdict['noise']:.4f} over {verdict['seeds']} seeds: "
-        + ("**within the noise, fit to ship**." if verdict["ships"] else "**outside of the noise, not fit to ship**."),
+        + _judgement(verdict),
         "",
     ]
     return lines
+
+
+def _judgement(verdict: Mapping[str, Any]) -> str:
+    if verdict["seeds"] < 2:
+        return "**not judged, one seed has no noise**."
+    return "**within the noise, fit to ship**." if verdict["ships"] else "**outside of the noise, not fit to ship**."
 
 
 def _list(values: Sequence[float]) -> str:
