@@ -68,6 +68,10 @@ def generate(
     """
     prefix, stop = [] if after else base.renderer.prefix_ids, base.renderer.stop_ids
     width = len(prefix) + max(len(ids) for ids in prompts)
+    narrow = base.info.window is not None and len(after) + width + limit > base.info.window
+    if after and narrow and len({len(ids) for ids in prompts}) > 1:
+        # Padding between what all stand behind and a prompt would fill the sliding window.
+        return _by_length(base, prompts, limit=limit, on_token=on_token, after=after)
     limit = min(limit, base.info.context_length - width - len(after))
     input_ids_BT = torch.full((len(prompts), width), base.renderer.pad_id, device=base.device)
     mask_BT = torch.zeros_like(input_ids_BT)
@@ -102,6 +106,18 @@ def generate(
         position_BT = position_BT[:, -1:] + 1
         mask_BT = torch.cat([mask_BT, torch.ones_like(input_ids_BT)], dim=1)
     return answers
+
+
+def _by_length(
+    base: BaseModel, prompts: Sequence[list[int]], *, limit: int, on_token: Callable[[], None], after: Sequence[int]
+) -> list[list[int]]:
+    """`generate`, with prompts of one length at a time side by side."""
+    answers: dict[int, list[int]] = {}
+    for length in sorted({len(ids) for ids in prompts}):
+        places = [place for place, ids in enumerate(prompts) if len(ids) == length]
+        same = [prompts[place] for place in places]
+        answers |= dict(zip(places, generate(base, same, limit=limit, on_token=on_token, after=after), strict=True))
+    return [answers[place] for place in range(len(prompts))]
 
 
 class RoomyLayer(DynamicLayer):

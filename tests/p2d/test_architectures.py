@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -26,7 +25,7 @@ from p2d.models import BaseModel, load_base_model
 from p2d.registry import load
 from p2d.rendering import RenderedRow
 from p2d.responses import DataScorer, ResponseInput
-from p2d.responses.alignment import alignment
+from p2d.responses.alignment import align
 from p2d.slices import HeadSlices
 from tests.factories import TINY, WINDOW, some_rows, tiny_model_dir
 
@@ -290,23 +289,6 @@ def test_an_adapter_round_trips_bit_for_bit_and_merges_into_the_same_model(
     assert torch.equal(merged_TV, trained_TV)
 
 
-def test_files_that_name_weights_from_the_backbone_on_are_read_and_merged(tmp_path: Path) -> None:
-    directory = tiny_model_dir(tmp_path / "gpt2", family="gpt2")
-    tensors = load_file(directory / "model.safetensors")
-    older = {name.removeprefix("transformer."): value for name, value in tensors.items()}
-    save_file(older, directory / "model.safetensors", metadata={"format": "pt"})
-    base = load_base_model(directory, precision="fp32", device="cpu")
-    state = {"layers.1.v": base.units(1, "v")[[2]] + 1}
-    save_adapter(
-        tmp_path / "a", base=base, heads=[(1, 2)], projections=("v",), state=state, config=JobConfig(), learning_rate=1
-    )
-
-    merged = load_base_model(merge(directory, tmp_path / "a", tmp_path / "merged"), precision="fp32", device="cpu")
-
-    assert torch.equal(merged.units(1, "v")[[2]], state["layers.1.v"])
-    assert torch.equal(merged.units(1, "v")[3:], base.units(1, "v")[3:])
-
-
 @pytest.mark.parametrize("scorer", HEAD_SCORERS)
 def test_every_head_scorer_ranks_all_heads_and_leaves_the_base_alone(base: BaseModel, scorer: str) -> None:
     before = module_weights(base.module)
@@ -338,6 +320,17 @@ def test_greedy_answers_side_by_side_are_those_of_transformers_one_by_one(
         assert answer == [token for token in expected[ids_BT.shape[1] :].tolist() if token not in stop]
 
 
+def test_answers_behind_one_shared_beginning_are_those_of_whole_prompts(
+    base: BaseModel, rendered: list[RenderedRow]
+) -> None:
+    shown = [*rendered[0].prompt_ids, *rendered[0].answer_ids, *base.renderer.separator_ids]
+    prompts = [rendered[1].prompt_ids[-9:], rendered[2].prompt_ids, rendered[3].prompt_ids]  # of different lengths
+
+    answers = generate(base, prompts, limit=8, after=[*base.renderer.prefix_ids, *shown])
+
+    assert answers == [generate(base, [[*shown, *prompt]], limit=8)[0] for prompt in prompts]
+
+
 def given(base: BaseModel, slices: tuple[Projection, ...]) -> ResponseInput:
     return ResponseInput(base=base, rows=ROWS, guide=GUIDE, span=range(6), slices=slices, config=JobConfig())
 
@@ -362,7 +355,7 @@ def test_an_aligned_row_is_one_whose_own_gradient_points_the_guides_way(
         units = [(projection, units_of(base.info, projection, [head])) for projection in slices]
         return torch.cat([full_gradient(reference, base, layer, name)[unit].flatten() for name, unit in units])
 
-    shard = alignment(given(base, slices)).shard
+    cosine_RN = align(given(base, slices), range(1, base.info.n_layers), slices).cosine_RN
 
     for layer, head in [(1, 0), (2, 4)]:
         guide = [base.renderer.render(row) for row in GUIDE]
@@ -370,5 +363,4 @@ def test_an_aligned_row_is_one_whose_own_gradient_points_the_guides_way(
         for index in range(6):
             row = gradient(base.renderer.render(ROWS[index]), layer, head)
             expected = float(torch.nn.functional.cosine_similarity(row, mean, dim=0))
-            column = (layer - shard.layers.start) * base.info.n_heads + head
-            assert shard.response_RN[index, column] == pytest.approx(expected, abs=2e-3)  # fp16
+            assert cosine_RN[index, (layer - 1) * base.info.n_heads + head] == pytest.approx(expected, abs=1e-5)

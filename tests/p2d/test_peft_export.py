@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from p2d.adapters import load_adapter, merge
+from p2d.arch import ARCHS
 from p2d.errors import AdapterMismatch, ModelError
 from p2d.models import load_base_model
 from p2d.peft_export import export_peft
@@ -22,9 +23,6 @@ from tests.p2d.test_slices import assert_same, weights_of
 # peft asks transformers in words that transformers has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 
-LAYOUTS = ["llama", "qwen2", "phi3", "gpt2", "gpt_neox"]
-"""Each way in which a family can keep its projections."""
-
 
 def with_lora(base_dir: Path, lora_dir: Path) -> Any:
     """The base as transformers loads it, with the LoRA as peft loads it."""
@@ -32,7 +30,7 @@ def with_lora(base_dir: Path, lora_dir: Path) -> Any:
     return PeftModel.from_pretrained(loader.from_pretrained(base_dir), lora_dir)
 
 
-@pytest.mark.parametrize("family", LAYOUTS)
+@pytest.mark.parametrize("family", sorted(ARCHS))
 def test_merged_by_peft_a_bf16_base_has_the_adapters_bits(tmp_path: Path, family: str) -> None:
     base_dir = tiny_model_dir(tmp_path / family, family=family, dtype=torch.bfloat16)
     trained = trained_adapter(load_base_model(base_dir, precision="bf16", device="cpu"), tmp_path / "adapter")
@@ -43,7 +41,7 @@ def test_merged_by_peft_a_bf16_base_has_the_adapters_bits(tmp_path: Path, family
     assert_same(merged.state_dict(), trained)
 
 
-@pytest.mark.parametrize("family", LAYOUTS)
+@pytest.mark.parametrize("family", sorted(ARCHS))
 def test_base_plus_lora_computes_what_base_plus_adapter_computes(tmp_path: Path, family: str) -> None:
     base_dir = tiny_model_dir(tmp_path / family, family=family)
     base = load_base_model(base_dir, precision="fp32", device="cpu")
