@@ -2,9 +2,9 @@
 
     p2d up                       the whole service on this machine, until Ctrl-C
     p2d upload | submit | watch | download    datasets and jobs of a running service (P2D_URL)
-    p2d run | apply | models     the engine on this machine, without a service
+    p2d run | apply | export | models    the engine on this machine, without a service
 
-torch is imported by `run`, `apply` and `models add` only, inside of them.
+torch is imported by `run`, `apply`, `export` and `models add` only, inside of them.
 """
 
 from __future__ import annotations
