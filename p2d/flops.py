@@ -23,6 +23,9 @@ PROJECTIONS: tuple[Projection, ...] = ("q", "k", "v", "o")
 UNGATED = frozenset({"gpt2", "gpt_neox"})
 """Families whose MLP has two matrices; all others gate theirs and have three."""
 
+PARALLEL = frozenset({"gpt_neox"})
+"""Families whose MLP reads the layer's own input, beside attention: in the shallowest trained layer it gets no gradient."""
+
 LORA_RANK = 8
 """Of the baseline, LoRA on all linear layers. Its cost hardly depends on it."""
 
@@ -97,6 +100,8 @@ def backward(info: ModelInfo, work: Work, *, shallowest: int, trained: Collectio
     whole = info.n_layers - shallowest - 1
     linear, own = 2 * work.tokens * layer_weights(info), projection_weights(info)
     last = linear - 2 * work.tokens * (own["q"] + own["k"] + own["v"])
+    if info.model_type in PARALLEL:
+        last -= 2 * work.tokens * (layer_weights(info) - sum(own.values()))
     if not {"q", "k", "v"} & set(trained):
         last -= 2 * work.tokens * own["o"]
     return (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from p2d import flops
 from p2d.batches import answer_nll, collate
 from p2d.config import JobConfig, Projection
 from p2d.flops import Work
-from p2d.models import BaseModel
+from p2d.models import BaseModel, load_base_model
 from p2d.probe import probe_attention
 from p2d.rendering import RenderedRow
 from p2d.responses import ResponseInput
@@ -23,6 +24,7 @@ from p2d.responses.alignment import align
 from p2d.responses.icl import METRICS, read_masses, set_scene
 from p2d.rows import Row
 from p2d.slices import Head, HeadSlices
+from tests.factories import TINY, tiny_model_dir
 
 ROWS, LENGTH, ANSWER = 3, 40, 12
 SQUARE = Work(tokens=ROWS * LENGTH, pairs=ROWS * LENGTH**2, logits=ROWS * ANSWER)
@@ -147,3 +149,18 @@ def test_a_group_of_in_context_scoring(tiny: BaseModel, rendered: list[RenderedR
 
     assert scene.flops(tiny.info, every) == pytest.approx(found, rel=TOLERANCE)
     assert scene.flops(tiny.info, range(2)) == pytest.approx(found_lower, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("family", sorted(TINY))
+def test_every_family_costs_what_its_sizes_say(family: str, tmp_path: Path) -> None:
+    base = load_base_model(tiny_model_dir(tmp_path / family, family=family), precision="fp32", device="cpu")
+    heads: list[Head] = [(1, 0), (1, base.info.n_heads - 1)]
+
+    with torch.no_grad():
+        passed = counted(lambda: loss(base))
+    with HeadSlices(base, heads, ("q", "k", "v", "o")):
+        trained = counted(lambda: loss(base).backward())
+
+    assert flops.forward(base.info, SQUARE) == pytest.approx(passed, rel=0.02)
+    closed = flops.slice_training(base.info, SQUARE, heads=heads, projections=("q", "k", "v", "o"))
+    assert closed == pytest.approx(trained, rel=0.02)
