@@ -40,7 +40,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="./run bench", description="The cost benchmark; see docs/benchmarks.md.")
     parser.add_argument("part", nargs="?", default="all", choices=["all", *PARTS])
     parser.add_argument("--model", type=Path, required=True, help="directory of the base model")
-    parser.add_argument("--rows", type=int, default=100, help="rows that the engine scores in all (default 100)")
+    parser.add_argument(
+        "--rows", type=int, default=40, help="rows whose responses a sweep of head sets uses (default 40)"
+    )
     parser.add_argument("--rounds", type=int, default=5, help="rounds that every ratio is the median of (default 5)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--threads", type=int, default=1, help="threads on a CPU; one gives the steadiest ratios")

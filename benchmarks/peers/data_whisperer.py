@@ -84,7 +84,8 @@ class DataWhisperer:
             os.fspath(directory), dtype=dtype, attn_implementation="eager", local_files_only=True
         ).to(device)
         self.model.eval()
-        self._device, self.layer = device, layer
+        self._device = device
+        self.layer = min(layer, self.model.config.num_hidden_layers - 1)
 
     @torch.no_grad()
     def score_group(self, demos: Sequence[Row], queries: Sequence[Row], *, max_new_tokens: int) -> Scored:
