@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import resource
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 
 import torch
 
@@ -38,27 +35,17 @@ def pick_dtype(precision: Precision, device: torch.device) -> torch.dtype:
 
 
 def bf16_is_fast(device: torch.device) -> bool:
-    """Whether bf16 is the faster type here: CPUs without it emulate it, and some that have it still multiply fp32 faster."""
+    """Whether bf16 is the faster type here, by what the hardware is and not by a clock: the same job, the same numbers.
+
+    On a CPU only matrix units count (AMX; bf16 of Arm). One that merely knows `avx512_bf16` multiplied fp32 up to twice as
+    fast (docs/LOG.md).
+    """
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device.type == "cpu":
         capabilities = torch.cpu.get_capabilities()
-        known = any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-        return known and product_seconds()[torch.bfloat16] < product_seconds()[torch.float32]
+        return any(capabilities.get(name, False) for name in ("amx_bf16", "bf16"))
     return False
-
-
-@cache
-def product_seconds() -> dict[torch.dtype, float]:
-    """Seconds of a matrix product of the size of a small model's layer on this CPU by type, best of seven in turns."""
-    seconds = {torch.bfloat16: math.inf, torch.float32: math.inf}
-    for _ in range(7):
-        for dtype, best in seconds.items():
-            x, weight = torch.ones(256, 576, dtype=dtype), torch.ones(1536, 576, dtype=dtype)
-            started = time.perf_counter()
-            torch.nn.functional.linear(x, weight)
-            seconds[dtype] = min(best, time.perf_counter() - started)
-    return seconds
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -101,7 +101,7 @@ def validate(call: StepCall, progress: Progress, models: ModelCache, on_checkpoi
     device = pick_device(call.device)
     dtype: Precision = "bf16" if pick_dtype(config.training.precision, device) is torch.bfloat16 else "fp32"
     if config.training.precision == "auto":
-        reasons["/training/precision"] = f"{dtype} is the fastest that this device computes in hardware"
+        reasons["/training/precision"] = f"{dtype} is what this device is taken to compute fastest, by its kind"
         config = replace(config, training=replace(config.training, precision=dtype))
     speed = calibrate(info, device=str(device), dtype=dtype)
     plan = Plan(
