@@ -45,6 +45,12 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--rounds", type=int, default=5, help="rounds that every ratio is the median of (default 5)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument(
+        "--precision",
+        default="auto",
+        choices=["auto", "fp32", "bf16"],
+        help="of the weights; auto = the faster one here",
+    )
     parser.add_argument("--threads", type=int, default=1, help="threads on a CPU; one gives the steadiest ratios")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results", help="where bench.json and bench.md go")
     parser.add_argument("--again", action="store_true", help="do not keep what an earlier run found")
@@ -68,6 +74,7 @@ def run(options: argparse.Namespace) -> None:
             scored=options.rows,
             rounds=options.rounds,
             device=options.device,
+            precision=options.precision,
             scratch=Path(scratch),
         )
         results = _results(options, environment(bench))
@@ -92,7 +99,7 @@ def run(options: argparse.Namespace) -> None:
 
 def _results(options: argparse.Namespace, environment: dict[str, Any]) -> dict[str, Any]:
     """What stands in bench.json if it was found under the same settings, else an empty page."""
-    settings = {"rows": options.rows, "rounds": options.rounds}
+    settings = {"rows": options.rows, "rounds": options.rounds, "precision": options.precision}
     fresh: dict[str, Any] = {
         "format": FORMAT,
         "commit": _commit(),

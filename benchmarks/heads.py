@@ -28,6 +28,8 @@ from p2d.scorers import WITH_GRADIENTS, WITHOUT_PROXY, PathPoint, Scorer, Scorer
 PROJECTIONS: tuple[Projection, ...] = ("q", "k", "v")
 """The paper's."""
 
+BY_GROUP = "ALPS, loaded, k and v by group"
+
 MOVE = 1e-4
 """Standard deviation of the moves; weights of this model have 0.1 or so."""
 
@@ -82,8 +84,10 @@ def heads(bench: Workbench) -> Findings:
     arms |= {
         "ALPS": lambda: alps.analyse(bench.model_dir, task, base.device),
         "ALPS, loaded": lambda: alps.score(*loaded, config),
+        BY_GROUP: lambda: alps.score(*loaded, config, alps.head_weights_by_group),
     }
-    times = bench.take_turns(arms, unwarmed=("ALPS", "ALPS, loaded"))
+    theirs = ("ALPS", "ALPS, loaded", BY_GROUP)
+    times = bench.take_turns(arms, unwarmed=theirs)
     total = base.info.n_layers * base.info.n_heads
     read = {"bytes read, theirs / ours": bytes_read_by_alps(base) / bytes_read_by_us(base.info)}
     ratios = [
@@ -100,13 +104,18 @@ def heads(bench: Workbench) -> Findings:
             note="its softmax over concatenated q, k, v is another score than the paper's, which `pad` is",
         ),
         Ratio(
+            name="the same with the k and v of each head's group, which ALPS's code misses",
+            rounds=tuple(per_round(times[BY_GROUP], times["pad"])),
+            note="as many weights per head as `pad` reads",
+        ),
+        Ratio(
             name=f"seconds of `pad` for {total} heads",
             rounds=tuple(times["pad"]),
             target=Target(at="most", value=1),
             twin={"GFLOP": pad_flops(base.info) / 1e9},
         ),
     ]
-    lines = tuple((name, *median_and_range(times[name])) for name in (*names, "ALPS", "ALPS, loaded"))
+    lines = tuple((name, *median_and_range(times[name])) for name in (*names, *theirs))
     table = Table(title=f"Seconds for {total} heads", columns=("scorer", "median", "lowest", "highest"), lines=lines)
     return Findings(ratios=tuple(ratios), tables=(table,), seconds=times)
 

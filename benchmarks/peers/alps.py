@@ -8,6 +8,7 @@ for every head. Left out: its plots and text files.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModel
 
 Vector = npt.NDArray[np.float32]
+HeadWeights = Callable[[Any, int, int], dict[str, Tensor]]
 
 
 def load_models(base: Path, task: Path, device: torch.device) -> tuple[Any, Any]:
@@ -44,6 +46,22 @@ def head_weights(model: Any, layers: int, heads: int) -> dict[str, Tensor]:
     return found
 
 
+def head_weights_by_group(model: Any, layers: int, heads: int) -> dict[str, Tensor]:
+    """The same with the k and v of each head's own group, so that every head has all three: what the code was meant to do."""
+    found: dict[str, Tensor] = {}
+    for layer in range(layers):
+        attention = model.layers[layer].self_attn
+        q, k, v = attention.q_proj.weight.data, attention.k_proj.weight.data, attention.v_proj.weight.data
+        width = q.shape[0] // heads
+        share = q.shape[0] // k.shape[0]
+        for head in range(heads):
+            own = slice(head * width, (head + 1) * width)
+            group = slice(head // share * width, (head // share + 1) * width)
+            parts = [q[own].flatten(), k[group].flatten(), v[group].flatten()]
+            found[f"layer_{layer}_head_{head}"] = torch.cat(parts)
+    return found
+
+
 def distribution(weights: Tensor) -> Vector:
     """Softmax over all weights of a head, on the host."""
     found: Vector = torch.softmax(weights.flatten().float(), dim=0).cpu().numpy()
@@ -56,10 +74,10 @@ def distance(one: Vector, other: Vector) -> float:
     return float(wasserstein_distance(support, support, one, other))
 
 
-def score(base_model: Any, task_model: Any, config: Any) -> dict[str, float]:
+def score(base_model: Any, task_model: Any, config: Any, weights: HeadWeights = head_weights) -> dict[str, float]:
     """The distance of every head."""
     layers, heads = config.num_hidden_layers, config.num_attention_heads
-    before, after = head_weights(base_model, layers, heads), head_weights(task_model, layers, heads)
+    before, after = weights(base_model, layers, heads), weights(task_model, layers, heads)
     return {name: distance(distribution(before[name]), distribution(after[name])) for name in before if name in after}
 
 
