@@ -68,7 +68,7 @@ def save_shard(path: Path, shard: ResponseShard) -> None:
 
 
 def load_shard(path: Path) -> ResponseShard:
-    """Read what `save_shard` wrote."""
+    """Open what `save_shard` wrote; responses stay in the file, mapped, and are read where they are looked at."""
     with safe_open(str(path), framework="numpy") as file:
         facts = json.loads(file.metadata()["facts"])
         names = set(file.keys())
@@ -77,11 +77,22 @@ def load_shard(path: Path) -> ResponseShard:
             row_R=file.get_tensor("rows"),
             layers=range(*facts["layers"]),
             n_heads=facts["n_heads"],
-            response_RN=file.get_tensor("response"),
+            response_RN=_map_responses(path),
             quality_R=file.get_tensor("quality") if "quality" in names else None,
             scorer=facts["scorer"],
             combine=facts["combine"],
         )
+
+
+def _map_responses(path: Path) -> npt.NDArray[np.float16]:
+    # The safetensors library maps the file, yet copies every tensor that it hands out.
+    with path.open("rb") as file:
+        header_bytes = int.from_bytes(file.read(8), "little")
+        entry = json.loads(file.read(header_bytes))["response"]
+    start, stop = entry["data_offsets"]
+    if start == stop:  # no head was scored, and nothing cannot be mapped
+        return np.zeros(entry["shape"], dtype=np.float16)
+    return np.memmap(path, dtype=np.float16, mode="r", offset=8 + header_bytes + start, shape=tuple(entry["shape"]))
 
 
 def read_shards(paths: Sequence[Path]) -> Iterator[ResponseShard]:

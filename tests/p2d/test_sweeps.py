@@ -73,6 +73,7 @@ def test_a_matrix_grows_by_a_shard_and_keeps_half_precision(tmp_path: Path, tiny
         assert len(selection.score_R) == span.stop
         assert paths[0].read_bytes() == first
     shard = load_shard(paths[2])
+    assert isinstance(shard.response_RN, np.memmap)  # read where it is looked at
     assert shard.response_RN.dtype == np.float16
     assert paths[2].stat().st_size < shard.response_RN.nbytes + shard.row_R.nbytes + 1024
 
