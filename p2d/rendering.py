@@ -8,16 +8,17 @@ sequences repeat `prompt + answer + separator` after one prefix. Batching and pa
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 from transformers import AutoTokenizer
 
 from p2d.errors import ModelError
 from p2d.rows import Row
+from p2d.sequences import MadeSequence
 
 KEPT_RENDERED = 16_384
 """Rows whose ids are kept: all of a usual subset, and some 100 MB of a large one. A row is rendered in 0.1 to 0.3 ms."""
@@ -31,7 +32,7 @@ class RenderedRow:
     answer_ids: list[int]
 
 
-class RenderedRows(Sequence[RenderedRow]):
+class RenderedRows(MadeSequence[RenderedRow]):
     """Rows as ids, rendered when they are looked at; the ids of the last KEPT_RENDERED ones are at hand."""
 
     def __init__(self, renderer: Renderer, rows: Sequence[Row]) -> None:
@@ -41,18 +42,8 @@ class RenderedRows(Sequence[RenderedRow]):
     def __len__(self) -> int:
         return len(self._rows)
 
-    @overload
-    def __getitem__(self, index: int) -> RenderedRow: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[RenderedRow]: ...
-
-    def __getitem__(self, index: int | slice) -> RenderedRow | list[RenderedRow]:
-        places = range(len(self))[index]
-        return self._render(places) if isinstance(places, int) else [self._render(place) for place in places]
-
-    def __iter__(self) -> Iterator[RenderedRow]:
-        return (self._render(place) for place in range(len(self)))
+    def at(self, place: int) -> RenderedRow:
+        return self._render(place)
 
 
 class Renderer:

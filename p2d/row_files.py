@@ -11,14 +11,14 @@ import mmap
 import sys
 import weakref
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import overload
 
 from p2d.rows import Row, row_line
+from p2d.sequences import MadeSequence
 
 
-class RowFile(Sequence[Row]):
+class RowFile(MadeSequence[Row]):
     """Rows of a JSON Lines file, in the order of `starts`. The file must not change meanwhile.
 
     It is read, not mapped: the pages of a map would count as this process's memory, and grow with the file.
@@ -33,23 +33,12 @@ class RowFile(Sequence[Row]):
     def __len__(self) -> int:
         return len(self._starts)
 
-    @overload
-    def __getitem__(self, index: int) -> Row: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[Row]: ...
-
-    def __getitem__(self, index: int | slice) -> Row | list[Row]:
-        if isinstance(index, slice):
-            return [self[place] for place in range(len(self))[index]]
-        self._file.seek(self._starts[index])
+    def at(self, place: int) -> Row:
+        self._file.seek(self._starts[place])
         return self._parse(self._file.readline())
 
-    def __iter__(self) -> Iterator[Row]:
-        return (self[place] for place in range(len(self)))
 
-
-class RowView(Sequence[Row]):
+class RowView(MadeSequence[Row]):
     """Some rows of a sequence of rows, by their indices; holds no row."""
 
     def __init__(self, rows: Sequence[Row], indices: Sequence[int]) -> None:
@@ -58,19 +47,8 @@ class RowView(Sequence[Row]):
     def __len__(self) -> int:
         return len(self._indices)
 
-    @overload
-    def __getitem__(self, index: int) -> Row: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[Row]: ...
-
-    def __getitem__(self, index: int | slice) -> Row | list[Row]:
-        if isinstance(index, slice):
-            return [self._rows[place] for place in self._indices[index]]
-        return self._rows[self._indices[index]]
-
-    def __iter__(self) -> Iterator[Row]:
-        return (self._rows[place] for place in self._indices)
+    def at(self, place: int) -> Row:
+        return self._rows[self._indices[place]]
 
 
 def open_rows(path: Path) -> RowFile:
