@@ -24,6 +24,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
+from p2d.depth import first_layers
 from p2d.models import BaseModel
 
 MEMORY_SHARE = 0.25
@@ -79,7 +80,7 @@ class FrozenLayers:
         layers = base.module.get_submodule(base.spec.layers)
         assert isinstance(layers, nn.ModuleList)
         assert 0 < layer < len(layers), layer
-        self._below, self._above = list(layers[:layer]), list(layers[layer:])
+        self._layer, self._below, self._first_above = layer, list(layers[:layer]), layers[layer]
 
     def below(self, ids_T: Tensor) -> Tensor:
         """The input of the first layer above for one row's tokens, [T, D] on the model's device."""
@@ -96,9 +97,9 @@ class FrozenLayers:
         def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             found.append(args[0] if args else kwargs["hidden_states"])
 
-        handle = self._above[0].register_forward_pre_hook(note, with_kwargs=True)
+        handle = self._first_above.register_forward_pre_hook(note, with_kwargs=True)
         try:
-            with torch.no_grad(), _passed_through(self._above):
+            with torch.no_grad(), first_layers(self.base, self._layer):  # its hook comes after ours
                 self.base.hidden(ids_T[None])
         finally:
             handle.remove()
@@ -114,7 +115,7 @@ class FrozenLayers:
         ) -> tuple[tuple[Any, ...], dict[str, Any]]:
             return (h_BTD, *args[1:]), {name: value for name, value in kwargs.items() if name != "hidden_states"}
 
-        handle = self._above[0].register_forward_pre_hook(replace, with_kwargs=True)
+        handle = self._first_above.register_forward_pre_hook(replace, with_kwargs=True)
         try:
             with _passed_through(self._below):
                 yield

@@ -10,7 +10,7 @@ Legend: T token of the line, H query head, G KV group, E head width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -18,10 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from p2d.packing import Attend, seen_keys
 from p2d.probe import Span
-
-Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
-"""Attention of q [1, H, T, E] over k, v [1, G, K, E] under a mask [T, K], True where seen (None = causal): [1, T, H, E]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,11 +48,11 @@ class Tree:
         """
         q, k, v = (t[:, :, : self.trunk] for t in (q_1HTE, k_1GTE, v_1GTE))
         narrow = window is not None and window < self.trunk
-        parts = [attend(q, k, v, _mask(0, self.trunk, window, q.device) if narrow else None)]
+        parts = [attend(q, k, v, seen_keys(0, self.trunk, window, q.device) if narrow else None)]
         for branch in self.branches:
             own = slice(*branch)
             keys, values = (torch.cat([t[:, :, : self.trunk], t[:, :, own]], dim=2) for t in (k_1GTE, v_1GTE))
-            mask = _mask(self.trunk, branch[1] - branch[0], window, q.device)
+            mask = seen_keys(self.trunk, branch[1] - branch[0], window, q.device)
             parts.append(attend(q_1HTE[:, :, own], keys, values, mask))
         return torch.cat(parts, dim=1)
 
@@ -66,14 +64,6 @@ def plant(trunk: int, branches: Sequence[int]) -> Tree:
         spans.append((start, start + length))
         start += length
     return Tree(trunk, tuple(spans))
-
-
-def _mask(before: int, tokens: int, window: int | None, device: torch.device) -> Tensor:
-    """True where a token is seen: [tokens, before + tokens], each of `tokens` standing behind all `before`."""
-    from_T1 = torch.arange(before, before + tokens, device=device)[:, None]
-    key_K = torch.arange(before + tokens, device=device)
-    seen_TK = key_K <= from_T1
-    return seen_TK if window is None else seen_TK & (key_K > from_T1 - window)
 
 
 _TREE: ContextVar[Tree | None] = ContextVar("p2d_tree", default=None)

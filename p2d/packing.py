@@ -3,7 +3,7 @@
 `p2d.batches` makes the line and switches it on around a forward pass; `p2d.attention` asks for it in every layer. No
 [T, T] mask over the line is ever built: attention runs over groups of rows of similar length, on a CPU without any padding.
 
-Legend: B rows of one group, T token, H head, E head width, S tokens of the whole line.
+Legend: B rows of one group, T token, K key, H query head, G KV group, E head width, S tokens of the whole line.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ OTHER_GROUP_PADDING = 1.25
 """For devices where a launch costs more than some padding. A guess."""
 
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
-"""Causal attention of rows side by side: q, k, v [B, H or G, T, E] and a mask (None = causal alone) -> [B, T, H, E]."""
+"""Attention of q [B, H, T, E] over k, v [B, G, K, E] under a mask [T, K], True where seen (None = causal): [B, T, H, E]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,12 +94,21 @@ def _rows(line_1HSE: Tensor, group: _Group) -> Tensor:
     return line_1HSE[0][:, group.place_BT].transpose(0, 1)
 
 
+def seen_keys(before: int, tokens: int, window: int | None, device: torch.device) -> Tensor:
+    """True where a key is seen: [tokens, before + tokens], each of `tokens` standing behind all `before`.
+
+    Args: window: most keys that a token sees, itself included; None = all before it.
+    """
+    from_T1 = torch.arange(before, before + tokens, device=device)[:, None]
+    key_K = torch.arange(before + tokens, device=device)
+    seen_TK = key_K <= from_T1
+    return seen_TK if window is None else seen_TK & (key_K > from_T1 - window)
+
+
 @lru_cache(maxsize=64)
 def window_mask(tokens: int, window: int, device: torch.device) -> Tensor:
-    """True where a token is seen: itself and the `window - 1` before it, [T, T]."""
-    place_T = torch.arange(tokens, device=device)
-    back_TT = place_T[:, None] - place_T
-    return (back_TT >= 0) & (back_TT < window)
+    """`seen_keys` of a whole row, kept: the same few lengths come in every layer."""
+    return seen_keys(0, tokens, window, device)
 
 
 _LINE: ContextVar[Line | None] = ContextVar("p2d_packed_line", default=None)
