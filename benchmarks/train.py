@@ -16,6 +16,7 @@ from benchmarks.peers.training import Lora, Masters, backward, full, masked, tra
 from benchmarks.workbench import Times, Workbench, per_round
 from p2d import flops
 from p2d.activation_cache import remember_below
+from p2d.arch.spec import every_head
 from p2d.batches import Batch, pack
 from p2d.config import Projection, top_count
 from p2d.flops import Work
@@ -75,7 +76,7 @@ class Held:
 
 def chosen_heads(info: ModelInfo, from_layer: int) -> list[Head]:
     """A tenth of all heads at even distances from the layer `from_layer` up, that layer included."""
-    every = [head for head in flops.every_head(info) if head[0] >= from_layer]
+    every = [head for head in every_head(info) if head[0] >= from_layer]
     count = top_count(HEAD_RATIO, info.n_layers * info.n_heads)
     return [every[i * len(every) // count] for i in range(count)]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, replace
 
+from p2d.arch.spec import every_head
 from p2d.config import (
     FAST_DEMOS,
     JobConfig,
@@ -22,7 +23,6 @@ from p2d.config import (
 from p2d.flops import (
     Work,
     alignment,
-    every_head,
     forward,
     full_fine_tuning,
     icl_group,

@@ -14,14 +14,11 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
-from p2d.arch.spec import n_units, units_of
+from p2d.arch.spec import every_head, n_units, units_of
 from p2d.config import Projection
 from p2d.model_info import ModelInfo
 
 PROJECTIONS: tuple[Projection, ...] = ("q", "k", "v", "o")
-
-UNGATED = frozenset({"gpt2", "gpt_neox"})
-"""Families whose MLP has two matrices; all others gate theirs and have three."""
 
 PARALLEL = frozenset({"gpt_neox"})
 """Families whose MLP reads the layer's own input, beside attention: in the shallowest trained layer it gets no gradient."""
@@ -81,8 +78,8 @@ def projection_weights(info: ModelInfo) -> dict[Projection, int]:
 
 def layer_weights(info: ModelInfo) -> int:
     """Weights of one layer's matrices."""
-    matrices = 2 if info.model_type in UNGATED else 3
-    return sum(projection_weights(info).values()) + matrices * info.hidden_size * info.intermediate_size
+    mlp = info.mlp_matrices * info.hidden_size * info.intermediate_size
+    return sum(projection_weights(info).values()) + mlp
 
 
 def forward(info: ModelInfo, work: Work, *, from_layer: int = 0, to_layer: int | None = None) -> float:
@@ -112,11 +109,6 @@ def backward(info: ModelInfo, work: Work, *, shallowest: int, trained: Collectio
 def weight_gradients(tokens: float, weights: float) -> float:
     """Gradients of this many weights, each met by all tokens."""
     return 2 * tokens * weights
-
-
-def every_head(info: ModelInfo) -> list[tuple[int, int]]:
-    """All (layer, head) of a model."""
-    return [(layer, head) for layer in range(info.n_layers) for head in range(info.n_heads)]
 
 
 def slice_weights(info: ModelInfo, heads: Iterable[tuple[int, int]], projections: Collection[Projection]) -> int:
@@ -202,7 +194,7 @@ def lora_parameters(
     wide, d = {name: n_units(info, name) * info.head_dim for name in PROJECTIONS}, info.hidden_size
     count = sum(rank * (wide[name] + d) for name in (PROJECTIONS if projections is None else projections))
     if projections is None:
-        count += (2 if info.model_type in UNGATED else 3) * rank * (d + info.intermediate_size)
+        count += info.mlp_matrices * rank * (d + info.intermediate_size)
     return count
 
 

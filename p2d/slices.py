@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from p2d.arch.spec import unit_rows, units_of
+from p2d.arch.spec import every_head, unit_rows, units_of
 from p2d.config import Projection
 from p2d.low_rank import Factors, fresh_factors
 from p2d.models import BaseModel
@@ -270,7 +270,7 @@ class HeadSlices:
 
 def all_heads(base: BaseModel) -> list[Head]:
     """Every head of a model."""
-    return [(layer, head) for layer in range(base.info.n_layers) for head in range(base.info.n_heads)]
+    return every_head(base.info)
 
 
 def _site(base: BaseModel, layer: int, projection: Projection, units: list[int], rank: int | None, seed: int) -> Site:

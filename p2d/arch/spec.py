@@ -90,6 +90,11 @@ class ArchSpec:
         return name, name.removeprefix(f"{self.backbone}.")
 
 
+def every_head(info: ModelInfo) -> list[tuple[int, int]]:
+    """All (layer, query head) of a model, in order."""
+    return [(layer, head) for layer in range(info.n_layers) for head in range(info.n_heads)]
+
+
 def group_of(info: ModelInfo, head: int) -> int:
     """KV group of a query head."""
     return head * info.n_kv_groups // info.n_heads

@@ -20,7 +20,7 @@ from benchmarks.respond import scene_masses
 from benchmarks.train import CACHED, UPPER, Arm, bytes_held, chosen_heads, made_arms
 from benchmarks.workbench import Workbench
 from p2d import flops
-from p2d.arch.spec import n_units
+from p2d.arch.spec import every_head, n_units
 from p2d.models import BaseModel, load_base_model
 from p2d.responses.icl import set_scene
 from p2d.rows import Row
@@ -161,7 +161,7 @@ def test_every_way_to_train_costs_what_its_closed_form_says(arms: dict[str, Arm]
 def test_the_trained_state_is_four_times_the_trained_numbers(arms: dict[str, Arm], base: BaseModel) -> None:
     info = base.info
     slices = flops.slice_weights(info, chosen_heads(info, 0), ("q", "k", "v"))
-    every = flops.slice_weights(info, flops.every_head(info), ("q", "k", "v"))
+    every = flops.slice_weights(info, every_head(info), ("q", "k", "v"))
     lora = info.n_layers * flops.lora_parameters(info, rank=128, projections=("q", "k", "v"))
     expected = {"full fine-tuning": info.parameters, "masked": every, "LoRA": lora, "slices": slices}
 
