@@ -7,7 +7,7 @@ anew in each row, and `p2d.packing` keeps rows apart. Order of rows is the calle
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -168,18 +168,25 @@ def answer_nll(base: BaseModel, batch: Batch) -> tuple[Tensor, Tensor]:
     return nll_B, tokens_B
 
 
-def mean_answer_nll(
-    base: BaseModel,
-    rendered: Sequence[RenderedRow],
-    *,
-    token_budget: int = TOKEN_BUDGET,
-) -> float:
+def answer_nlls(
+    base: BaseModel, rendered: Sequence[RenderedRow], *, token_budget: int = TOKEN_BUDGET, packed: bool = True
+) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+    """Pass over rows without gradients, batch by batch: indices of its rows, and what `answer_nll` gives for them.
+
+    Args: packed: whether rows stand in one line; else side by side.
+    """
+    lengths = [base.renderer.length(row) for row in rendered]
+    cut, make = (packed_batches, pack) if packed else (token_budget_batches, collate)
+    for indices in cut(lengths, token_budget):
+        with torch.no_grad():
+            nll_B, tokens_B = answer_nll(base, make(base.renderer, rendered, indices))
+        yield indices, nll_B, tokens_B
+
+
+def mean_answer_nll(base: BaseModel, rendered: Sequence[RenderedRow], *, token_budget: int = TOKEN_BUDGET) -> float:
     """Mean negative log-likelihood per answer token over rows, in nats, without gradients."""
     total, tokens = 0.0, 0
-    lengths = [base.renderer.length(row) for row in rendered]
-    with torch.no_grad():
-        for indices in packed_batches(lengths, token_budget):
-            nll_B, tokens_B = answer_nll(base, pack(base.renderer, rendered, indices))
-            total += float(nll_B.double().sum())
-            tokens += int(tokens_B.sum())
+    for _, nll_B, tokens_B in answer_nlls(base, rendered, token_budget=token_budget):
+        total += float(nll_B.double().sum())
+        tokens += int(tokens_B.sum())
     return total / tokens

@@ -16,11 +16,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from p2d.adapters import Adapter
 from p2d.baselines import MEASURED_STEPS, Baseline, project_full_fine_tuning, project_lora
-from p2d.batches import TOKEN_BUDGET, answer_nll, pack, packed_batches
+from p2d.batches import answer_nlls
 from p2d.config import Control, JobConfig, Projection
 from p2d.device import memory_guard
 from p2d.errors import Diverged
@@ -60,11 +59,8 @@ class RowLosses:
 def row_losses(base: BaseModel, rendered: Sequence[RenderedRow]) -> RowLosses:
     """Answer loss of every row under the weights as they stand. Raises Diverged if one is not finite."""
     nll_R, tokens_R = np.zeros(len(rendered)), np.zeros(len(rendered))
-    lengths = [base.renderer.length(row) for row in rendered]
-    with torch.no_grad():
-        for indices in packed_batches(lengths, TOKEN_BUDGET):
-            with memory_guard("evaluating"):
-                nll_B, tokens_B = answer_nll(base, pack(base.renderer, rendered, indices))
+    with memory_guard("evaluating"):
+        for indices, nll_B, tokens_B in answer_nlls(base, rendered):
             nll_R[indices] = nll_B.double().cpu().numpy()
             tokens_R[indices] = tokens_B.cpu().numpy()
     if not np.isfinite(nll_R).all():

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from p2d import flops
-from p2d.batches import answer_nll, collate, token_budget_batches
+from p2d.batches import answer_nlls
 from p2d.branches import Tree, branching, plant
 from p2d.config import FAST_DEMOS, Metric, icl_layers
 from p2d.depth import first_layers
@@ -52,9 +52,6 @@ QUERY_POOL = 32
 """Rows of each fold that serve as queries. A guess: few, so that their likelihood without demos is computed once and
 the gains of different groups are against the same questions."""
 
-TOKENS = 4096
-"""Tokens of one batch of queries without demos."""
-
 KEPT_RENDERED = 1024
 """Rendered rows kept at most: each is asked for twice or more, close together."""
 
@@ -65,7 +62,8 @@ def icl(given: ResponseInput) -> Responses:
     fast = data.mode == "fast"
     layers = icl_layers(data.mode, info.n_layers)
     render = lru_cache(KEPT_RENDERED)(lambda row: base.renderer.render(given.rows[row]))
-    collected = _Collected(given.wanted(), len(layers) * info.n_heads)
+    row_R = given.wanted()
+    collected = _Collected(row_R, len(layers) * info.n_heads)
     judge = None if fast else METRICS[data.metric](base)
     tokens, operations = 0, 0.0
     with torch.no_grad(), probe_attention() as probe:
@@ -85,7 +83,7 @@ def icl(given: ResponseInput) -> Responses:
         raise Diverged("A likelihood or an attention mass is not finite.")
     shard = ResponseShard(
         span=given.span,
-        row_R=given.wanted(),
+        row_R=row_R,
         layers=layers,
         n_heads=info.n_heads,
         response_RN=response_RN.astype(np.float16),
@@ -293,8 +291,7 @@ class _LogLikelihoodGain:
         keys = [(*query.prompt_ids, -1, *query.answer_ids) for query in queries]
         new = [query for query, key in zip(queries, keys, strict=True) if key not in self._alone]
         sizes = [(self._base.renderer.length(query), len(query.answer_ids)) for query in new]
-        for indices in token_budget_batches([length for length, _ in sizes], TOKENS):
-            nll_B, tokens_B = answer_nll(self._base, collate(self._base.renderer, new, indices))
+        for indices, nll_B, tokens_B in answer_nlls(self._base, new, packed=False):
             for index, nll in zip(indices, (nll_B / tokens_B).tolist(), strict=True):
                 self._alone[(*new[index].prompt_ids, -1, *new[index].answer_ids)] = nll
         return [self._alone[key] for key in keys], sizes

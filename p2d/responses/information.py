@@ -11,19 +11,15 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from p2d import flops
-from p2d.batches import answer_nll, collate, token_budget_batches
+from p2d.batches import answer_nlls
 from p2d.errors import Diverged
 from p2d.models import BaseModel
 from p2d.rendering import RenderedRow
 from p2d.response_matrix import ResponseShard
 from p2d.responses import ResponseInput, Responses
 from p2d.rows import Row
-
-TOKENS = 4096
-"""Tokens of one batch, padding counted. A guess."""
 
 Floats = npt.NDArray[np.float64]
 
@@ -60,12 +56,10 @@ def without_prompts(base: BaseModel, rows: Sequence[RenderedRow]) -> list[Render
 def answer_nats(base: BaseModel, rows: Sequence[RenderedRow], progress: Callable[[int], None]) -> Floats:
     """NLL of each row's whole answer, [R], in nats; `progress` hears how many rows are done."""
     nll_R, done = np.zeros(len(rows)), 0
-    with torch.no_grad():
-        for indices in token_budget_batches([base.renderer.length(row) for row in rows], TOKENS):
-            nll_B, _ = answer_nll(base, collate(base.renderer, rows, indices))
-            nll_R[indices] = nll_B.double().cpu().numpy()
-            done += len(indices)
-            progress(done)
+    for indices, nll_B, _ in answer_nlls(base, rows, packed=False):
+        nll_R[indices] = nll_B.double().cpu().numpy()
+        done += len(indices)
+        progress(done)
     return nll_R
 
 
