@@ -157,10 +157,9 @@ def load_adapter(directory: Path) -> Adapter:
     return Adapter(manifest, tensors)
 
 
-def merge(base_dir: Path, adapter_dir: Path, out: Path) -> Path:
-    """Write a full model directory with the adapter's values in its weights; every other tensor keeps its bytes.
+def open_pair(base_dir: Path, adapter_dir: Path, out: Path) -> tuple[Adapter, ModelInfo, ArchSpec]:
+    """An adapter with its base model's description and family, for writing both together to `out`. No weight of the base is read.
 
-    Values are rounded to the type of the base's files if the adapter was trained in a wider one.
     Raises: AdapterMismatch, ModelError; ModelError too if `out` exists.
     """
     adapter, info = load_adapter(adapter_dir), read_model_info(base_dir)
@@ -169,6 +168,16 @@ def merge(base_dir: Path, adapter_dir: Path, out: Path) -> Path:
     if out.exists():
         raise ModelError(f"{out.name!r} exists already.")
     spec: ArchSpec = load(ARCHS, info.model_type, what="model family", pointer="/base_model")
+    return adapter, info, spec
+
+
+def merge(base_dir: Path, adapter_dir: Path, out: Path) -> Path:
+    """Write a full model directory with the adapter's values in its weights; every other tensor keeps its bytes.
+
+    Values are rounded to the type of the base's files if the adapter was trained in a wider one.
+    Raises: AdapterMismatch, ModelError; ModelError too if `out` exists.
+    """
+    adapter, info, spec = open_pair(base_dir, adapter_dir, out)
     targets: dict[tuple[str, str], list[SliceEntry]] = defaultdict(list)  # several where q, k and v share a weight
     for entry in adapter.manifest.slices:
         targets[spec.stored_names(entry.layer, entry.projection)].append(entry)

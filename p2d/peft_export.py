@@ -18,12 +18,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from p2d.adapters import Adapter, SliceEntry, load_adapter
-from p2d.arch import ARCHS
+from p2d.adapters import Adapter, SliceEntry, open_pair
 from p2d.arch.spec import ArchSpec, unit_rows, unit_view
-from p2d.errors import AdapterMismatch, ModelError
-from p2d.model_info import ModelInfo, read_model_info
-from p2d.registry import load
+from p2d.errors import ModelError
+from p2d.model_info import ModelInfo
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -35,12 +33,7 @@ def export_peft(base_dir: Path, adapter_dir: Path, out: Path) -> Path:
     """
     from peft import LoraConfig  # a second to import, and only here
 
-    adapter, info = load_adapter(adapter_dir), read_model_info(base_dir)
-    if info.digest != adapter.manifest.base_digest:
-        raise AdapterMismatch(f"The adapter was not trained on {info.name!r}.", expected=adapter.manifest.base_digest)
-    if out.exists():
-        raise ModelError(f"{out.name!r} exists already.")
-    spec: ArchSpec = load(ARCHS, info.model_type, what="model family", pointer="/base_model")
+    adapter, info, spec = open_pair(base_dir, adapter_dir, out)
     by_path: dict[str, list[SliceEntry]] = defaultdict(list)
     for entry in adapter.manifest.slices:
         by_path[spec.path(entry.layer, entry.projection)].append(entry)
