@@ -9,7 +9,7 @@ from app.api.context import ArtifactId, Context, JobId, Services
 from app.api.documentation import errors
 from app.blobs import Blob
 from app.db.artifacts import Artifact, find_artifact, get_artifact, list_artifacts
-from app.db.jobs import get_job
+from app.db.jobs import find_job
 from app.errors import ArtifactNotFound, BlobCorrupt, BlobMissing, JobNotFound, RangeNotSatisfiable
 from app.schemas import ArtifactView, Page
 
@@ -29,8 +29,7 @@ CONTENT: dict[int | str, dict[str, object]] = {
 def get_job_artifacts(job_id: JobId, services: Context) -> Page[ArtifactView]:
     """All files that the job has made so far; a few dozen at most, so always one page."""
     with services.engine.connect() as conn:
-        if get_job(conn, job_id) is None:
-            raise JobNotFound(id=job_id)
+        find_job(conn, job_id)
         found = list_artifacts(conn, job_id)
     return Page[ArtifactView](data=[ArtifactView.model_validate(one) for one in found], has_more=False)
 
@@ -46,8 +45,7 @@ def get_job_artifacts(job_id: JobId, services: Context) -> Page[ArtifactView]:
 def get_job_report(request: Request, job_id: JobId, services: Context) -> Response:
     """The report of a finished job."""
     with services.engine.connect() as conn:
-        if get_job(conn, job_id) is None:
-            raise JobNotFound(id=job_id)
+        find_job(conn, job_id)
         artifact = find_artifact(conn, job_id, "report.json")
     if artifact is None:
         raise ArtifactNotFound(id=f"{job_id}/report.json")

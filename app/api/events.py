@@ -17,7 +17,7 @@ from fastapi.responses import StreamingResponse
 from app.api.context import Context, JobId, Services
 from app.api.documentation import errors
 from app.db.events import Event, list_events
-from app.db.jobs import Job, get_job
+from app.db.jobs import Job, find_job
 from app.errors import JobNotFound, RequestInvalid
 from app.schemas import EventView, Page
 from p2d.errors import ErrorDetail
@@ -125,10 +125,7 @@ def _frame(event: Event) -> bytes:
 
 def _read(services: Services, job_id: str, after: int, limit: int) -> tuple[Job, list[Event]]:
     with services.engine.connect() as conn:
-        job = get_job(conn, job_id)
-        if job is None:
-            raise JobNotFound(id=job_id)
-        return job, list_events(conn, job_id, after=after, limit=limit)
+        return find_job(conn, job_id), list_events(conn, job_id, after=after, limit=limit)
 
 
 def _number(text: str | None, pointer: str) -> int:

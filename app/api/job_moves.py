@@ -20,7 +20,7 @@ from app.api.job_views import view_of
 from app.api.patches import merge_patch
 from app.core.moves import delete, request_cancel, request_pause, request_resume, request_retry
 from app.db.engine import Connection
-from app.db.jobs import Job, lock_job, update_job
+from app.db.jobs import Job, find_job, update_job
 from app.errors import (
     DatasetNotFound,
     HeadMapNotFound,
@@ -109,9 +109,7 @@ def delete_job(job_id: JobId, services: Context) -> None:
 
 def _patch(services: Services, job_id: str, patch: JobPatch, if_match: str | None) -> Response:
     with services.engine.begin() as conn:
-        job = lock_job(conn, job_id)
-        if job is None:
-            raise JobNotFound(id=job_id)
+        job = find_job(conn, job_id, lock=True)
         require_match(if_match, view_of(conn, job))
         asked = merge_patch({"name": job.name, "metadata": job.metadata}, patch.model_dump(exclude_unset=True))
         metadata = asked.get("metadata", {})

@@ -13,7 +13,7 @@ from app.api.etags import NOT_MODIFIED, IfNoneMatch, send_view
 from app.db.attempts import list_attempts
 from app.db.engine import Connection
 from app.db.head_maps import head_map_of_job
-from app.db.jobs import Job, get_job
+from app.db.jobs import Job, find_job
 from app.db.selections import selection_of_job
 from app.errors import JobNotFound
 from app.problems import problem_body
@@ -26,7 +26,7 @@ router = APIRouter(tags=["jobs"])
 def get_one_job(job_id: JobId, services: Context, if_none_match: IfNoneMatch = None) -> Response:
     """A job as it is now, with an ETag: cheap to poll with If-None-Match, safe to change with If-Match."""
     with services.engine.connect() as conn:
-        view = view_of(conn, _find(conn, job_id))
+        view = view_of(conn, find_job(conn, job_id))
     return send_view(view, if_none_match)
 
 
@@ -34,7 +34,7 @@ def get_one_job(job_id: JobId, services: Context, if_none_match: IfNoneMatch = N
 def get_job_config(job_id: JobId, services: Context, if_none_match: IfNoneMatch = None) -> Response:
     """What the job is computed from: as asked, as resolved and why, with seed, digest and versions."""
     with services.engine.connect() as conn:
-        job = _find(conn, job_id)
+        job = find_job(conn, job_id)
     resolved = job.resolved or {}
     view = JobConfigView(
         job_id=job.id,
@@ -56,7 +56,7 @@ def get_job_attempts(job_id: JobId, services: Context, limit: Limit = 20, cursor
     """Every try at every step of the job, oldest first: which worker, how it ended, and with what error."""
     after = page_after(cursor)
     with services.engine.connect() as conn:
-        _find(conn, job_id)
+        find_job(conn, job_id)
         found = list_attempts(conn, job_id, after=after, limit=limit + 1)
     views = [
         AttemptView.model_validate(
@@ -85,13 +85,6 @@ def view_of(conn: Connection, job: Job) -> JobView:
             "selection": selection.id if selection else None,
         }
     )
-
-
-def _find(conn: Connection, job_id: str) -> Job:
-    job = get_job(conn, job_id)
-    if job is None:
-        raise JobNotFound(id=job_id)
-    return job
 
 
 def _fields(job: Job) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from app.core.ingest import Candidate, inspect, record, store
 from app.core.submit import Content, JobRequest, find_dataset, refusals, submit
 from app.core.versions import versions
 from app.db.engine import Connection
-from app.db.jobs import Job, get_job, list_jobs, update_job
+from app.db.jobs import Job, find_job, list_jobs, update_job
 from app.errors import (
     HeadMapMismatch,
     HeadMapNotFound,
@@ -126,9 +126,7 @@ def _clone(services: Services, job_id: str, body: bytes, key: str | None) -> Res
     if (replay := once.earlier(services.engine)) is not None:
         return replay
     with services.engine.connect() as conn:
-        job = get_job(conn, job_id)
-    if job is None:
-        raise JobNotFound(id=job_id)
+        job = find_job(conn, job_id)
     inputs = {"base_model": job.base_model, "dataset": job.dataset_id, "validation_dataset": job.validation_dataset_id}
     asked = {**job.config, **inputs, "name": job.name, "metadata": job.metadata}
     received = Received(json=json.dumps(merge_patch(asked, patch)).encode())

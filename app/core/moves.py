@@ -14,7 +14,7 @@ from app.core.submit import find_inputs
 from app.db import attempts, jobs, steps
 from app.db.engine import Connection
 from app.db.jobs import Job, Status
-from app.errors import JobAlreadyFinal, JobInUse, JobNotFound, MoveNotAllowed
+from app.errors import JobAlreadyFinal, JobInUse, MoveNotAllowed
 
 Move = Literal["pause", "resume", "cancel", "retry", "delete"]
 
@@ -33,7 +33,7 @@ MOVES: Mapping[Status, tuple[Move, ...]] = {
 
 def request_cancel(conn: Connection, job_id: str) -> Job:
     """Ask a job to stop. Raises JobNotFound, JobAlreadyFinal."""
-    job = _lock(conn, job_id)
+    job = jobs.find_job(conn, job_id, lock=True)
     if job.status == "cancelled":
         return job
     if job.is_final:
@@ -50,7 +50,7 @@ def request_pause(conn: Connection, job_id: str) -> Job:
 
     Raises: JobNotFound, MoveNotAllowed.
     """
-    job = _lock(conn, job_id)
+    job = jobs.find_job(conn, job_id, lock=True)
     if job.status in ("pausing", "paused"):
         return job
     _allow(job, "pause")
@@ -61,7 +61,7 @@ def request_pause(conn: Connection, job_id: str) -> Job:
 
 def request_resume(conn: Connection, job_id: str) -> Job:
     """Let a job go on; one that still pauses forgets that it was asked to. Raises JobNotFound, MoveNotAllowed."""
-    job = _lock(conn, job_id)
+    job = jobs.find_job(conn, job_id, lock=True)
     if job.status in ("queued", "running"):
         return job
     _allow(job, "resume")
@@ -77,7 +77,7 @@ def request_retry(conn: Connection, job_id: str) -> Job:
 
     Raises: JobNotFound, MoveNotAllowed; DatasetNotFound, HeadMapNotFound, SelectionNotFound for inputs deleted since.
     """
-    job = _lock(conn, job_id)
+    job = jobs.find_job(conn, job_id, lock=True)
     _allow(job, "retry")
     find_inputs(conn, job)
     steps.restart_steps(conn, job_id)  # first: it waits for a claim that is under way, whose attempt is then seen
@@ -91,18 +91,11 @@ def delete(conn: Connection, job_id: str) -> None:
 
     Raises: JobNotFound, MoveNotAllowed, JobInUse.
     """
-    job = _lock(conn, job_id)
+    job = jobs.find_job(conn, job_id, lock=True)
     _allow(job, "delete")
     if by := jobs.readers_of(conn, job_id):
         raise JobInUse(job_id=job_id, by=by)
     jobs.delete_job(conn, job_id)
-
-
-def _lock(conn: Connection, job_id: str) -> Job:
-    job = jobs.lock_job(conn, job_id)
-    if job is None:
-        raise JobNotFound(id=job_id)
-    return job
 
 
 def _allow(job: Job, move: Move) -> None:

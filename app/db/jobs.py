@@ -14,6 +14,7 @@ from sqlalchemy import ColumnElement, case, delete, func, insert, select, update
 from app.db.engine import Connection, Json
 from app.db.ids import new_id
 from app.db.tables import head_maps, jobs, selections
+from app.errors import JobNotFound
 
 Status = Literal["queued", "running", "pausing", "paused", "cancelling", "cancelled", "succeeded", "failed"]
 Stage = Literal["validating", "identifying_heads", "selecting_data", "training", "evaluating", "packaging"]
@@ -95,6 +96,14 @@ def get_job(conn: Connection, job_id: str) -> Job | None:
     """The job, or None."""
     row = conn.execute(select(jobs).where(jobs.c.id == job_id)).first()
     return Job(**row._mapping) if row else None
+
+
+def find_job(conn: Connection, job_id: str, *, lock: bool = False) -> Job:
+    """The job, or with `lock` as `lock_job` gives it. Raises JobNotFound."""
+    job = lock_job(conn, job_id) if lock else get_job(conn, job_id)
+    if job is None:
+        raise JobNotFound(id=job_id)
+    return job
 
 
 def lock_job(conn: Connection, job_id: str) -> Job | None:
