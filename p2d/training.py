@@ -52,9 +52,9 @@ class TrainingResult:
     tokens: int
     """Of all optimizer steps, trials included, without padding."""
     n_parameters: int
+    """Trained numbers: weights, or with a rank factors."""
     remembered_below: int
     """Layers below this one ran once for each row, not once for each pass; 0 = none are below, or no row was seen twice."""
-    """Trained numbers: weights, or with a rank factors."""
     rank: int | None
     token_budget: int
     """Tokens of a micro-batch at the end: less than at the start if memory ran out. Loss and gradient are the same."""

@@ -33,33 +33,28 @@ def load_models(base: Path, task: Path, device: torch.device) -> tuple[Any, Any]
     return base_model, task_model
 
 
-def head_weights(model: Any, layers: int, heads: int) -> dict[str, Tensor]:
-    """Concatenated q, k and v of every head, by the head's name."""
+def head_weights(model: Any, layers: int, heads: int, share: int = 1) -> dict[str, Tensor]:
+    """Concatenated q, k and v of every head, by the head's name.
+
+    Args: share: query heads whose k and v are one group's; the code knows nothing of them.
+    """
     found: dict[str, Tensor] = {}
     for layer in range(layers):
         attention = model.layers[layer].self_attn
         q, k, v = attention.q_proj.weight.data, attention.k_proj.weight.data, attention.v_proj.weight.data
         width = q.shape[0] // heads
-        for head in range(heads):
-            rows = slice(head * width, (head + 1) * width)
-            found[f"layer_{layer}_head_{head}"] = torch.cat([q[rows].flatten(), k[rows].flatten(), v[rows].flatten()])
-    return found
-
-
-def head_weights_by_group(model: Any, layers: int, heads: int) -> dict[str, Tensor]:
-    """The same with the k and v of each head's own group, so that every head has all three: what the code was meant to do."""
-    found: dict[str, Tensor] = {}
-    for layer in range(layers):
-        attention = model.layers[layer].self_attn
-        q, k, v = attention.q_proj.weight.data, attention.k_proj.weight.data, attention.v_proj.weight.data
-        width = q.shape[0] // heads
-        share = q.shape[0] // k.shape[0]
         for head in range(heads):
             own = slice(head * width, (head + 1) * width)
             group = slice(head // share * width, (head // share + 1) * width)
             parts = [q[own].flatten(), k[group].flatten(), v[group].flatten()]
             found[f"layer_{layer}_head_{head}"] = torch.cat(parts)
     return found
+
+
+def head_weights_by_group(model: Any, layers: int, heads: int) -> dict[str, Tensor]:
+    """The same with the k and v of each head's own group, so that every head has all three: what the code was meant to do."""
+    attention = model.layers[0].self_attn
+    return head_weights(model, layers, heads, attention.q_proj.weight.shape[0] // attention.k_proj.weight.shape[0])
 
 
 def distribution(weights: Tensor) -> Vector:
