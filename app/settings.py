@@ -11,6 +11,8 @@ from typing import Any
 from pydantic import Field, SecretStr, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from p2d.pipeline import SHARD_ROWS
+
 MiB = 1 << 20
 
 
@@ -52,8 +54,8 @@ class Settings(BaseSettings):
     max_json_bytes: int = Field(default=1 * MiB, ge=1024)
     """Largest JSON body, in bytes."""
 
-    shard_rows: int = Field(default=2000, ge=1)
-    """Rows of one shard of the response pass."""
+    shard_rows: int = Field(default=SHARD_ROWS, ge=1)
+    """Most rows of one shard of the response pass. A part of the result: only the default gives what `p2d run` gives."""
     engine: str = "p2d.pipeline:run_step"
     """What runs a step in the worker's child process, as `module:function`."""
     device: str = "auto"

@@ -79,8 +79,7 @@ def say(line: str) -> None:
 def one_job(count: int) -> Facts:
     """A whole job of `count` rows; what each step took."""
     from p2d.config import JobConfig, TrainingConfig
-    from p2d.jobs import SHARD_ROWS
-    from p2d.pipeline import ModelCache, StepCall, plan_steps, run_step
+    from p2d.pipeline import SHARD_ROWS, ModelCache, StepCall, plan_steps, run_step
     from p2d.validation import validate_file
     from tests.factories import tiny_model_dir
 

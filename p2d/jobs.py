@@ -19,14 +19,11 @@ from p2d.columns import Columns, mapped
 from p2d.config import JobConfig, check
 from p2d.errors import DatasetFileMissing
 from p2d.files import read_json, write_json
-from p2d.pipeline import STEPS, ModelCache, PlannedStep, StepCall, plan_steps, run_step
+from p2d.pipeline import SHARD_ROWS, STEPS, ModelCache, PlannedStep, StepCall, plan_steps, run_step
 from p2d.validation import check_file
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-SHARD_ROWS = 4096
-"""Rows of one `respond` step here: shards exist for many workers, and this is one."""
 
 RESULTS = (
     "heads.safetensors",

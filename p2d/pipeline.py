@@ -26,6 +26,11 @@ if TYPE_CHECKING:
     from p2d.models import BaseModel
 
 
+SHARD_ROWS = 2000
+"""Most rows of one `respond` step. Part of the result, by groups and batches that never cross a shard: the service's setting
+takes it as its default, so that a job has the same bytes with and without the service. What a kill costs at most."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepSpec:
     """What one step reads and writes; a name with `*` is a pattern over the shards of an earlier step."""

@@ -1,6 +1,6 @@
 """Files of rows as sequences: a row is parsed when it is looked at, so a dataset of any size costs 8 bytes of memory a row.
 
-Beside `rows.jsonl` may stand `rows.index`, the place of every line: then a shard that needs 4,096 rows of a million reads
+Beside `rows.jsonl` may stand `rows.index`, the place of every line: then a shard that needs 2,000 rows of a million reads
 those alone, and the 8 bytes stay on disk. Reading a user's own file is `rows.py`'s business. No torch, no numpy here.
 """
 
