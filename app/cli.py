@@ -271,7 +271,7 @@ def apply(model: Path, adapter: Path, to: Path) -> None:
 
 @cli.command()
 def export(model: Path, adapter: Path, to: Path) -> None:
-    """Write a head adapter as a PEFT LoRA of the same base model, without loss."""
+    """Write a head adapter as a PEFT LoRA of the same base model."""
     from p2d.peft_export import export_peft
 
     export_peft(model, adapter, to)

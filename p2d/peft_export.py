@@ -1,8 +1,16 @@
 """A head adapter as a PEFT LoRA of the same base model, for tools that know no head adapters.
 
 A change of some rows is a LoRA whose A holds those rows' change and whose B places them (zeros and ones); of some columns the
-other way round. Nothing is approximated: base + LoRA are the adapter's values, bit for bit in a bf16 base, within one fp32
-rounding in an fp32 one. The price is a LoRA as wide as the rows are many; merging (`p2d.adapters.merge`) costs nothing.
+other way round. No rank is cut, but the change is a difference, and peft adds it again: each is one rounding in fp32. With the
+base b loaded in the type of its files, and peft's plain merge (`safe_merge` rounds the change to the base's type first):
+
+| adapter a of | base of | base + LoRA |
+| --- | --- | --- |
+| bf16 | bf16 | a, bit for bit (but where a is not 0 and smaller than b / 32,768) |
+| fp32 | fp32 | a within (abs(a - b) + abs(a)) / 2^24, as is any other pair loaded in fp32 |
+| fp32 | bf16 | that, rounded to bf16: at a near tie one bf16 step beside what `p2d.adapters.merge` writes |
+
+The price is a LoRA as wide as the rows are many; `p2d.adapters.merge` rounds once, if at all, and costs nothing.
 
 Legend: S chosen places of a module, I, O its inputs and outputs, E head width, D model width, U chosen unit.
 """

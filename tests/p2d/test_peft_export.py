@@ -24,10 +24,10 @@ from tests.p2d.test_slices import assert_same, weights_of
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 
 
-def with_lora(base_dir: Path, lora_dir: Path) -> Any:
-    """The base as transformers loads it, with the LoRA as peft loads it."""
+def with_lora(base_dir: Path, lora_dir: Path, dtype: torch.dtype | str = "auto") -> Any:
+    """The base as transformers loads it, in the type of its files or another, with the LoRA as peft loads it."""
     loader: Any = AutoModelForCausalLM
-    return PeftModel.from_pretrained(loader.from_pretrained(base_dir), lora_dir)
+    return PeftModel.from_pretrained(loader.from_pretrained(base_dir, dtype=dtype), lora_dir)
 
 
 @pytest.mark.parametrize("family", sorted(ARCHS))
@@ -39,6 +39,45 @@ def test_merged_by_peft_a_bf16_base_has_the_adapters_bits(tmp_path: Path, family
     merged = with_lora(base_dir, tmp_path / "lora").merge_and_unload()
 
     assert_same(merged.state_dict(), trained)
+
+
+def changed(tmp_path: Path, stored: torch.dtype) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Base weights of a `stored` model, and those after training in fp32; base, adapter and LoRA are in `tmp_path`."""
+    base_dir = tiny_model_dir(tmp_path / "base", dtype=stored)
+    base = load_base_model(base_dir, precision="fp32", device="cpu")
+    before = weights_of(base)
+    trained = trained_adapter(base, tmp_path / "adapter")
+    export_peft(base_dir, tmp_path / "adapter", tmp_path / "lora")
+    return before, trained
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32])
+def test_an_adapter_trained_in_fp32_comes_back_within_two_fp32_roundings(tmp_path: Path, stored: torch.dtype) -> None:
+    before, trained = changed(tmp_path, stored)
+
+    merged = with_lora(tmp_path / "base", tmp_path / "lora", torch.float32).merge_and_unload().state_dict()
+
+    moved = 0
+    for name, value in trained.items():
+        bound = ((value - before[name]).abs().double() + value.abs().double()) / 2**24
+        assert bool(((merged[name].double() - value.double()).abs() <= bound).all()), name
+        moved += int((value != before[name]).sum())
+    assert moved > 1000
+
+
+def test_merged_into_a_bf16_base_it_is_at_most_one_bf16_step_from_our_own_merge(tmp_path: Path) -> None:
+    changed(tmp_path, torch.bfloat16)
+    merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    own = weights_of(load_base_model(tmp_path / "merged", precision="bf16", device="cpu"))
+
+    merged = with_lora(tmp_path / "base", tmp_path / "lora").merge_and_unload().state_dict()
+
+    apart = 0
+    for name, value in own.items():
+        steps = (merged[name].view(torch.int16).int() - value.view(torch.int16).int()).abs()  # neighbours differ by one
+        assert int(steps.max()) <= 1, name
+        apart += int((steps > 0).sum())
+    assert apart <= 5  # near ties alone
 
 
 @pytest.mark.parametrize("family", sorted(ARCHS))
