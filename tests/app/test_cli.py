@@ -76,7 +76,7 @@ def test_run_takes_files_with_other_column_names(
     run: list[str | Path] = ["run", "--model", model, "--data", data, "--out", tmp_path / "out", "--map"]
 
     _, read = p2d(capsys, monkeypatch, *run, "prompt=Frage", "--map", "completion=Antwort")
-    assert "1 line(s) of the dataset cannot be used" in read
+    assert "1 line of the dataset cannot be used" in read
     assert "/Antwort line 3" in read
 
     status, missing = p2d(capsys, monkeypatch, *run, "prompt=Fragen")
@@ -197,7 +197,7 @@ def test_run_finds_its_checkout_from_anywhere(tmp_path: Path) -> None:
     elsewhere = tmp_path / "app"  # a directory whose name could be taken for ours
     elsewhere.mkdir()
     (elsewhere / "__init__.py").write_text("raise SystemExit('wrong app')")
-    if not (ROOT / ".venv" / "installed-engine,embedded,test").exists():
+    if not (ROOT / ".venv" / "installed").exists():
         pytest.skip("this environment was not made by ./run")
 
     done = subprocess.run(
