@@ -62,7 +62,7 @@ class BlobStore:
             options = dict(parse_qsl(parts.query, strict_parsing=True)) if parts.query else {}
             unknown = set(options) - {"endpoint", "region"}
             if unknown:
-                raise ValueError(f"unknown option(s) in the store URL: {', '.join(sorted(unknown))}")
+                raise ValueError(f"the store URL has options that are not known: {', '.join(sorted(unknown))}")
             endpoint = options.get("endpoint", "")
             return cls(
                 S3Store(

@@ -24,6 +24,7 @@ import app.errors as service_errors
 from app.db.engine import DatabaseUnavailable, PoolTimeout
 from app.db.ids import new_id
 from p2d.errors import ErrorDetail, P2DError
+from p2d.wording import counted
 
 MEDIA_TYPE = "application/problem+json"
 
@@ -183,7 +184,8 @@ def body_faults(errors: Iterable[ErrorDetails], *, root: str = "") -> list[Error
 
 def invalid(faults: list[ErrorDetail]) -> service_errors.RequestInvalid:
     """The error that lists wrong fields."""
-    return service_errors.RequestInvalid(f"{len(faults)} field(s) of the request are wrong.", errors=faults)
+    text = counted(len(faults), "field of the request is wrong.", "fields of the request are wrong.")
+    return service_errors.RequestInvalid(text, errors=faults)
 
 
 def install(app: FastAPI) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from p2d.errors import ErrorDetail, MappingInvalid
+from p2d.wording import counted
 
 MAX_COLUMN_CHARS = 200
 """Longest name of a column that a mapping may give."""
@@ -93,7 +94,9 @@ def shown(names: Collection[str], *, most: int = 10) -> str:
     said = ", ".join(plain)
     if not others:
         return said or "no columns"
-    return f"{said} and {others} other(s)" if said else f"{others} other column(s)"
+    if said:
+        return f"{said} and {counted(others, 'other', 'others')}"
+    return counted(others, "other column", "other columns")
 
 
 def is_plain(name: str) -> bool:

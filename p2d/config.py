@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from p2d.errors import ConfigError, ErrorDetail, UnknownName
 from p2d.registry import check_name
+from p2d.wording import counted
 
 Auto = Literal["auto"]
 Kind = Literal["identify_heads", "select_data", "adapt"]
@@ -215,7 +216,9 @@ def check(config: JobConfig) -> None:
     """Raise ConfigError (`config.invalid`) with one entry in errors[] for every field that is wrong."""
     errors = list(_faults(config))
     if errors:
-        raise ConfigError(f"{len(errors)} field(s) of the job are wrong.", errors=errors)
+        raise ConfigError(
+            counted(len(errors), "field of the job is wrong.", "fields of the job are wrong."), errors=errors
+        )
 
 
 def _faults(config: JobConfig) -> Iterator[ErrorDetail]:

@@ -30,6 +30,7 @@ from p2d.errors import ModelError, ModelNotFound
 from p2d.model_info import ModelInfo, read_model_info
 from p2d.registry import load
 from p2d.rendering import Renderer, load_renderer
+from p2d.wording import counted
 
 CONVERSION_FILE = "p2d-conversion.json"
 """Says where a converted model came from: name and sha256 of the GGUF file."""
@@ -165,7 +166,8 @@ def _load_weights(directory: Path, **kwargs: Any) -> PreTrainedModel:
     assert isinstance(module, PreTrainedModel)
     wrong = sorted(str(key) for part in ("missing_keys", "mismatched_keys", "error_msgs") for key in report[part])
     if wrong:
-        text = f"{len(wrong)} weight(s) of {directory.name!r} are missing or misshapen, first: {wrong[0]}."
+        text = counted(len(wrong), "weight is", "weights are")
+        text = f"In {directory.name!r} {text} missing or misshapen, first: {wrong[0]}."
         raise ModelError(text, model=directory.name)
     module.requires_grad_(False)
     module.train(False)

@@ -22,6 +22,7 @@ from p2d.plans import Plan, RowCounts, Split, leaked, load_plan, save_plan, spli
 from p2d.registry import load
 from p2d.row_files import open_rows, write_row_file
 from p2d.rows import Row, content_hash, load_rows, write_rows
+from p2d.wording import counted
 
 if TYPE_CHECKING:
     from p2d.head_maps import Head, HeadMap
@@ -156,7 +157,7 @@ def _count_tokens(
         counts.append(RowCounts(rows=len(rows), tokens=tokens, answer_tokens=answers, longest=longest))
     if errors:
         errors.sort(key=lambda error: (error.pointer, error.line))
-        text = f"{too_long} row(s) are longer than {limit} tokens."
+        text = counted(too_long, f"row is longer than {limit} tokens.", f"rows are longer than {limit} tokens.")
         raise RowTooLong(text, errors=errors[:MAX_LISTED], errors_total=too_long, limit=limit)
     return counts[0], counts[1], counts[2]
 

@@ -17,6 +17,7 @@ from p2d.errors import DatasetEmpty, DatasetError, DatasetTooLarge, ErrorDetail
 from p2d.formats import column_names
 from p2d.row_keys import RowKeys
 from p2d.rows import MAX_ROW_BYTES, Format, Row, extra_fields, hash_row, read_rows, sniff_format, write_rows
+from p2d.wording import counted
 
 MAX_LISTED = 10_000
 """Bad lines listed at most; `errors_total` and the counts by code go on."""
@@ -108,7 +109,7 @@ def validate_file(
     reading.raise_if_bad()
     warnings = []
     if reading.duplicates:
-        warnings.append(f"{reading.duplicates} row(s) repeat an earlier row.")
+        warnings.append(counted(reading.duplicates, "row repeats an earlier row.", "rows repeat an earlier row."))
     if extra := extra_fields(path, format, columns):
         warnings.append(f"Fields that are not used: {', '.join(extra[:20])}.")
     return DatasetReport(
@@ -155,9 +156,11 @@ class _Reading:
         """Raise DatasetError with all faults, or DatasetEmpty."""
         total = self._by_code.total()
         if total:
-            listed = "" if total <= MAX_LISTED else f" The first {MAX_LISTED} are listed."
+            text = counted(total, "line of the dataset cannot be used.", "lines of the dataset cannot be used.")
+            if total > MAX_LISTED:
+                text += f" The first {MAX_LISTED:,} are listed."
             raise DatasetError(
-                f"{total} line(s) of the dataset cannot be used.{listed}",
+                text,
                 errors=self._errors,
                 errors_total=total,
                 errors_by_code=dict(self._by_code),

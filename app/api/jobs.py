@@ -55,6 +55,7 @@ from p2d.errors import (
 )
 from p2d.model_info import ModelInfo, find_model, read_model_info
 from p2d.plans import held_out_count
+from p2d.wording import counted
 
 router = APIRouter(tags=["jobs"])
 
@@ -244,10 +245,13 @@ class _Faults:
         if len(self._errors) == 1:
             raise self._errors[0]
         if self._errors:
+            total = sum(max(error.errors_total, 1) for error in self._errors)
+            # The text of a ConfigError only counts its own faults, which stand in the list.
+            texts = [error.text for error in self._errors if not isinstance(error, ConfigError)]
             raise RequestInvalid(
-                " ".join(error.text for error in self._errors),
+                " ".join([f"The job has {counted(total, 'fault', 'faults')}.", *texts]),
                 errors=[detail for error in self._errors for detail in _details(error)],
-                errors_total=sum(max(error.errors_total, 1) for error in self._errors),
+                errors_total=total,
             )
 
 

@@ -105,6 +105,7 @@ def test_every_fault_of_a_request_is_listed_at_once(api: Api) -> None:
         "/dataset/answer": "row.empty",
     }
     assert answer.json()["errors_total"] == 5
+    assert answer.json()["detail"].startswith("The job has 5 faults.")
 
 
 BAD_FILES: dict[str, tuple[bytes, int, str]] = {

@@ -77,7 +77,7 @@ def test_names_that_may_be_row_text_are_counted_and_not_said(tmp_path: Path) -> 
     with pytest.raises(MappingInvalid) as refused:
         check(tmp_path, b"my secret number is 4711,Antwort\nq,a\n", GERMAN)
 
-    assert "it has Antwort and 1 other(s)" in refused.value.text
+    assert "it has Antwort and 1 other" in refused.value.text
 
 
 def test_faults_of_rows_point_at_the_users_own_columns(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ def test_a_good_file_is_described_and_normalised_in_one_pass(tmp_path: Path) -> 
     assert report.content_hash == content_hash(rows)
     assert (report.rows, report.size_bytes, report.longest_row_chars) == (4, path.stat().st_size, 7)
     assert (report.duplicates, report.duplicate_lines) == (2, (3, 4))
-    assert report.warnings == ("2 row(s) repeat an earlier row.", "Fields that are not used: topic.")
+    assert report.warnings == ("2 rows repeat an earlier row.", "Fields that are not used: topic.")
 
 
 def test_every_bad_line_is_listed_and_counted_by_code(tmp_path: Path) -> None:
