@@ -2,7 +2,8 @@
 
 AER = (everything the job spent to find heads, select rows and train) / (full fine-tuning on all rows, same epochs).
 Counted: start-up, loading, tokenising, proxies, responses, selection, training with its learning-rate search, packaging
-and every failed attempt. Shown but not counted: evaluation, and measuring the two baselines.
+and every attempt that was stopped (by a pause, a cancel, or a worker that left) or failed. Shown but not counted: evaluation,
+and measuring the two baselines.
 
 The same two ratios in floating point operations (`p2d.flops`) stand beside them: free of noise and of the machine, but blind
 to all that is not a matrix product, and to failed attempts, of which nobody knows how far they came.
@@ -103,6 +104,12 @@ _WORK_NAMES = {
     "package": "package",
 }
 
+_UNFINISHED = {
+    "attempts that were stopped": ("released", "cancelled"),  # a pause, a worker that left; a cancel before a retry
+    "attempts that failed": ("failed", "lost"),
+}
+"""Lines of attempts that are not the one that ended a step well. What they computed is not in the steps' own seconds."""
+
 
 def bill(costs: Iterable[StepCost], attempts: Iterable[Attempt], against: Alternatives) -> Bill:
     """Add up a job. Seconds of shards that ran side by side are summed: cost, not waiting time."""
@@ -126,8 +133,8 @@ def bill(costs: Iterable[StepCost], attempts: Iterable[Attempt], against: Altern
     measured = {(cost.step, cost.shard): cost.load_s + cost.work_s for cost in counted}
     done = [a for a in attempts if a.status == "done" and (a.step, a.shard) in measured]
     seconds["start processes, move files"] = sum(max(a.seconds - measured[a.step, a.shard], 0.0) for a in done)
-    lost = [a for a in attempts if a.status != "done" and a.step != "evaluate"]
-    seconds["attempts that failed"] = sum(a.seconds for a in lost)
+    for name, statuses in _UNFINISHED.items():
+        seconds[name] = sum(a.seconds for a in attempts if a.status in statuses and a.step != "evaluate")
     lines = tuple(
         CostLine(name=name, seconds=round(s, 3), counted=not name.startswith("evaluate"), flops=flops.get(name, 0))
         for name, s in seconds.items()

@@ -82,6 +82,20 @@ def test_failed_attempts_and_process_starts_count() -> None:
     assert total.counted_s == 108 + 13 + 0.5
 
 
+def test_attempts_stopped_by_a_pause_count_but_are_no_failures() -> None:
+    attempts = [
+        Attempt(step="train", attempt=1, status="released", seconds=30),
+        Attempt(step="train", attempt=2, status="lost", seconds=4),
+        Attempt(step="train", attempt=3, status="done", seconds=40),
+        Attempt(step="evaluate", attempt=1, status="released", seconds=1000),
+    ]
+    total = bill(COSTS, attempts, Alternatives())
+
+    assert seconds(total, "attempts that were stopped") == 30
+    assert seconds(total, "attempts that failed") == 4
+    assert total.counted_s == 108 + 34
+
+
 def test_operations_are_billed_beside_the_seconds_and_evaluation_is_not() -> None:
     costs = [
         cost("respond", 20, flops=30),
