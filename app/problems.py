@@ -97,6 +97,9 @@ STATUS = {
 RETRY_AFTER_S = {"idempotency.in_flight": 1, "service.too_many_streams": 30}
 """Seconds in Retry-After; 5 for every other retryable answer."""
 
+_AUTO = "literal['auto']"
+"""What pydantic calls the second half of a type such as `int | Auto`."""
+
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 log = structlog.get_logger()
@@ -175,11 +178,23 @@ class RequestIds:
 
 
 def body_faults(errors: Iterable[ErrorDetails], *, root: str = "") -> list[ErrorDetail]:
-    """Pydantic's faults as ours: a JSON pointer each, and never the value that was sent."""
-    return [
-        ErrorDetail(code=f"field.{error['type']}", message=f"{error['msg']}.", pointer=root + _pointer(error["loc"]))
-        for error in errors
-    ]
+    """Pydantic's faults as ours: a JSON pointer each, and never the value that was sent.
+
+    Of a field that is something or "auto" pydantic tells two faults, one for each, under names of its own: here it is one.
+    """
+    found = list(errors)
+    autos = {error["loc"][:-1] for error in found if error["loc"] and error["loc"][-1] == _AUTO}
+    faults = []
+    for error in found:
+        loc, message = error["loc"], error["msg"]
+        field = next((auto for auto in autos if len(loc) > len(auto) and loc[: len(auto)] == auto), None)
+        if field is not None:
+            if loc[-1] == _AUTO:
+                continue
+            loc = field + loc[len(field) + 1 :]
+            message += ", or 'auto'" if loc == field else ""
+        faults.append(ErrorDetail(code=f"field.{error['type']}", message=f"{message}.", pointer=root + _pointer(loc)))
+    return faults
 
 
 def invalid(faults: list[ErrorDetail]) -> service_errors.RequestInvalid:
