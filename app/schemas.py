@@ -19,6 +19,7 @@ from p2d.columns import FIELDS
 from p2d.config import (
     DEFAULT_RATIO,
     MIN_ROWS,
+    PROXY_ROWS,
     Control,
     DataConfig,
     HeadsConfig,
@@ -76,7 +77,9 @@ class HeadsBody(Body):
 
     scorer: Text = Field(default="auto", description="Name of a head scorer; `auto` = the recipe's.")
     ratio: Ratio = Field(default=DEFAULT_RATIO, description="Share of query heads kept, above 0 and at most 1.")
-    proxy_rows: Count = Field(default=HeadsConfig().proxy_rows, description="Rows of the proxy run.")
+    proxy_rows: Count | Auto = Field(
+        default="auto", description=f"Rows of the proxy run; `auto` = {PROXY_ROWS}, or all training rows if fewer."
+    )
     head_map: Id | None = Field(
         default=None, description="Id of an earlier head map of the same base model: stage 1 is skipped."
     )

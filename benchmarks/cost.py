@@ -12,7 +12,7 @@ from benchmarks.findings import Findings, Ratio, Table, Target
 from benchmarks.peers.data_whisperer import LAYER, group_flops
 from benchmarks.workbench import Workbench
 from p2d import flops
-from p2d.config import DataConfig, HeadsConfig, JobConfig, TrainingConfig, resolve, top_count
+from p2d.config import PROXY_ROWS, DataConfig, HeadsConfig, JobConfig, TrainingConfig, resolve, top_count
 from p2d.estimate import estimate_flops
 from p2d.model_info import ModelInfo
 from p2d.optimization import epoch_order
@@ -115,7 +115,7 @@ def job_flops(info: ModelInfo, job: Job, epochs: int, *, searched: bool = False)
 def peers_flops(info: ModelInfo, epochs: int) -> float:
     """Data Whisperer's scoring and ALPS's masked training, as their code is written."""
     group = group_flops(info, prompt=PROMPT + 5 * TOKENS + 3 * (TOKENS - ANSWER), steps=3 * ANSWER, layer=LAYER)
-    kept = epochs * top_count(0.10, ROWS) + HeadsConfig().proxy_rows
+    kept = epochs * top_count(0.10, ROWS) + PROXY_ROWS
     work = flops.work_of([(TOKENS, ANSWER)]).times(kept)
     return ROWS / 5 * group + flops.masked_training(info, work, projections=("q", "k", "v"))
 

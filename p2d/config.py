@@ -86,6 +86,12 @@ UPPER_THIRD = 2 / 3
 """Depth at which `alignment` begins to read gradients, and at which fast `icl` stops to read masses. By measurement: the
 upper third of the layers tells clean from bad rows as well as all of them (docs/decisions/0012)."""
 
+PROXY_ROWS = 100
+"""Rows of a proxy by default. ALPS uses 100; 25 find 17 of the same 27 heads (docs/LOG.md)."""
+
+MIN_PROXY_ROWS = 16
+"""Fewest rows of which a proxy is made by default: two halves of two optimizer steps each. A guess."""
+
 DEFAULT_RATIO = 0.10
 """Share of heads and of rows kept by default: the paper's 10 %."""
 
@@ -98,8 +104,8 @@ class HeadsConfig:
     """Name in HEAD_SCORERS; `auto` = the recipe's."""
     ratio: float = DEFAULT_RATIO
     """Share of query heads kept, (0, 1]. A view on the head map: the map itself ranks all heads."""
-    proxy_rows: int = 100
-    """Rows of the proxy (two half-proxies of half as many). ALPS uses 100; 25 find 17 of the same 27 heads (docs/LOG.md)."""
+    proxy_rows: int | Auto = "auto"
+    """Rows of the proxy (two half-proxies of half as many). `auto` = PROXY_ROWS, or all training rows where there are fewer."""
     head_map: str | None = None
     """Id of an earlier head map of the same base model: stage 1 is then skipped."""
 
@@ -202,6 +208,19 @@ def first_chosen_layer(config: JobConfig, layers: int) -> int:
     Training computes no gradient below the shallowest chosen head, and what comes from there can be cached.
     """
     return layers // 2 if config.data.mode == "fast" else 0
+
+
+def least_proxy_rows(heads: HeadsConfig) -> int:
+    """Fewest training rows with which stage 1 can be done as asked; 0 where an earlier head map replaces it."""
+    if heads.head_map is not None:
+        return 0
+    return MIN_PROXY_ROWS if heads.proxy_rows == "auto" else heads.proxy_rows
+
+
+def proxy_count(heads: HeadsConfig) -> int:
+    """Rows of the proxy, of a resolved config."""
+    assert heads.proxy_rows != "auto", "resolve the config first"
+    return heads.proxy_rows
 
 
 def proxy_guide_rows(proxy_rows: int, guide_rows: int) -> int:
@@ -339,6 +358,13 @@ def resolve(config: JobConfig, *, rows: int, context_length: int) -> Resolution:
         data, reasons["/data/scorer"] = replace(data, scorer=recipe.data_scorer), because
     if training.slices == "auto":
         training, reasons["/training/slices"] = replace(training, slices=recipe.slices), because
+    if heads.proxy_rows == "auto":
+        heads = replace(heads, proxy_rows=min(PROXY_ROWS, rows))
+        reasons["/heads/proxy_rows"] = (
+            f"{PROXY_ROWS}, as in the paper (ALPS)"
+            if rows >= PROXY_ROWS
+            else f"all {rows} training rows: {PROXY_ROWS} are the default where there are so many"
+        )
     if data.mode == "fast":
         reasons["/data/mode"] = (
             f"as asked: rows are drawn into a pool of {POOL_FACTOR} times those that are kept, only these are scored, and heads "

@@ -107,7 +107,7 @@ class MappingInvalid(DatasetError):
 class DatasetTooSmall(DatasetError):
     """Fewer rows than the job needs."""
 
-    code, hint = "dataset.too_small", "Add rows, or lower heads.proxy_rows."
+    code, hint = "dataset.too_small", "Add rows, or give a lower heads.proxy_rows."
 
 
 class DatasetTooLarge(DatasetError):

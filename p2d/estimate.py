@@ -17,6 +17,7 @@ from p2d.config import (
     first_chosen_layer,
     icl_layers,
     pool_count,
+    proxy_count,
     proxy_guide_rows,
     top_count,
 )
@@ -112,8 +113,8 @@ def estimate_flops(info: ModelInfo, config: JobConfig, *, train: RowCounts, guid
     assert slices != "auto", "resolve the config first"
     heads = every_head(info)
     share = top_count(_ratio(config), train.rows) / train.rows
-    proxy = every.times(min(1.0, config.heads.proxy_rows / train.rows))
-    judging = asked.times(proxy_guide_rows(config.heads.proxy_rows, guide.rows) / max(1, guide.rows))
+    proxy = every.times(min(1.0, proxy_count(config.heads) / train.rows))
+    judging = asked.times(proxy_guide_rows(proxy_count(config.heads), guide.rows) / max(1, guide.rows))
     # Held-out loss before and after each half; attribution needs gradients there, and mostly halfway as well.
     looks = (
         slice_training(info, judging.times(5), heads=heads, projections=slices)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from p2d.batches import TOKEN_BUDGET, answer_nll, mean_answer_nll, pack, packed_batches
-from p2d.config import HEAD_SCORERS, JobConfig, Projection, proxy_guide_rows
+from p2d.config import HEAD_SCORERS, JobConfig, Projection, proxy_count, proxy_guide_rows
 from p2d.device import memory_guard
 from p2d.errors import DatasetTooSmall, Diverged, EngineError
 from p2d.head_maps import HeadMap, ProxyFacts, reproducibility
@@ -192,12 +192,12 @@ def _score_halves(
 ) -> tuple[list[Tensor], ProxyFacts]:
     """Train and score both half-proxies."""
     seed, batch_size = config.training.seed, config.training.batch_size
-    halves = half_proxies(len(rows), config.heads.proxy_rows, seed)
+    halves = half_proxies(len(rows), proxy_count(config.heads), seed)
     if not guide_rows:
         raise EngineError("Heads cannot be ranked without held-out rows.")
     steps = steps_per_epoch(len(halves[0]), batch_size)
     work = _Work(progress, total=0)
-    judging = guide_rows[: proxy_guide_rows(config.heads.proxy_rows, len(guide_rows))]
+    judging = guide_rows[: proxy_guide_rows(proxy_count(config.heads), len(guide_rows))]
     guide_rendered = [base.renderer.render(row) for row in judging]
     guide = _Guide(base, guide_rendered, work, with_gradients=config.heads.scorer in WITH_GRADIENTS)
     work.total = 2 * steps + 3 * (len(guide.batches) if guide.with_gradients else 1)

@@ -91,13 +91,13 @@ class Split:
 def held_out_count(rows: int, validation: int | None, *, proxy_rows: int) -> int:
     """How many rows are held out; known before any row is read, so a job that cannot work is refused when it is sent.
 
-    Args:   rows, validation: of the two datasets. proxy_rows: 0 where an earlier head map makes the proxy needless.
+    Args:   rows, validation: of the two datasets. proxy_rows: the fewest that will do (`p2d.config.least_proxy_rows`).
     Raises: DatasetTooSmall, see `split_rows`.
     """
     held = min(HELD_OUT_ROWS, rows // 5) if validation is None else validation
     train = rows if validation is not None else rows - held
     if train < proxy_rows:
-        text = f"The dataset leaves {train} rows for training; the proxy needs {proxy_rows}."
+        text = f"The dataset leaves {train} rows for training; the proxy needs at least {proxy_rows}."
         detail = ErrorDetail(code=DatasetTooSmall.code, message=text, pointer="/heads/proxy_rows")
         raise DatasetTooSmall(text, errors=[detail], rows=train, needed=proxy_rows)
     if held < 3:

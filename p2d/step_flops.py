@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from p2d import flops
-from p2d.config import JobConfig, proxy_guide_rows
+from p2d.config import JobConfig, proxy_count, proxy_guide_rows
 from p2d.flops import Work
 from p2d.head_maps import HeadMap
 from p2d.identify import half_proxies
@@ -39,9 +39,9 @@ def proxy_flops(
     if head_map.proxy is None:
         return 0.0
     assert config.training.slices != "auto", "resolve the config first"
-    halves = half_proxies(len(rows), config.heads.proxy_rows, config.training.seed)
+    halves = half_proxies(len(rows), proxy_count(config.heads), config.training.seed)
     trained = work_of_rendered(base, [base.renderer.render(rows[index]) for half in halves for index in half])
-    judging = guide[: proxy_guide_rows(config.heads.proxy_rows, len(guide))]
+    judging = guide[: proxy_guide_rows(proxy_count(config.heads), len(guide))]
     looked = work_of_rendered(base, [base.renderer.render(row) for row in judging])
     looks = looked.times((head_map.proxy.tokens - trained.tokens) / looked.tokens)
     heads, slices = all_heads(base), config.training.slices

@@ -13,7 +13,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from p2d.accounting import StepCost, peak_memory_bytes
-from p2d.config import DATA_SCORERS, JobConfig, Precision, check_rank, first_chosen_layer, resolve
+from p2d.config import (
+    DATA_SCORERS,
+    JobConfig,
+    Precision,
+    check_rank,
+    first_chosen_layer,
+    least_proxy_rows,
+    proxy_count,
+    resolve,
+)
 from p2d.errors import ConfigError, ErrorDetail, RowTooLong
 from p2d.files import write_json
 from p2d.model_info import read_model_info
@@ -91,7 +100,7 @@ def validate(call: StepCall, progress: Progress, models: ModelCache, on_checkpoi
         rows,
         open_rows(apart) if apart.is_file() else None,
         seed=call.config.training.seed,
-        proxy_rows=call.config.heads.proxy_rows if call.config.heads.head_map is None else 0,
+        proxy_rows=least_proxy_rows(call.config.heads),
     )
     resolution = resolve(call.config, rows=len(split.train), context_length=info.context_length)
     config, reasons, warnings = resolution.config, dict(resolution.reasons), list(resolution.warnings)
@@ -177,7 +186,7 @@ def heads(call: StepCall, progress: Progress, models: ModelCache, on_checkpoint:
     head_map.save(call.out / "head_map.json")
     tokens = head_map.proxy.tokens if head_map.proxy else 0
     operations = proxy_flops(base, rows, guide, plan.config, head_map)
-    _write_cost(meter, base, tokens=tokens, rows=plan.config.heads.proxy_rows, flops=operations)
+    _write_cost(meter, base, tokens=tokens, rows=proxy_count(plan.config.heads), flops=operations)
 
 
 # --- respond, select -------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from p2d.config import resolve
+from p2d.config import least_proxy_rows, resolve
 from p2d.errors import Diverged
 from p2d.files import write_json
 from p2d.head_maps import HeadMap, Reproducibility
@@ -100,7 +100,7 @@ def _validate(call: StepCall) -> None:
         load_rows(call.inputs / "dataset.jsonl"),
         load_rows(validation) if validation.exists() else None,
         seed=call.config.training.seed,
-        proxy_rows=call.config.heads.proxy_rows if call.config.heads.head_map is None else 0,
+        proxy_rows=least_proxy_rows(call.config.heads),
     )
     for name, rows in (("rows", split.train), ("guide", split.guide), ("evaluation", split.evaluation)):
         write_rows(call.out / f"{name}.jsonl", rows)

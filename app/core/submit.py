@@ -19,7 +19,7 @@ from app.db.jobs import Job, get_job, insert_job
 from app.db.selections import SelectionRecord, get_selection
 from app.db.steps import insert_steps
 from app.errors import DatasetNotFound, HeadMapMismatch, HeadMapNotFound, SelectionMismatch, SelectionNotFound
-from p2d.config import JobConfig, check, check_rank, config_json
+from p2d.config import JobConfig, check, check_rank, config_json, least_proxy_rows
 from p2d.errors import ConfigError, DatasetTooSmall, ErrorDetail, P2DError
 from p2d.model_info import ModelInfo
 from p2d.plans import held_out_count
@@ -97,9 +97,8 @@ def refusals(
         check_rank(config, head_dim=model.head_dim)
     except ConfigError as error:
         yield error
-    proxy_rows = 0 if config.heads.head_map is not None else config.heads.proxy_rows
     try:
-        held_out_count(dataset.rows, validation.rows if validation else None, proxy_rows=proxy_rows)
+        held_out_count(dataset.rows, validation.rows if validation else None, proxy_rows=least_proxy_rows(config.heads))
     except DatasetTooSmall as error:
         yield error
     if config.data.selection is not None:

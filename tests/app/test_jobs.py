@@ -53,6 +53,11 @@ REFUSED: dict[str, tuple[dict[str, Any], int, dict[str, str]]] = {
     "a model that is not there": ({"base_model": "stubb"}, 404, {"/base_model": "model.not_found"}),
     "a path as model": ({"base_model": "../models/stub"}, 404, {"/base_model": "model.not_found"}),
     "another revision": ({"revision": "0" * 64}, 404, {"/revision": "model.not_found"}),
+    "too few rows for any proxy": (
+        {"heads": {}},
+        422,
+        {"/heads/proxy_rows": "dataset.too_small"},
+    ),
     "too few rows for the proxy": ({"heads": {"proxy_rows": 100}}, 422, {"/heads/proxy_rows": "dataset.too_small"}),
     "a head map that is not there": ({"heads": {"head_map": "hm_x"}}, 404, {"/heads/head_map": "head_map.not_found"}),
     "a selection that is not there": ({"data": {"selection": "s"}}, 404, {"/data/selection": "selection.not_found"}),
@@ -70,12 +75,27 @@ def test_a_job_is_refused_for(api: Api, what: str) -> None:
     fields, status, faults = REFUSED[what]
     before = api.count("jobs")
 
-    answer = api.post(a_job(**{"dataset": api.dataset(), **fields}))
+    few = what == "too few rows for any proxy"
+    answer = api.post(a_job(**{"dataset": api.dataset(18) if few else api.dataset(), **fields}))
 
     assert answer.status_code == status, answer.text
     assert answer.headers["content-type"] == "application/problem+json"
     assert codes(answer) == faults
     assert api.count("jobs") == before
+
+
+def test_a_field_that_may_be_auto_has_one_fault_at_its_own_place(api: Api) -> None:
+    body = a_job(dataset=api.dataset(), heads={"proxy_rows": "many"}, training={"slices": ["v", "x"], "epochs": 1.5})
+
+    answer = api.post(body)
+
+    assert codes(answer) == {
+        "/heads/proxy_rows": "field.int_type",
+        "/training/slices/1": "field.literal_error",
+        "/training/epochs": "field.int_type",
+    }
+    assert answer.json()["detail"] == "3 fields of the request are wrong."
+    assert answer.json()["errors"][0]["message"] == "Input should be a valid integer, or 'auto'."
 
 
 def test_a_model_of_another_family_is_refused_by_name(api: Api) -> None:

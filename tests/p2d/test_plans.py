@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from p2d.config import JobConfig, resolve
+from p2d.config import MIN_PROXY_ROWS, Auto, HeadsConfig, JobConfig, least_proxy_rows, proxy_count, resolve
 from p2d.errors import DatasetTooSmall
 from p2d.model_info import ModelInfo
 from p2d.plans import GUIDE_ROWS, HELD_OUT_ROWS, Plan, RowCounts, leaked, load_plan, save_plan, split_rows
@@ -52,6 +52,25 @@ def test_too_few_rows_are_refused_with_numbers(rows: int, validation: int | None
         split_rows(ROWS[:rows], held_out, seed=0, proxy_rows=proxy)
 
     assert caught.value.facts["rows"] < caught.value.facts["needed"]
+
+
+def test_proxy_rows_left_to_auto_are_what_small_data_allow() -> None:
+    for rows, expected in ((1000, 100), (100, 100), (99, 99), (16, 16)):
+        found = resolve(JobConfig(), rows=rows, context_length=64)
+        assert proxy_count(found.config.heads) == expected
+        assert str(expected) in found.reasons["/heads/proxy_rows"]
+    given = resolve(JobConfig(heads=HeadsConfig(proxy_rows=40)), rows=1000, context_length=64)
+    assert proxy_count(given.config.heads) == 40
+    assert "/heads/proxy_rows" not in given.reasons
+
+
+@pytest.mark.parametrize(("rows", "needed"), [("auto", MIN_PROXY_ROWS), (40, 40)])
+def test_an_automatic_proxy_has_a_floor_and_a_given_one_is_obeyed_or_refused(rows: int | Auto, needed: int) -> None:
+    proxy_rows = least_proxy_rows(HeadsConfig(proxy_rows=rows))
+
+    assert len(split_rows(ROWS[: needed * 5 // 4], None, seed=0, proxy_rows=proxy_rows).train) == needed
+    with pytest.raises(DatasetTooSmall, match=f"needs at least {needed}"):
+        split_rows(ROWS[: needed * 5 // 4 - 2], None, seed=0, proxy_rows=proxy_rows)
 
 
 def test_held_out_rows_that_stand_in_training_are_counted() -> None:
