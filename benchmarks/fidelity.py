@@ -3,9 +3,10 @@
     python -m benchmarks.fidelity --model DIR            # on the task's rows
     python -m benchmarks.fidelity --model DIR --junk 0.5 # half of the rows get another row's answer
 
-Every seed draws its own pool, order of training and random rows. The arms (faithful, fast, random rows) take turns. Fast mode
-is fit to ship if its mean held-out loss is above the faithful mode's by no more than the seed noise: the standard deviation of
-an arm over the seeds, pooled over the arms. Writes fast_mode.json and fast_mode.md; a pool is one entry, the other stays.
+Every seed is a job of its own over the same rows, in both modes: its proxy, head map, scores, pool, order of training and
+random rows. The arms (faithful, fast, random rows) take turns. Fast mode is fit to ship if its mean held-out loss is above the
+faithful mode's by no more than the seed noise, the standard deviation of the faithful mode's own loss over the seeds. Writes
+fast_mode.json and fast_mode.md; what is named by model, task, scorer and junk is one entry, the others stay.
 """
 
 from __future__ import annotations
@@ -18,16 +19,26 @@ import random
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from statistics import fmean, variance
+from statistics import fmean, stdev
 from typing import Any
 
 import numpy as np
 import torch
 
 from p2d import flops
-from p2d.config import DATA_SCORERS, DataConfig, HeadsConfig, JobConfig, TrainingConfig, first_chosen_layer, resolve
+from p2d.config import (
+    DATA_SCORERS,
+    RECIPES,
+    DataConfig,
+    HeadsConfig,
+    JobConfig,
+    TrainingConfig,
+    first_chosen_layer,
+    resolve,
+    top_count,
+)
 from p2d.evaluation import row_losses
 from p2d.head_maps import Head, HeadMap, spearman
 from p2d.identify import identify_heads
@@ -65,8 +76,9 @@ class Pool:
     kept: int
     junk: float
     base_loss: float
-    faithful_s: float
-    faithful_flops: int
+    faithful_s: list[float] = field(default_factory=list)
+    """Seconds of scoring, by seed, as are the next three."""
+    faithful_flops: list[int] = field(default_factory=list)
     fast_s: list[float] = field(default_factory=list)
     fast_flops: list[int] = field(default_factory=list)
     rank_correlation: list[float] = field(default_factory=list)
@@ -82,7 +94,7 @@ class Pool:
     def verdict(self) -> dict[str, float | bool | int]:
         """Whether fast mode is within the noise of the seeds."""
         seeds = len(self.losses("fast"))
-        noise = fmean(variance(self.losses(name)) for name in ARMS) ** 0.5 if seeds > 1 else float("nan")
+        noise = stdev(self.losses("faithful")) if seeds > 1 else float("nan")
         difference = fmean(self.losses("fast")) - fmean(self.losses("faithful"))
         return {"seeds": seeds, "difference": difference, "noise": noise, "ships": difference <= noise}
 
@@ -112,37 +124,36 @@ def measure(
     ends: float,
     say: Any,
 ) -> Pool:
-    """Score once faithfully; then for each seed score fast and train all arms, while there is time."""
+    """For each seed find heads, score in both modes and train all arms, while there is time."""
     texts = [row for row, _ in rows]
     junk_R = np.array([bad for _, bad in rows])
-    faithful, fast = (_config(options, mode, len(rows), base.info.context_length) for mode in ("faithful", "fast"))
-    head_map = identify_heads(base, texts, guide, faithful, _silent)
-    chosen = {mode: _heads(head_map, config) for mode, config in (("faithful", faithful), ("fast", fast))}
-    say(f"heads: {len(chosen['faithful'])}, in both modes {len(set(chosen['faithful']) & set(chosen['fast']))}")
     rendered = [base.renderer.render(row) for row in held_out]
-    whole, seconds = _respond(base, texts, guide, faithful)
-    picked = select_rows([whole.shard], chosen["faithful"], options.ratio)
-    pool = Pool(
-        rows=len(rows),
-        kept=picked.kept,
-        junk=float(junk_R.mean()),
-        base_loss=row_losses(base, rendered).mean,
-        faithful_s=seconds,
-        faithful_flops=whole.flops,
-    )
-    say(f"faithful scores of {len(rows)} rows: {seconds:.0f} s; loss before training {pool.base_loss:.4f}")
+    kept = top_count(options.ratio, len(rows))
+    pool = Pool(len(rows), kept, float(junk_R.mean()), row_losses(base, rendered).mean)
+    say(f"loss before training {pool.base_loss:.4f}")
     for seed in range(options.seeds):
         began = time.perf_counter()
-        seeded = replace(fast, training=replace(fast.training, seed=seed))
-        part, seconds = _respond(base, texts, guide, seeded)
-        quick = select_rows([part.shard], chosen["fast"], options.ratio)
+        faithful, fast = (
+            _config(options, mode, len(rows), base.info.context_length, seed) for mode in ("faithful", "fast")
+        )
+        head_map = identify_heads(base, texts, guide, faithful, _silent)
+        chosen = {mode: _heads(head_map, config) for mode, config in (("faithful", faithful), ("fast", fast))}
+        say(
+            f"seed {seed}: of {len(chosen['faithful'])} heads in both modes {len(set(chosen['faithful']) & set(chosen['fast']))}"
+        )
+        whole, seconds = _respond(base, texts, guide, faithful)
+        pool.faithful_s.append(seconds)
+        pool.faithful_flops.append(whole.flops)
+        part, seconds = _respond(base, texts, guide, fast)
         pool.fast_s.append(seconds)
         pool.fast_flops.append(part.flops)
+        picked = select_rows([whole.shard], chosen["faithful"], options.ratio)
+        quick = select_rows([part.shard], chosen["fast"], options.ratio)
         _compare(pool, picked, quick)
         say(
-            f"seed {seed}: fast scores of {quick.scored} rows: {seconds:.0f} s, rank correlation {pool.rank_correlation[-1]:.3f}"
+            f"seed {seed}: {quick.scored} of {len(rows)} rows scored fast, rank correlation {pool.rank_correlation[-1]:.3f}"
         )
-        drawn = sorted(random.Random(seed).sample(range(len(rows)), picked.kept))  # noqa: S311 - not a secret
+        drawn = sorted(random.Random(seed).sample(range(len(rows)), kept))  # noqa: S311 - not a secret
         arms = {
             "faithful": (picked.kept_rows, chosen["faithful"]),
             "fast": (quick.kept_rows, chosen["fast"]),
@@ -151,7 +162,7 @@ def measure(
         for name in ARMS[seed % 3 :] + ARMS[: seed % 3]:
             indices, heads = arms[name]
             arm = _train(
-                base, name, [texts[i] for i in indices], heads, seeded, rendered, float(junk_R[indices].mean())
+                base, name, [texts[i] for i in indices], heads, faithful, rendered, float(junk_R[indices].mean())
             )
             pool.arms.append(arm)
             say(f"  {name}: {len(indices)} rows, loss {arm.loss:.4f}, trained in {arm.train_s:.0f} s")
@@ -215,7 +226,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--held-out", type=int, default=32)
     parser.add_argument("--guide", type=int, default=16)
     parser.add_argument("--junk", type=float, default=0.0, help="share of rows that get another row's answer")
-    parser.add_argument("--scorer", default="auto")
+    parser.add_argument("--recipe", default="default", choices=sorted(RECIPES))
     parser.add_argument("--ratio", type=float, default=0.15, help="share of rows kept")
     parser.add_argument("--proxy-rows", type=int, default=16)
     parser.add_argument("--epochs", type=int, default=2)
@@ -247,11 +258,12 @@ def _read(path: Path) -> list[Row]:
     return [row for row in read_rows(path, "json" if path.suffix == ".json" else "jsonl") if isinstance(row, Row)]
 
 
-def _config(options: argparse.Namespace, mode: Any, rows: int, context_length: int) -> JobConfig:
+def _config(options: argparse.Namespace, mode: Any, rows: int, context_length: int, seed: int) -> JobConfig:
     config = JobConfig(
+        recipe=options.recipe,
         heads=HeadsConfig(proxy_rows=options.proxy_rows),
-        data=DataConfig(scorer=options.scorer, ratio=options.ratio, mode=mode),
-        training=TrainingConfig(epochs=options.epochs, learning_rate=options.learning_rate),
+        data=DataConfig(ratio=options.ratio, mode=mode),
+        training=TrainingConfig(epochs=options.epochs, learning_rate=options.learning_rate, seed=seed),
     )
     return resolve(config, rows=rows, context_length=context_length).config
 
@@ -279,7 +291,8 @@ def write(out: Path, pool: Pool, base: BaseModel, options: argparse.Namespace, *
     out.mkdir(parents=True, exist_ok=True)
     path = out / "fast_mode.json"
     pools: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
-    name = f"{base.info.name}, {options.train.parent.name}" + (f", {options.junk:.0%} junk" if options.junk else "")
+    name = f"{base.info.name}, {options.train.parent.name}, recipe {options.recipe}"
+    name += f", {options.junk:.0%} junk" if options.junk else ""
     pools[name] = asdict(pool) | {
         "verdict": pool.verdict(),
         "command": " ".join(["python -m benchmarks.fidelity", *_shown(options)]),
@@ -306,7 +319,7 @@ def _shown(options: argparse.Namespace) -> list[str]:
 def _page(name: str, entry: Mapping[str, Any]) -> list[str]:
     verdict = entry["verdict"]
     by_arm = {arm: [one for one in entry["arms"] if one["name"] == arm] for arm in ARMS}
-    stage_2 = fmean(entry["fast_flops"]) / entry["faithful_flops"]
+    stage_2 = fmean(entry["fast_flops"]) / fmean(entry["faithful_flops"])
     stage_3 = fmean(arm["train_flops"] for arm in by_arm["fast"]) / fmean(
         arm["train_flops"] for arm in by_arm["faithful"]
     )
@@ -329,7 +342,7 @@ def _page(name: str, entry: Mapping[str, Any]) -> list[str]:
         f"rows that fast mode kept, faithful mode would keep of the same pool: {_list(entry['agreement'])}.",
         "",
         f"Cost of fast over faithful mode in operations: scoring {stage_2:.2f}, training {stage_3:.2f}; scoring in seconds "
-        f"{fmean(entry['fast_s']) / entry['faithful_s']:.2f}.",
+        f"{fmean(entry['fast_s']) / fmean(entry['faithful_s']):.2f}.",
         "",
         f"Fast minus faithful: {verdict['difference']:+.4f}; seed noise {verdict['noise']:.4f} over {verdict['seeds']} seeds: "
         + _judgement(verdict),

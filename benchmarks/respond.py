@@ -85,7 +85,7 @@ class _Scoring:
         return set_scene(self.bench.base, [render(row) for row in shown], [render(row) for row in asked])
 
 
-def scene_masses(base: BaseModel, scene: Scene, layers: range | None = None) -> tuple[Floats, Tensor | None]:
+def scene_masses(base: BaseModel, scene: Scene, layers: range | None = None) -> tuple[Floats, Tensor]:
     """Masses [demo, head] of one group as the engine reads them, and its last hidden states."""
     with torch.no_grad(), probe_attention() as probe:
         return read_masses(base, probe, scene, layers or range(base.info.n_layers))
@@ -105,7 +105,6 @@ def _against_data_whisperer(bench: Workbench, score: _Scoring) -> tuple[Times, R
     @torch.no_grad()
     def ours() -> None:
         _, h_TD = scene_masses(base, scene)
-        assert h_TD is not None
         judge(scene, queries, h_TD)  # remembers the queries' likelihoods without demonstrations from the warm-up on
 
     times = bench.take_turns(
@@ -120,7 +119,7 @@ def _against_data_whisperer(bench: Workbench, score: _Scoring) -> tuple[Times, R
     operations = group_flops(base.info, prompt=prompt, steps=steps, layer=peer.layer)
     tokens = prompt * (1 + (peer.layer + 1) / base.info.n_layers) + steps - 1  # in passes through all layers
     twin = {
-        "FLOP per row, theirs / ours": operations / scene.flops(base.info, range(base.info.n_layers)),
+        "FLOP per row, theirs / ours": operations / scene.flops(base.info, range(base.info.n_layers), judged=True),
         "decode steps per row, theirs": theirs.decode_steps / DEMOS,
         "decode steps per row, ours": 0,
         "tokens per row, theirs": tokens / DEMOS,
@@ -182,7 +181,6 @@ def _against_a_forward_pass(bench: Workbench, score: _Scoring) -> Iterator[Ratio
 
     def ours(layers: range) -> Tensor:
         _, h_TD = scene_masses(base, scene, layers)
-        assert h_TD is not None
         return base.logits(h_TD[-answers:]).float()
 
     @torch.no_grad()
@@ -192,7 +190,7 @@ def _against_a_forward_pass(bench: Workbench, score: _Scoring) -> Iterator[Ratio
     last = every[-LAYERS_READ:]
     times = bench.take_turns({"all heads": lambda: ours(every), "a tenth": lambda: ours(last), "forward": plain})
     forward = flops.forward(base.info, Work(tokens=tokens, pairs=causal_pairs(tokens), logits=answers))
-    probe = scene.flops(base.info, every)
+    probe = scene.flops(base.info, every, judged=True)
     yield Ratio(
         name="a group scored with masses of all heads / one plain forward pass of as many tokens",
         rounds=tuple(per_round(times["all heads"], times["forward"])),

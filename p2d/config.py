@@ -80,11 +80,14 @@ POOL_FACTOR = 2
 """Fast mode scores a random pool of this many times the rows that are kept (docs/decisions/0012)."""
 
 FAST_DEMOS = 20
-"""Fewest demonstrations of an `icl` group in fast mode: a query's cost is shared by as many rows."""
+"""Most demonstrations of an `icl` group in fast mode, where there are rows enough: a query's cost is shared by as many."""
+
+FAST_SLOT_ROWS = 16
+"""Fewest rows shown in a slot before fast mode takes further slots. A guess: a mean over 16 is good to a quarter of the spread."""
 
 UPPER_THIRD = 2 / 3
-"""Depth at which `alignment` begins to read gradients, and at which fast `icl` stops to read masses. By measurement: the
-upper third of the layers tells clean from bad rows as well as all of them (docs/decisions/0012)."""
+"""Depth at which `alignment` begins to read gradients. By measurement: the upper third of the layers tells clean from bad
+rows as well as all of them (docs/decisions/0012)."""
 
 PROXY_ROWS = 100
 """Rows of a proxy by default. ALPS uses 100; 25 find 17 of the same 27 heads (docs/LOG.md)."""
@@ -197,9 +200,15 @@ def alignment_projections(slices: tuple[Projection, ...]) -> tuple[Projection, .
     return ("v",) if "v" in slices else slices
 
 
-def icl_layers(mode: Mode, layers: int) -> range:
-    """Layers that `icl` scores: all, or in fast mode the lower two thirds, after which the pass stops."""
-    return range(max(1, round(UPPER_THIRD * layers)) if mode == "fast" else layers)
+def icl_demos(data: DataConfig, rows: int) -> int:
+    """Most rows that a group of `icl` shows when `rows` rows are scored.
+
+    In fast mode up to FAST_DEMOS, but no more than leave FAST_SLOT_ROWS rows for each slot: a row's mass is divided by the
+    mean of its slot, which a few rows do not tell.
+    """
+    if data.mode == "faithful":
+        return data.n_demos
+    return max(data.n_demos, min(FAST_DEMOS, rows // FAST_SLOT_ROWS))
 
 
 def first_chosen_layer(config: JobConfig, layers: int) -> int:

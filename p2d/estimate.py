@@ -10,12 +10,11 @@ from dataclasses import dataclass, replace
 
 from p2d.arch.spec import every_head
 from p2d.config import (
-    FAST_DEMOS,
     JobConfig,
     alignment_layers,
     alignment_projections,
     first_chosen_layer,
-    icl_layers,
+    icl_demos,
     pool_count,
     proxy_count,
     proxy_guide_rows,
@@ -179,9 +178,14 @@ def _respond(info: ModelInfo, config: JobConfig, train: RowCounts, guide: RowCou
         bare = (min(row[0], row[1] + BARE_PROMPT), row[1])
         total += rows * forward(info, work_of([bare] if "alignment" in data.scorer else [bare, row]))
     if data.scorer == "icl":
-        demos = max(data.n_demos, FAST_DEMOS) if data.mode == "fast" else data.n_demos
-        deep = None if data.mode == "faithful" else icl_layers(data.mode, info.n_layers).stop
-        group = icl_group(info, shown=demos * row[0], queries=[row] * data.n_queries, to_layer=deep)
+        demos = icl_demos(data, rows)
+        group = icl_group(
+            info,
+            shown=demos * row[0],
+            queries=[row] * data.n_queries,
+            judged=data.mode == "faithful",
+            from_layer=first_chosen_layer(config, info.n_layers),
+        )
         total += rows / demos * group + _written(info, config, train)
     return total
 

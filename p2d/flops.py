@@ -229,19 +229,22 @@ def _squares(info: ModelInfo, projection: Projection, tokens: int) -> float:
     return 2 * tokens * units * e * d
 
 
-def icl_group(info: ModelInfo, *, shown: int, queries: Sequence[tuple[int, int]], to_layer: int | None = None) -> float:
-    """One group of in-context scoring: demonstrations once, then each query after them; masses of all heads.
+def icl_group(
+    info: ModelInfo, *, shown: int, queries: Sequence[tuple[int, int]], judged: bool, from_layer: int = 0
+) -> float:
+    """One group of in-context scoring: demonstrations once, then each query after them; masses of all heads
+    of the layers from `from_layer` on.
 
     Args:   shown: tokens of prefix and demonstrations. queries: (tokens, answer tokens) of each, without the prefix.
-            to_layer: first layer that is not computed; without it, logits at the answers are.
+            judged: whether logits at the answers are wanted.
     """
     answers = sum(answer for _, answer in queries)
     asked = Work(
         tokens=sum(length for length, _ in queries),
         pairs=sum(causal_pairs(length, past=shown) for length, _ in queries),
-        logits=answers if to_layer is None else 0,
+        logits=answers if judged else 0,
     )
     work = Work(tokens=shown, pairs=causal_pairs(shown), logits=0) + asked
-    layers = info.n_layers if to_layer is None else to_layer
+    layers = info.n_layers - from_layer
     probed = sum(answer * (shown + length) for length, answer in queries)
-    return forward(info, work, to_layer=to_layer) + layers * 2 * probed * info.n_heads * info.head_dim
+    return forward(info, work) + layers * 2 * probed * info.n_heads * info.head_dim

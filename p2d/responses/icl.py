@@ -8,8 +8,8 @@ is read inside the same forward pass; demonstrations are computed once, the quer
 - quality: what `data.metric` makes of the queries' answers; the row's score is the product. The default is
   exp(log-likelihood per answer token with the demos, minus without). All metrics: METRICS.
 
-Fast mode reads the masses alone, of the lower two thirds of the layers: the pass stops there, no answer is judged, and
-each group shows at least FAST_DEMOS rows.
+Fast mode reads the masses alone, of the layers whose heads may be chosen: no answer is judged, and a group shows up to
+FAST_DEMOS rows.
 
 Legend: B query, L layer, H query head, S slot of a demonstration, R row, N head counted through the layers, T token.
 """
@@ -30,8 +30,7 @@ from torch.nn import functional
 from p2d import flops
 from p2d.batches import answer_nlls
 from p2d.branches import Tree, branching, plant
-from p2d.config import FAST_DEMOS, Metric, icl_layers
-from p2d.depth import first_layers
+from p2d.config import Metric, first_chosen_layer, icl_demos
 from p2d.errors import Diverged
 from p2d.generation import answer_limit, generate
 from p2d.metrics import METRICS as TEXT_METRICS
@@ -60,7 +59,7 @@ def icl(given: ResponseInput) -> Responses:
     """Masses and gains of every row of the span. Raises Diverged if a likelihood or a mass is not finite."""
     base, info, data = given.base, given.base.info, given.config.data
     fast = data.mode == "fast"
-    layers = icl_layers(data.mode, info.n_layers)
+    layers = range(first_chosen_layer(given.config, info.n_layers), info.n_layers)
     render = lru_cache(KEPT_RENDERED)(lambda row: base.renderer.render(given.rows[row]))
     row_R = given.wanted()
     collected = _Collected(row_R, len(layers) * info.n_heads)
@@ -72,11 +71,10 @@ def icl(given: ResponseInput) -> Responses:
             mass_SN, h_TD = read_masses(base, probe, scene, layers)
             verdict = NO_VERDICT
             if judge is not None:
-                assert h_TD is not None
                 verdict = judge(scene, [given.rows[query] for query in group.queries], h_TD)
             collected.add(group, mass_SN, verdict.quality)
             tokens += len(scene.ids) + verdict.tokens
-            operations += scene.flops(info, layers) + verdict.flops
+            operations += scene.flops(info, layers, judged=judge is not None) + verdict.flops
             given.progress(collected.rows_seen, collected.rows, {} if fast else {"quality": verdict.quality})
     response_RN, quality_R = collected.finish()
     if not (np.isfinite(response_RN).all() and np.isfinite(quality_R).all()):
@@ -125,8 +123,8 @@ def form_groups(given: ResponseInput, render: Callable[[int], RenderedRow]) -> I
     """
     base, data, seed, span = given.base, given.config.data, given.config.training.seed, given.span
     fold_R = assign_folds(len(given.rows), seed)
-    most = max(data.n_demos, FAST_DEMOS) if data.mode == "fast" else data.n_demos
     wanted = given.wanted()
+    most = icl_demos(data, len(wanted))
     turn = 0
     for fold in range(FOLDS):
         pool = query_pool(fold_R, fold)
@@ -170,11 +168,10 @@ class Scene:
         """What is shown before the queries."""
         return self.ids[: self.tree.trunk]
 
-    def flops(self, info: ModelInfo, layers: range) -> float:
-        """Of the pass that reads the masses of these layers."""
+    def flops(self, info: ModelInfo, layers: range, *, judged: bool) -> float:
+        """Of the pass that reads the masses of these layers, and of the logits at the answers if they are judged."""
         sizes = [(len(row.prompt_ids) + len(row.answer_ids), len(row.answer_ids)) for row in self.queries]
-        deep = None if layers.stop == info.n_layers else layers.stop
-        return flops.icl_group(info, shown=self.tree.trunk, queries=sizes, to_layer=deep)
+        return flops.icl_group(info, shown=self.tree.trunk, queries=sizes, judged=judged, from_layer=layers.start)
 
 
 def set_scene(base: BaseModel, demos: Sequence[RenderedRow], queries: Sequence[RenderedRow]) -> Scene:
@@ -191,20 +188,14 @@ def set_scene(base: BaseModel, demos: Sequence[RenderedRow], queries: Sequence[R
     return Scene(ids, tree, tuple(spans), answers, tuple(queries))
 
 
-def read_masses(base: BaseModel, probe: Probe, scene: Scene, layers: range) -> tuple[Floats, Tensor | None]:
+def read_masses(base: BaseModel, probe: Probe, scene: Scene, layers: range) -> tuple[Floats, Tensor]:
     """One forward pass: mass of each demonstration per demo token, [S, N], mean over the queries; and the line's last
-    hidden states h_TD where the pass went through all layers (else it stops after the last of `layers`)."""
+    hidden states h_TD."""
     readers = tuple(Reader(0, span, scene.tree.sees(b)) for b, span in enumerate(scene.answers))
     probe.plan = ProbePlan(readers=readers, spans=scene.demos, layers=layers)
     ids_1T = torch.tensor([scene.ids], device=base.device)
-    h_TD: Tensor | None = None
     with branching(scene.tree):
-        position_1T = scene.tree.positions(base.device)
-        if layers.stop == base.info.n_layers:
-            h_TD = base.hidden(ids_1T, position_ids=position_1T)[0]
-        else:
-            with first_layers(base, layers.stop):
-                base.hidden(ids_1T, position_ids=position_1T)
+        h_TD = base.hidden(ids_1T, position_ids=scene.tree.positions(base.device))[0]
     mass_LBHS = probe.take()
     length_S = torch.tensor([stop - start for start, stop in scene.demos], device=base.device)
     mass_SN = (mass_LBHS.mean(dim=1) / length_S).permute(2, 0, 1).flatten(1)

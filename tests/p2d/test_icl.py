@@ -9,7 +9,16 @@ import pytest
 import torch
 
 from p2d.batches import answer_nll, collate
-from p2d.config import POOL_FACTOR, DataConfig, JobConfig, Metric
+from p2d.config import (
+    FAST_DEMOS,
+    POOL_FACTOR,
+    DataConfig,
+    JobConfig,
+    Metric,
+    Mode,
+    first_chosen_layer,
+    icl_demos,
+)
 from p2d.generation import generate
 from p2d.metrics import rouge_l
 from p2d.models import BaseModel
@@ -40,7 +49,6 @@ def judged(base: BaseModel, metric: Metric) -> float:
     scene = a_scene(base)
     with torch.no_grad(), probe_attention() as probe:
         _, h_TD = read_masses(base, probe, scene, range(base.info.n_layers))
-        assert h_TD is not None
         return METRICS[metric](base)(scene, [ROWS[5], ROWS[6]], h_TD).quality
 
 
@@ -128,25 +136,29 @@ def test_every_metric_is_the_quality_of_the_rows_shown(tiny: BaseModel, metric: 
     assert (shard.quality_R >= 0).all()
 
 
+MODES: tuple[Mode, ...] = ("faithful", "fast")
 FAST = DataConfig(mode="fast", ratio=0.2, n_demos=3, n_queries=2)
 
 
-def test_fast_mode_reads_the_lower_layers_of_the_same_masses(tiny: BaseModel) -> None:
-    scene = a_scene(tiny)
-    with torch.no_grad(), probe_attention() as probe:
-        every_SN, _ = read_masses(tiny, probe, scene, range(3))
-        lower_SN, h_TD = read_masses(tiny, probe, scene, range(2))
+def test_fast_mode_reads_the_masses_of_every_head_that_may_be_chosen(tiny: BaseModel) -> None:
+    whole, fast = (icl(given(tiny, range(20), replace(FAST, mode=mode, ratio=1.0))).shard for mode in MODES)
+    first = first_chosen_layer(JobConfig(data=FAST), tiny.info.n_layers)
 
-    assert h_TD is None
-    np.testing.assert_array_equal(lower_SN, every_SN[:, : 2 * tiny.info.n_heads])
+    assert first > 0
+    assert fast.layers == range(first, tiny.info.n_layers)
+    np.testing.assert_array_equal(fast.response_RN, whole.response_RN[:, first * tiny.info.n_heads :])
 
 
-def test_fast_mode_shows_more_rows_to_a_query_and_judges_no_answer(tiny: BaseModel) -> None:
+def test_fast_mode_judges_no_answer_and_scores_the_pool_alone(tiny: BaseModel) -> None:
     shard = icl(given(tiny, range(20), FAST)).shard
 
-    assert max(len(group.demos) for group in groups_of(tiny, range(20), FAST)) > FAST.n_demos
-    assert (shard.layers, shard.combine, shard.quality_R) == (range(2), "response", None)
+    assert (shard.combine, shard.quality_R) == ("response", None)
     assert len(shard.row_R) == POOL_FACTOR * 4
+
+
+def test_fast_mode_shows_more_rows_to_a_query_only_where_each_slot_still_has_rows_enough() -> None:
+    assert [icl_demos(FAST, rows) for rows in (8, 16 * 4, 16 * 7, 16 * 400)] == [3, 4, 7, FAST_DEMOS]
+    assert icl_demos(replace(FAST, mode="faithful"), 16 * 400) == 3
 
 
 def test_the_mass_of_a_slot_is_taken_out() -> None:
