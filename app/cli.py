@@ -29,6 +29,7 @@ from app.settings import Settings
 from p2d.client import Client, DownloadCorrupt, Job, NoSuchFile, ServiceProblem, ServiceUnreachable
 from p2d.config import JobConfig, check
 from p2d.errors import DatasetFileMissing, P2DError
+from p2d.work_folder import NAME as WORK_FOLDER
 
 # Into a pipe or file there is no width to fit: tables get room for a line.
 out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 140)
@@ -236,17 +237,30 @@ def run(
     data: Annotated[Path, typer.Option(help="Dataset file.")],
     to: Annotated[Path, typer.Option("--out", help="Directory for the result.")],
     validation: Annotated[Path | None, typer.Option(help="File of held-out rows.")] = None,
+    head_map: Annotated[Path | None, typer.Option(help="head_map.json of an earlier job: stage 1 is skipped.")] = None,
+    selection: Annotated[
+        Path | None, typer.Option(help="selection.jsonl of an earlier job over the same rows: stage 2 is skipped.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:0 or mps.")] = "auto",
     kind: Kind = "adapt",
     recipe: Recipe = "default",
     map_: Map = [],  # noqa: B006
     set_: Set = [],  # noqa: B006
 ) -> None:
-    """Run a job in this process: same steps, same files, no service."""
+    """Run a job in this process: same steps, same files, no service. Killed, the same command goes on where it was."""
     import p2d
 
-    raise_on_term()  # so that the scratch folder goes, as on Ctrl-C
+    raise_on_term()  # so that TERM leaves what Ctrl-C leaves
     config = _config(_body(kind, recipe, set_))
+    earlier = {name: path for name, path in (("head_map", head_map), ("selection", selection)) if path is not None}
+    taken = {"identify_heads": set(), "select_data": {"head_map"}, "adapt": {"head_map", "selection"}}[config.kind]
+    if unused := earlier.keys() - taken:
+        option = "--" + min(unused).replace("_", "-")
+        raise typer.BadParameter(f"a job of kind {config.kind} makes its own", param_hint=option)
     job: Callable[..., Any] = getattr(p2d, config.kind)  # adapt, identify_heads, select_data
+    if (work := to / WORK_FOLDER).exists():
+        said = f"An earlier run left its work in {work}. It is used if all that decides the result is the same, else removed."
+        err.print(said, markup=False)
     with watching_steps(out) as show:
         result = job(
             model=model,
@@ -255,7 +269,9 @@ def run(
             validation=validation,
             mapping=_mapping(map_),
             config=config,
+            device=device,
             on_progress=show,
+            **earlier,
         )
     out.print(f"{headline(result.report)}\nThe result is in {to}.", markup=False)
 

@@ -54,6 +54,7 @@ STATUS = {
     "engine.failed": 500,
     "engine.diverged": 422,
     "engine.out_of_memory": 503,
+    "run.out_in_use": 409,
     "request.malformed": 400,
     "request.invalid": 422,
     "request.too_large": 413,

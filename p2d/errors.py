@@ -6,6 +6,7 @@ P2DError
 ├── DatasetError           the rows are wrong
 ├── ModelError             the base model is missing, broken or of an unsupported family
 ├── EngineError            the run itself failed (diverged, out of memory, ...)
+├── OutInUse               another run works in the folder of the results
 └── Cancelled              somebody asked the run to stop; never the user's mistake
 
 Errors cross processes and HTTP as the JSON of `P2DError.to_json`, never pickled. This file does not know HTTP:
@@ -174,6 +175,12 @@ class OutOfMemory(EngineError):
     """The device ran out of memory."""
 
     code, fault, hint = "engine.out_of_memory", "capacity", "Lower training.batch_size or training.max_length."
+
+
+class OutInUse(P2DError):
+    """Another run without the service works in the same folder."""
+
+    code, fault, hint = "run.out_in_use", "user", "Wait for the other run, or give this one another folder."
 
 
 class Cancelled(P2DError):

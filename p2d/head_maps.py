@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from p2d.config import DEFAULT_RATIO, Projection, top_count
-from p2d.errors import ModelError
+from p2d.errors import ConfigError, ErrorDetail, ModelError
 from p2d.files import read_json, write_json
+from p2d.model_info import ModelInfo
 
 Head = tuple[int, int]
 """(layer, query head), 0-based."""
@@ -131,6 +132,15 @@ class HeadMap:
     def to_svg(self, ratio: float = DEFAULT_RATIO) -> str:
         """Layers from the bottom up, heads from left to right; the darker the higher ranked, the ratio's heads outlined."""
         return _svg(self, ratio)
+
+
+def check_head_map(path: Path, info: ModelInfo) -> HeadMap:
+    """Load the head map of a model. Raises ModelError if it is none, ConfigError (`config.invalid`) if it is another model's."""
+    head_map = HeadMap.load(path)
+    if head_map.model_digest != info.digest:
+        text = f"The head map is of {head_map.model_name!r}; the job's base model is {info.name!r}."
+        raise ConfigError(text, errors=[ErrorDetail(code="config.head_map", message=text, pointer="/heads/head_map")])
+    return head_map
 
 
 def _proxy_facts(value: dict[str, Any]) -> ProxyFacts:

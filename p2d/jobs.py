@@ -1,26 +1,31 @@
 """A whole job in this process, without the service: same steps, same files. Behind `from p2d import adapt` and `p2d run`.
 
-The service's ledger, leases and retries are not here: a failure raises, and nothing is left behind but what was asked for.
+The service's ledger, leases and retries are not here: a failure raises. A run that is killed leaves its work in a hidden
+folder in `out` (`p2d.work_folder`), and the same call goes on from there; any other end leaves what was asked for, or nothing.
 """
 
 from __future__ import annotations
 
+import hashlib
 import shutil
-import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from p2d.accounting import Attempt
 from p2d.columns import Columns, mapped
-from p2d.config import JobConfig, check
-from p2d.errors import DatasetFileMissing
+from p2d.config import JobConfig, check, config_json
+from p2d.errors import ConfigError, DatasetFileMissing, ErrorDetail, P2DError
 from p2d.files import read_json, write_json
-from p2d.pipeline import SHARD_ROWS, STEPS, ModelCache, PlannedStep, StepCall, plan_steps, run_step
+from p2d.head_maps import check_head_map
+from p2d.model_info import ModelInfo, read_model_info
+from p2d.pipeline import SHARD_ROWS, STEPS, ModelCache, PlannedStep, Progress, StepCall, plan_steps, run_step
+from p2d.row_files import open_rows
 from p2d.validation import check_file
+from p2d.versions import fingerprint
+from p2d.work_folder import WorkFolder, work_folder
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -125,22 +130,71 @@ def _run(
 ) -> Result:
     check(config)
     columns = mapped(mapping or {})
-    with _result_folder(out) as folder, tempfile.TemporaryDirectory(prefix=".p2d-", dir=folder) as scratch:
-        work = Path(scratch)  # inputs and outputs of all steps: each reads what earlier ones wrote
-        rows = _take(data, work / "dataset.jsonl", columns)
+    config = _with_earlier(config, head_map, selection)
+    with _result_folder(out) as folder, work_folder(folder) as work:
+        inputs = work.incoming
+        rows = _take(data, inputs / "dataset.jsonl", columns)
         if validation is not None:
-            _take(validation, work / "validation.jsonl", columns)
+            _take(validation, inputs / "validation.jsonl", columns)
         if head_map is not None:
-            shutil.copyfile(head_map, work / "head_map.json")
-            config = replace(config, heads=replace(config.heads, head_map=Path(head_map).name))
+            shutil.copyfile(head_map, inputs / "head_map.json")
         if selection is not None:
-            shutil.copyfile(selection, work / "selection.jsonl")
-            config = replace(config, data=replace(config.data, selection=Path(selection).name))
-        _run_steps(config, Path(model), work, rows, device, on_progress)
+            shutil.copyfile(selection, inputs / "selection.jsonl")
+        info = read_model_info(Path(model))
+        if head_map is not None:
+            check_head_map(inputs / "head_map.json", info)
+        work.begin(_fingerprint_of(config, info, inputs, device))
+        try:
+            _run_steps(config, Path(model), work, rows, device, on_progress)
+        except P2DError as error:
+            if error.fault == "user":  # mended, it is another job; as it is, it ends the same way
+                work.discard()
+            raise
         for name in RESULTS:
-            if (work / name).exists():
-                (work / name).replace(folder / name)
+            if (work.files / name).exists():
+                (work.files / name).replace(folder / name)
+        work.discard()
     return Result(folder, read_json(folder / "report.json"))
+
+
+def _with_earlier(config: JobConfig, head_map: Path | str | None, selection: Path | str | None) -> JobConfig:
+    """The config with the files of earlier jobs named in it. Raises ConfigError with everything that is wrong with them."""
+    errors = []
+    for pointer, named, given in (
+        ("/heads/head_map", config.heads.head_map, head_map),
+        ("/data/selection", config.data.selection, selection),
+    ):
+        if given is None and named is not None:
+            text = f"{named!r} is an id of the service; without it, give the file."
+            errors.append(ErrorDetail(code="config.earlier_result", message=text, pointer=pointer))
+        if given is not None and not Path(given).is_file():
+            text = f"There is no file {str(given)!r}."
+            errors.append(ErrorDetail(code="config.earlier_result", message=text, pointer=pointer))
+    if errors:
+        raise ConfigError(" ".join(error.message for error in errors), errors=errors)
+    if head_map is not None:
+        config = replace(config, heads=replace(config.heads, head_map=Path(head_map).name))
+    if selection is not None:
+        config = replace(config, data=replace(config.data, selection=Path(selection).name))
+    return config
+
+
+def _fingerprint_of(config: JobConfig, info: ModelInfo, inputs: Path, device: str) -> str:
+    """Of everything that decides the results: what a killed run had finished is used by a run of the same one alone."""
+    files = {}
+    for path in sorted(inputs.iterdir()):
+        with path.open("rb") as file:
+            files[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    pick_device = import_module("p2d.device").pick_device  # by name: an import statement here would bring torch
+    return fingerprint(
+        {
+            "config": config_json(config),
+            "model": [info.name, info.digest],
+            "files": files,
+            "shard_rows": SHARD_ROWS,
+            "device": str(pick_device(device)),
+        }
+    )
 
 
 @contextmanager
@@ -169,34 +223,38 @@ def _take(data: Path | str | Dataset, normalised: Path, columns: Columns) -> int
 
 
 def _run_steps(
-    config: JobConfig, model: Path, work: Path, rows: int, device: str, on_progress: OnProgress | None
+    config: JobConfig, model: Path, work: WorkFolder, rows: int, device: str, on_progress: OnProgress | None
 ) -> None:
+    from p2d.selection import check_selection
+
     models = ModelCache()
-    attempts: list[Attempt] = []
     for planned in plan_steps(config, rows, SHARD_ROWS):
+        if work.is_done(planned):
+            continue
         call = StepCall(
             step=planned.step,
             shard=planned.shard,
             shards=planned.shards,
             config=config,
             model_dir=model,
-            inputs=work,
-            out=work,
+            inputs=work.files,
+            out=work.files,
+            checkpoint=work.checkpoint if planned.step == "train" else None,
             device=device,
         )
         if planned.step == "package":
-            write_json(work / "steps.json", {"steps": [asdict(attempt) for attempt in attempts]})
-        started = time.perf_counter()
-        run_step(call, progress=_progress_of(planned, on_progress), models=models)
-        seconds = time.perf_counter() - started
-        attempts.append(Attempt(step=planned.step, shard=planned.shard, status="done", seconds=seconds))
-        assert all(list(work.glob(name)) for name in STEPS[planned.step].writes), planned
+            write_json(work.files / "steps.json", {"steps": [asdict(attempt) for attempt in work.attempts]})
+        work.start(planned)
+        run_step(call, progress=_progress_of(planned, work, on_progress), models=models)
+        assert all(list(work.files.glob(name)) for name in STEPS[planned.step].writes), planned
+        if planned.step == "validate" and config.data.selection is not None:
+            check_selection(work.files / "selection.jsonl", open_rows(work.files / "rows.jsonl"))
+        work.finish(planned)
 
 
-def _progress_of(
-    planned: PlannedStep, on_progress: OnProgress | None
-) -> Callable[[int, int, Mapping[str, float]], None]:
+def _progress_of(planned: PlannedStep, work: WorkFolder, on_progress: OnProgress | None) -> Progress:
     def progress(done: int, total: int, metrics: Mapping[str, float], /) -> None:
+        work.tick(planned)
         if on_progress is not None:
             on_progress(planned, done, total, metrics)
 

@@ -20,9 +20,10 @@ import numpy as np
 import numpy.typing as npt
 
 from p2d.config import top_count
-from p2d.errors import EngineError
+from p2d.errors import ConfigError, EngineError, ErrorDetail
 from p2d.response_matrix import Combine, ResponseShard
 from p2d.row_files import RowFile, line_starts
+from p2d.row_keys import RowKeys
 from p2d.rows import Row
 
 Floats = npt.NDArray[np.float64]
@@ -219,6 +220,29 @@ def read_selection(path: Path) -> Iterator[SelectedRow]:
     with path.open(encoding="utf-8", newline="\n") as file:
         for line in file:
             yield SelectedRow(**json.loads(line))
+
+
+def check_selection(path: Path, rows: Sequence[Row]) -> None:
+    """Make sure that a file is a selection over these training rows. Raises ConfigError (`config.invalid`)."""
+    known = RowKeys()
+    for row in rows:
+        known.add(row)
+    kept = strangers = 0
+    try:
+        for line in read_selection(path):
+            kept += line.kept
+            strangers += line.kept and Row(line.prompt or "", line.answer or "", line.line) not in known
+    except (ValueError, TypeError):
+        raise _unusable("The file is not a selection.") from None
+    if strangers or not kept:
+        text = (
+            f"{strangers} of the {kept} rows that the selection keeps are not among the training rows: it is of another"
+        )
+        raise _unusable(f"{text} dataset, or of another seed, which holds other rows out.")
+
+
+def _unusable(text: str) -> ConfigError:
+    return ConfigError(text, errors=[ErrorDetail(code="config.selection", message=text, pointer="/data/selection")])
 
 
 _KEPT = re.compile(rb'"kept"\s*:\s*true')

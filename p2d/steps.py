@@ -23,7 +23,7 @@ from p2d.config import (
     proxy_count,
     resolve,
 )
-from p2d.errors import ConfigError, ErrorDetail, RowTooLong
+from p2d.errors import ErrorDetail, RowTooLong
 from p2d.files import write_json
 from p2d.model_info import read_model_info
 from p2d.pipeline import ModelCache, Progress, StepCall, shard_range
@@ -34,7 +34,7 @@ from p2d.rows import Row, content_hash, load_rows, write_rows
 from p2d.wording import counted
 
 if TYPE_CHECKING:
-    from p2d.head_maps import Head, HeadMap
+    from p2d.head_maps import Head
     from p2d.models import BaseModel
     from p2d.rendering import Renderer
 
@@ -237,13 +237,9 @@ def select(call: StepCall, progress: Progress, models: ModelCache, on_checkpoint
 
 def _chosen_heads(call: StepCall, plan: Plan) -> list[Head]:
     """The view that the job's ratio takes of the head map. Raises ConfigError if the map is of another model."""
-    from p2d.head_maps import HeadMap
+    from p2d.head_maps import check_head_map
 
-    head_map: HeadMap = HeadMap.load(call.inputs / "head_map.json")
-    if head_map.model_digest != plan.model.digest:
-        text = f"The head map is of {head_map.model_name!r}; the job's base model is {plan.model.name!r}."
-        detail = ErrorDetail(code="config.head_map", message=text, pointer="/heads/head_map")
-        raise ConfigError(text, errors=[detail])
+    head_map = check_head_map(call.inputs / "head_map.json", plan.model)
     return head_map.top(plan.config.heads.ratio, from_layer=first_chosen_layer(plan.config, head_map.n_layers))
 
 

@@ -15,7 +15,6 @@ from typing import Any
 
 from app.blobs import BlobStore
 from app.core.lifecycle import StepFacts
-from app.core.versions import versions
 from app.db.artifacts import NewArtifact, list_artifacts
 from app.db.attempts import list_attempts
 from app.db.datasets import get_dataset
@@ -28,6 +27,7 @@ from p2d.config import config_json
 from p2d.errors import EngineError
 from p2d.pipeline import STEPS, is_input
 from p2d.plans import load_plan
+from p2d.versions import versions
 
 MEDIA_TYPES = {
     ".json": "application/json",

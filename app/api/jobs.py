@@ -20,7 +20,6 @@ from app.api.job_views import summary_of, view_of
 from app.api.patches import merge_patch
 from app.core.ingest import Candidate, inspect, record, store
 from app.core.submit import Content, JobRequest, find_dataset, refusals, submit
-from app.core.versions import versions
 from app.db.engine import Connection
 from app.db.jobs import Job, find_job, list_jobs, update_job
 from app.errors import (
@@ -55,6 +54,7 @@ from p2d.errors import (
 )
 from p2d.model_info import ModelInfo, find_model, read_model_info
 from p2d.plans import held_out_count
+from p2d.versions import versions
 from p2d.wording import counted
 
 router = APIRouter(tags=["jobs"])
