@@ -76,6 +76,9 @@ class HeadMap:
     seed: int
     precision: str
     reproducibility: Reproducibility
+    """Of the heads that DEFAULT_RATIO keeps; `agreement` says it of any other."""
+    halves: tuple[tuple[tuple[float, ...], ...], ...] = ()
+    """Scores of the two half-proxies alone, each [layer][head]; absent in maps of before."""
     proxy: ProxyFacts | None = None
     """None for scorers that train none."""
 
@@ -98,6 +101,10 @@ class HeadMap:
         heads = [head for head in self.ranked() if head[0] >= from_layer]
         return heads[: top_count(ratio, self.n_layers * self.n_heads)]
 
+    def agreement(self, ratio: float) -> Reproducibility:
+        """How far the half-proxies agree on the heads that a ratio keeps; a map without halves knows its own `k` alone."""
+        return reproducibility(*self.halves, ratio=ratio) if self.halves else self.reproducibility
+
     def save(self, path: Path) -> None:
         """Write head_map.json."""
         write_json(path, {"format": FORMAT, **asdict(self)})
@@ -111,7 +118,8 @@ class HeadMap:
                 raise ValueError("format")
             proxy = value.pop("proxy")
             return HeadMap(
-                scores=tuple(tuple(float(score) for score in row) for row in value.pop("scores")),
+                scores=_scores(value.pop("scores")),
+                halves=tuple(_scores(half) for half in value.pop("halves", ())),
                 projections=tuple(value.pop("projections")),
                 reproducibility=Reproducibility(**value.pop("reproducibility")),
                 proxy=None if proxy is None else _proxy_facts(proxy),
@@ -132,6 +140,10 @@ class HeadMap:
     def to_svg(self, ratio: float = DEFAULT_RATIO) -> str:
         """Layers from the bottom up, heads from left to right; the darker the higher ranked, the ratio's heads outlined."""
         return _svg(self, ratio)
+
+
+def _scores(value: Sequence[Sequence[float]]) -> tuple[tuple[float, ...], ...]:
+    return tuple(tuple(float(score) for score in row) for row in value)
 
 
 def check_head_map(path: Path, info: ModelInfo) -> HeadMap:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from p2d.batches import TOKEN_BUDGET, answer_nll, mean_answer_nll, pack, packed_batches
-from p2d.config import HEAD_SCORERS, JobConfig, Projection, proxy_count, proxy_guide_rows
+from p2d.config import DEFAULT_RATIO, HEAD_SCORERS, JobConfig, Projection, proxy_count, proxy_guide_rows
 from p2d.device import memory_guard
 from p2d.errors import DatasetTooSmall, Diverged, EngineError
 from p2d.head_maps import HeadMap, ProxyFacts, reproducibility
@@ -62,7 +62,8 @@ def identify_heads(
         dataset_hash=content_hash(rows),
         seed=seed,
         precision="bf16" if base.dtype == torch.bfloat16 else "fp32",
-        reproducibility=reproducibility(lists[0], lists[1], ratio=config.heads.ratio),
+        reproducibility=reproducibility(lists[0], lists[1], ratio=DEFAULT_RATIO),
+        halves=(lists[0], lists[1]),
         proxy=proxy,
     )
 

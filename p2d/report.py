@@ -77,7 +77,7 @@ def _heads(inputs: Path, plan: Plan, training: Any) -> dict[str, Any] | None:
         "chosen": [[layer, head] for layer, head in sorted(chosen)],
         "trained_parameters": None if training is None else training["n_parameters"],
         "trained_share": None if training is None else training["n_parameters"] / plan.model.parameters,
-        "reproducibility": asdict(head_map.reproducibility),
+        "reproducibility": asdict(head_map.agreement(plan.config.heads.ratio)),
         "proxy": None if head_map.proxy is None else asdict(head_map.proxy),
         "earlier_head_map": plan.config.heads.head_map,
     }

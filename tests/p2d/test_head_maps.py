@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -74,6 +76,17 @@ def test_reproducibility_compares_ranks_and_top_heads_with_chance() -> None:
     assert found.chance == pytest.approx(4 / 6)
     assert reproducibility(SCORES, SCORES, ratio=0.5).rank_correlation == pytest.approx(1.0)
     assert overlap([(0, 1), (2, 3)], [(2, 3)]) == 1
+
+
+def test_a_map_says_how_far_its_halves_agree_at_any_ratio_and_without_them_at_its_own(tmp_path: Path) -> None:
+    other = ((0.5, 0.1, 0.4), (-0.9, 0.2, 0.1))
+    replace(a_map(), halves=(SCORES, other)).save(tmp_path / "head_map.json")
+    before = json.loads((tmp_path / "head_map.json").read_text())
+    del before["halves"]
+    (tmp_path / "before.json").write_text(json.dumps(before))
+
+    assert HeadMap.load(tmp_path / "head_map.json").agreement(1 / 3) == reproducibility(SCORES, other, ratio=1 / 3)
+    assert HeadMap.load(tmp_path / "before.json").agreement(1 / 3) == a_map().reproducibility
 
 
 def test_rank_correlation_shares_ties_and_is_zero_for_a_constant() -> None:

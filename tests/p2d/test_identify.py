@@ -46,9 +46,18 @@ def test_every_scorer_ranks_all_heads_and_leaves_the_base_bit_identical(tiny: Ba
     assert (head_map.n_layers, head_map.n_heads) == (3, 6)
     assert (head_map.scorer, head_map.model_digest) == (scorer, tiny.info.digest)
     assert head_map.dataset_hash == content_hash(ROWS)
-    assert head_map.reproducibility.k == 4
-    assert head_map.reproducibility.chance == pytest.approx(16 / 18)
+    assert head_map.agreement(0.2).k == 4
+    assert head_map.agreement(0.2).chance == pytest.approx(16 / 18)
     assert len({score for row in head_map.scores for score in row}) == 18
+
+
+def test_the_ratio_of_a_job_is_not_in_its_map(tiny: BaseModel) -> None:
+    config = config_for("shift")
+    other = replace(config, heads=replace(config.heads, ratio=0.5))
+
+    maps = [identify_heads(tiny, ROWS, GUIDE, one, quiet) for one in (config, other)]
+
+    assert maps[0] == maps[1]
 
 
 def moved_projections(given: ScorerInput) -> torch.Tensor:
