@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 import obstore
@@ -32,6 +32,17 @@ PART_BYTES = 5 << 20  # S3's least
 PARTS = "uploads"
 """Prefix of what uploads in parts leave until they are complete; all else is named by its sha256."""
 
+
+class Book(Protocol):
+    """Where a store writes down what it puts, so that it can be collected once nothing refers to it."""
+
+    def announce(self, sha256: str, size_bytes: int) -> int | None:
+        """Before putting; returns what to confirm afterwards, if anything."""
+
+    def confirm(self, sha256: str, generation: int) -> bool:
+        """After putting; False: it was removed meanwhile, put it again."""
+
+
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -46,18 +57,19 @@ class Blob:
 class BlobStore:
     """Content-addressed storage: put once, read whole or a range, delete."""
 
-    def __init__(self, store: ObjectStore) -> None:
-        self._store = store
+    def __init__(self, store: ObjectStore, book: Book | None = None) -> None:
+        self._store, self._book = store, book
 
     @classmethod
-    def open(cls, url: str) -> BlobStore:
+    def open(cls, url: str, book: Book | None = None) -> BlobStore:
         """Open `file:///path` or `s3://bucket/prefix?endpoint=http://host:port&region=r`; raises ValueError for other URLs.
 
         S3 credentials are read from the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY), never from the URL.
+        Args:   book: `app.core.garbage.ObjectBook`; what is put without one is never collected.
         """
         parts = urlsplit(url)
         if parts.scheme == "file":
-            return cls(LocalStore(Path(unquote(parts.path)), automatic_cleanup=False, mkdir=True))
+            return cls(LocalStore(Path(unquote(parts.path)), automatic_cleanup=False, mkdir=True), book)
         if parts.scheme == "s3" and parts.netloc:
             options = dict(parse_qsl(parts.query, strict_parsing=True)) if parts.query else {}
             unknown = set(options) - {"endpoint", "region"}
@@ -72,7 +84,8 @@ class BlobStore:
                     client_options={"allow_http": endpoint.startswith("http://")},
                     retry_config={"max_retries": 5},
                     endpoint=endpoint or None,
-                )
+                ),
+                book,
             )
         raise ValueError("a store URL is file:///path or s3://bucket/prefix?endpoint=...")
 
@@ -80,7 +93,14 @@ class BlobStore:
         """Store the file under its hash. Storing the same bytes again is success and writes nothing."""
         with path.open("rb") as file:
             blob = Blob(hashlib.file_digest(file, "sha256").hexdigest(), file.tell())
-            file.seek(0)
+        while True:
+            generation = self._book.announce(blob.sha256, blob.size_bytes) if self._book else None
+            self._put(path, blob)
+            if self._book is None or generation is None or self._book.confirm(blob.sha256, generation):
+                return blob
+
+    def _put(self, path: Path, blob: Blob) -> None:
+        with path.open("rb") as file:
             try:
                 if blob.size_bytes <= SMALL_BYTES:
                     obstore.put(self._store, key(blob.sha256), file, mode="create")
@@ -99,7 +119,6 @@ class BlobStore:
                 self._has(blob)
             except (BaseError, OSError) as error:
                 raise StoreUnavailable() from error
-        return blob
 
     def fetch(self, sha256: str, path: Path) -> Blob:
         """Copy the object to `path`, appearing there only whole and with the right hash. Raises BlobMissing, BlobCorrupt."""

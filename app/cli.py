@@ -29,6 +29,7 @@ from app.settings import Settings
 from p2d.client import Client, DownloadCorrupt, Job, NoSuchFile, ServiceProblem, ServiceUnreachable
 from p2d.config import JobConfig, check
 from p2d.errors import DatasetFileMissing, P2DError
+from p2d.wording import counted
 from p2d.work_folder import NAME as WORK_FOLDER
 
 # Into a pipe or file there is no width to fit: tables get room for a line.
@@ -136,6 +137,27 @@ def migrate() -> None:
     upgrade(engine)
     engine.dispose()
     out.print("The schema is up to date.")
+
+
+@cli.command()
+def gc(
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed now.")] = False,
+) -> None:
+    """Remove what nothing refers to any more from the store, as workers do from time to time."""
+    from app.blobs import BlobStore
+    from app.core.garbage import collect, drop_checkpoints, foresee
+    from app.db.engine import make_engine
+
+    settings = _with_servers("database_url", "store_url")
+    engine = make_engine(settings.url("database_url"))
+    if dry_run:
+        done = foresee(engine, kept_h=settings.unreferenced_kept_h)
+    else:
+        drop_checkpoints(engine, kept_d=settings.checkpoints_kept_d)
+        done = collect(engine, BlobStore.open(settings.url("store_url")), kept_h=settings.unreferenced_kept_h)
+    engine.dispose()
+    said = f"{counted(done.objects, 'object', 'objects')}, {done.size_bytes / 1e6:,.1f} MB"
+    out.print(f"{said} would be removed." if dry_run else f"Removed {said}.")
 
 
 # --- a running service -------------------------------------------------------------------------------------------------

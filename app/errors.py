@@ -308,6 +308,13 @@ class StoreUnavailable(Unavailable):
         super().__init__("The object store does not answer.")
 
 
+class ObjectCollected(StoreUnavailable):
+    """An object was removed between being put and being registered; putting it again helps."""
+
+    def __init__(self, *, sha256: str) -> None:
+        Unavailable.__init__(self, "The object was removed before it was registered.", sha256=sha256)
+
+
 class TooManyStreams(Unavailable):
     """More event streams are open than the process allows."""
 

@@ -32,6 +32,7 @@ from app.api.bodies import sweep
 from app.api.context import Services, Wake
 from app.api.event_hub import EventHub
 from app.blobs import BlobStore
+from app.core.garbage import ObjectBook
 from app.core.wake import Waker
 from app.db.engine import make_engine
 from app.settings import Settings
@@ -53,7 +54,7 @@ def create_app(settings: Settings, *, waker: Wake | None = None) -> FastAPI:
         )
         own = Waker(settings.url("broker_url")) if waker is None else None
         hub = EventHub(engine, poll_s=settings.sse_poll_s, max_streams=settings.max_streams)
-        blobs = BlobStore.open(settings.url("store_url"))
+        blobs = BlobStore.open(settings.url("store_url"), ObjectBook(engine))
         app.state.services = Services(settings, engine, blobs, own or waker, hub)  # type: ignore[arg-type]
         sweep(settings)
         polling = asyncio.create_task(hub.run())

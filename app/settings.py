@@ -69,6 +69,12 @@ class Settings(BaseSettings):
     """Seconds between two signs of life of a worker; at most a quarter of the lease is wise."""
     reconcile_s: float = Field(default=15.0, gt=0)
     """Seconds between two sweeps for expired leases and forgotten wake-ups."""
+    garbage_s: float = Field(default=600.0, gt=0)
+    """Seconds between two sweeps of a worker for what nobody needs any more: checkpoints, and objects of the store."""
+    unreferenced_kept_h: float = Field(default=24.0, ge=1)
+    """Hours that an object stays in the store after it was last used, when no dataset, job or checkpoint refers to it."""
+    checkpoints_kept_d: float = Field(default=7.0, ge=0)
+    """Days that a job which failed or was cancelled keeps its checkpoint; a later retry trains from the beginning."""
     poll_s: float = Field(default=5.0, gt=0)
     """Seconds after which an idle worker looks for work without a wake-up."""
     cancel_grace_s: float = Field(default=10.0, gt=0)

@@ -23,6 +23,7 @@ from typing import TypeVar
 
 from app.blobs import BlobStore
 from app.core import lifecycle, moves
+from app.core.garbage import ObjectBook
 from app.core.submit import JobRequest, submit
 from app.core.wake import Waker
 from app.db.artifacts import Artifact, list_artifacts
@@ -309,11 +310,12 @@ def make_rig(settings: Settings, tmp_path: Path) -> Rig:
     stub.mkdir()
     write_stub_model(settings.models_dir / "stub")
     settings.work_dir.mkdir(parents=True, exist_ok=True)
+    db = make_engine(settings.url("database_url"))
     return Rig(
         settings=settings,
         stub=stub,
-        db=make_engine(settings.url("database_url")),
-        store=BlobStore.open(settings.url("store_url")),
+        db=db,
+        store=BlobStore.open(settings.url("store_url"), ObjectBook(db)),
         waker=Waker(settings.url("broker_url")),
     )
 

@@ -203,17 +203,21 @@ class Attempt:
         self._heart.heed(pulse)
 
     def _keep(self, checkpoint: Path) -> None:
-        files = self._patiently(lambda: put_checkpoint(self._shop.store, checkpoint))
-        self._write(lambda conn: lifecycle.record_checkpoint(conn, self._lease, files))
+        def keep() -> None:
+            files = put_checkpoint(self._shop.store, checkpoint)
+            self._write(lambda conn: lifecycle.record_checkpoint(conn, self._lease, files))
+
+        self._patiently(keep)
 
     def _publish(self) -> str:
-        files = self._patiently(lambda: put_outputs(self._shop.store, self._lease, self._folder.out))
-        facts = read_facts(self._lease, self._folder.out)
+        def publish() -> tuple[Job, dict[str, int]]:
+            files = put_outputs(self._shop.store, self._lease, self._folder.out)
+            facts = read_facts(self._lease, self._folder.out)
+            return self._write(
+                lambda conn: (lifecycle.finish_step(conn, self._lease, files, facts), ready_by_queue(conn))
+            )
 
-        def finish(conn: Connection) -> tuple[Job, dict[str, int]]:
-            return lifecycle.finish_step(conn, self._lease, files, facts), ready_by_queue(conn)
-
-        job, ready = self._write(finish)
+        job, ready = self._patiently(publish)  # together: an object that was collected meanwhile is put again
         if not job.is_final and (others := ready.get(job.queue, 0) - 1) > 0:
             self._shop.waker.wake(job.queue, count=others)  # this worker takes one of them itself
         return "cancelled" if job.cancel_requested_at else "done"

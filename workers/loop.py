@@ -16,6 +16,7 @@ from typing import IO
 import structlog
 
 from app.blobs import BlobStore
+from app.core.garbage import ObjectBook, sweep_garbage
 from app.core.uploads import sweep_uploads
 from app.core.wake import Waker
 from app.db.engine import DatabaseUnavailable, make_engine
@@ -44,7 +45,7 @@ class Worker:
         self._folder, self._lock = _own_folder(settings.work_dir / "steps", self.id)
         self._shop = Workshop(
             db=self._db,
-            store=BlobStore.open(settings.url("store_url")),
+            store=BlobStore.open(settings.url("store_url"), ObjectBook(self._db)),
             waker=self._waker,
             settings=settings,
             process=self._process,
@@ -119,10 +120,14 @@ class Worker:
             return None
 
     def _sweep(self) -> None:
+        collected_at = time.monotonic()
         while not self._stopping.wait(self._settings.reconcile_s * random.uniform(0.8, 1.0)):  # noqa: S311 - jitter
             try:
                 reconcile(self._db, self._waker, max_crashes=self._settings.max_crashes)
                 sweep_uploads(self._db, self._shop.store)
+                if time.monotonic() - collected_at > self._settings.garbage_s:
+                    collected_at = time.monotonic()
+                    sweep_garbage(self._db, self._shop.store, self._settings)
             except (DatabaseUnavailable, StoreUnavailable) as error:
                 log.warning("reconcile.failed", error=type(error).__name__)
 

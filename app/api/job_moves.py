@@ -102,7 +102,10 @@ async def patch_job(request: Request, job_id: JobId, services: Context, if_match
 
 @router.delete("/jobs/{id}", status_code=204, responses=errors(JobNotFound, MoveNotAllowed, JobInUse))
 def delete_job(job_id: JobId, services: Context) -> None:
-    """Delete a job that has ended, with its events, artifacts, head map and selection. Its datasets stay."""
+    """Delete a job that has ended, with its events, artifacts, head map and selection. Its datasets stay.
+
+    Its files leave the store within the hours of `P2D_UNREFERENCED_KEPT_H`, but for those that others have too.
+    """
     with services.engine.begin() as conn:
         delete(conn, job_id)
 

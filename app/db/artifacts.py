@@ -10,6 +10,7 @@ from sqlalchemy import insert, select
 
 from app.db.engine import Connection
 from app.db.ids import new_id
+from app.db.objects import hold_objects
 from app.db.tables import artifacts
 
 
@@ -38,9 +39,10 @@ class Artifact:
 
 
 def insert_artifacts(conn: Connection, job_id: str, step_id: str, new: Sequence[NewArtifact]) -> list[Artifact]:
-    """Register files of one step; a name can be registered once per job."""
+    """Register files of one step; a name can be registered once per job. Raises ObjectCollected."""
     if not new:
         return []
+    hold_objects(conn, (artifact.sha256 for artifact in new))
     values = [
         {
             "id": new_id("art"),

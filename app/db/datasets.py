@@ -9,6 +9,7 @@ from sqlalchemy import exists, func, insert, or_, select, update
 
 from app.db.engine import Connection, Json
 from app.db.ids import new_id
+from app.db.objects import hold_objects
 from app.db.tables import datasets, jobs
 
 
@@ -41,7 +42,8 @@ def insert_dataset(
     stored_bytes: int,
     report: Json,
 ) -> Dataset:
-    """Record a dataset whose normalised rows are in the store as `sha256` (`stored_bytes` long)."""
+    """Record a dataset whose normalised rows are in the store as `sha256` (`stored_bytes` long). Raises ObjectCollected."""
+    hold_objects(conn, [sha256])
     row = conn.execute(
         insert(datasets)
         .values(

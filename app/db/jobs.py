@@ -128,7 +128,7 @@ def readers_of(conn: Connection, job_id: str) -> list[str]:
 
 
 def delete_job(conn: Connection, job_id: str) -> None:
-    """Delete a locked job and every row about it. Its objects stay in the store, where others may have the same."""
+    """Delete a locked job and every row about it. Objects to which nothing else refers are collected later."""
     conn.execute(delete(jobs).where(jobs.c.id == job_id))
 
 

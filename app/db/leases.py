@@ -13,6 +13,7 @@ from sqlalchemy import Text, cast, func, insert, literal, select, text, update
 from app.db.engine import Connection, Json
 from app.db.ids import new_id
 from app.db.jobs import used_s
+from app.db.objects import hold_objects
 from app.db.tables import attempts, jobs, steps
 from app.errors import LeaseLost
 
@@ -147,7 +148,8 @@ def leave(
 
 
 def set_checkpoint(conn: Connection, lease: Lease, checkpoint: Json) -> None:
-    """Note on a fenced step where its next attempt goes on."""
+    """Note on a fenced step where its next attempt goes on. Raises ObjectCollected."""
+    hold_objects(conn, checkpoint["files"].values())
     conn.execute(update(steps).where(steps.c.id == lease.step_id).values(checkpoint=checkpoint))
 
 

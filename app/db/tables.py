@@ -55,7 +55,20 @@ datasets = Table(
     Column("report", JSONB, nullable=False),
     _now(),
     _time("deleted_at"),
+    Index(None, "sha256"),
 )
+
+objects = Table(
+    "objects",
+    metadata,
+    Column("sha256", Text, primary_key=True),
+    Column("size_bytes", BigInteger, nullable=False),
+    Column("generation", Integer, nullable=False, server_default=text("0")),  # one more each time it is to be removed
+    Column("used_at", DateTime(timezone=True), nullable=False, server_default=func.now()),  # last put or registered
+    _time("stored_at"),  # null: announced, or to be removed; its bytes may be in the store or not
+    _time("collected_at"),  # when it was removed; null again once it is announced anew
+)
+Index("ix_objects_used_at", objects.c.used_at, postgresql_where=objects.c.collected_at.is_(None))
 
 uploads = Table(
     "uploads",
@@ -175,6 +188,7 @@ artifacts = Table(
     Column("size_bytes", BigInteger, nullable=False),
     _now(),
     UniqueConstraint("job_id", "name"),
+    Index(None, "sha256"),
 )
 
 head_maps = Table(
