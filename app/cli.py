@@ -2,6 +2,7 @@
 
     p2d up                       the whole service on this machine, until Ctrl-C
     p2d upload | submit | watch | download    datasets and jobs of a running service (P2D_URL)
+    p2d keys                     who may use the service, in its database
     p2d run | apply | export | models    the engine on this machine, without a service
 
 torch is imported by `run`, `apply`, `export` and `models add` only, inside of them.
@@ -21,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from app.errors import JobFailure, ProcessFailed
+from app.key_commands import keys
 from app.processes import Terminated, raise_on_term
 from app.progress import watching, watching_steps
 from app.report import headline
@@ -41,6 +43,7 @@ cli = typer.Typer(
 )
 models = typer.Typer(help="The base models on this machine.", no_args_is_help=True)
 cli.add_typer(models, name="models")
+cli.add_typer(keys, name="keys")
 
 Url = Annotated[str, typer.Option(envvar="P2D_URL", help="Address of the service.")]
 DEFAULT_URL = "http://127.0.0.1:8321"
@@ -106,9 +109,10 @@ def api() -> None:
     """Run the HTTP API alone, on servers named by P2D_DATABASE_URL, P2D_BROKER_URL and P2D_STORE_URL."""
     import uvicorn
 
-    from app.main import create_app
+    from app.main import create_app, may_listen
 
     settings = _with_servers()
+    may_listen(settings)
     uvicorn.run(
         create_app(settings),
         host=settings.host,

@@ -130,6 +130,18 @@ def start_postgres(supervisor: Supervisor, binaries: Binaries, *, durable: bool 
     return _on_afree_port(supervisor, "postgres", start)
 
 
+def running_postgres(home: Path) -> str | None:
+    """The URL of the database that runs in a home now, or None."""
+    place = _place(home)
+    try:
+        password = (place / "password").read_text(encoding="utf-8")
+        port = (place / "postgres" / "postmaster.pid").read_text(encoding="utf-8").splitlines()[3]
+    except (OSError, IndexError):  # never made, not running, or starting this moment
+        return None
+    url = f"postgresql://{USER}:{password}@127.0.0.1:{port}/{USER}"
+    return url if _postgres_answers(url) else None
+
+
 def sweep(parent: Path) -> None:
     """Stop and delete every home under `parent` whose supervisor is gone. For throw-away homes, as the tests use."""
     for home in parent.iterdir() if parent.is_dir() else []:

@@ -3,6 +3,7 @@
 P2DError (p2d.errors)
 └── ServiceError
     ├── RequestError        the HTTP request itself is wrong
+    ├── NotAllowed          the caller may not do this
     ├── NotFound            a thing that is not there
     ├── Conflict            a thing that is there, in a state that forbids the request
     ├── Unavailable         a server behind the service does not answer
@@ -121,6 +122,34 @@ class CursorInvalid(RequestError):
         super().__init__("The cursor is not one of this list.", errors=[detail])
 
 
+# --- not allowed -----------------------------------------------------------------------------------------------------
+
+
+class NotAllowed(ServiceError):
+    """The caller may not do this."""
+
+    code, hint = "auth.not_allowed", "Ask the operator of the service."
+    fault: ClassVar[Fault] = "user"
+
+
+class KeyRefused(NotAllowed):
+    """No API key, or one that opens nothing: unknown, expired or revoked."""
+
+    code, hint = (
+        "auth.key_refused",
+        "Send `Authorization: Bearer p2d_...` (P2D_API_KEY for the command line and Client); `p2d keys create` makes a key.",
+    )
+
+
+class InsufficientScope(NotAllowed):
+    """An API key that is good, but not for this."""
+
+    code, hint = "auth.insufficient_scope", "Use a key of the scope in facts.needed."
+
+    def __init__(self, *, needed: str, has: str) -> None:
+        super().__init__(f"This needs the scope {needed!r}; the key has {has!r}.", needed=needed, has=has)
+
+
 # --- not there -------------------------------------------------------------------------------------------------------
 
 
@@ -169,6 +198,12 @@ class SelectionNotFound(NotFound):
     """No selection of that id."""
 
     code, what = "selection.not_found", "selection"
+
+
+class KeyNotFound(NotFound):
+    """No API key of that id."""
+
+    code, what = "key.not_found", "API key"
 
 
 # --- in the way ------------------------------------------------------------------------------------------------------
@@ -407,6 +442,28 @@ class ProcessFailed(ServiceError):
 
     code, hint = "process.failed", "Read the end of its log above; `p2d doctor` checks the parts one by one."
     fault: ClassVar[Fault] = "dependency"
+
+
+class NoKeys(ProcessFailed):
+    """The API is to listen beyond this machine, and nobody has made a key yet."""
+
+    code, hint = "service.no_keys", "Make one with `p2d keys create`, or leave P2D_HOST at 127.0.0.1."
+    fault: ClassVar[Fault] = "user"
+
+    def __init__(self, *, host: str) -> None:
+        super().__init__(f"Without API keys the service listens on loopback only, not on {host}.", host=host)
+
+
+class PepperMissing(ServiceError):
+    """Keys were made with a pepper that this process does not have."""
+
+    code, hint = (
+        "service.pepper_missing",
+        "Set P2D_KEY_PEPPER to what the first key was made with, or run this where its file `key-pepper` is.",
+    )
+
+    def __init__(self) -> None:
+        super().__init__("There are keys already, and their pepper is neither in P2D_KEY_PEPPER nor in a file here.")
 
 
 # --- never seen by a user --------------------------------------------------------------------------------------------

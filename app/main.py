@@ -23,18 +23,22 @@ from app.api import (
     job_moves,
     job_views,
     jobs,
+    keys,
     models,
     ops,
     selections,
     uploads,
 )
 from app.api.bodies import sweep
-from app.api.context import Services, Wake
+from app.api.context import CLOSED, Services, Wake
+from app.api.door import Door, is_loopback
 from app.api.event_hub import EventHub
 from app.blobs import BlobStore
 from app.core.garbage import ObjectBook
 from app.core.wake import Waker
-from app.db.engine import make_engine
+from app.db.api_keys import any_key
+from app.db.engine import NOBODY, for_project, make_engine
+from app.errors import NoKeys
 from app.settings import Settings
 
 DESCRIPTION = "Adapt a language model by training about 10 % of its attention heads on about 10 % of the data."
@@ -55,7 +59,14 @@ def create_app(settings: Settings, *, waker: Wake | None = None) -> FastAPI:
         own = Waker(settings.url("broker_url")) if waker is None else None
         hub = EventHub(engine, poll_s=settings.sse_poll_s, max_streams=settings.max_streams)
         blobs = BlobStore.open(settings.url("store_url"), ObjectBook(engine))
-        app.state.services = Services(settings, engine, blobs, own or waker, hub)  # type: ignore[arg-type]
+        app.state.services = Services(
+            settings=settings,
+            engine=for_project(engine, NOBODY),
+            blobs=blobs,
+            waker=own or waker,  # type: ignore[arg-type]
+            hub=hub,
+            door=Door(settings, engine),
+        )
         sweep(settings)
         polling = asyncio.create_task(hub.run())
         try:
@@ -80,10 +91,24 @@ def create_app(settings: Settings, *, waker: Wake | None = None) -> FastAPI:
     )
     problems.install(app)
     documentation.install(app)
-    for room in (jobs, job_views, job_moves, events, artifacts, datasets, uploads, head_maps, selections, models, ops):
-        app.include_router(room.router)
+    for room in (jobs, job_views, job_moves, events, artifacts, datasets, uploads, head_maps, selections, models, keys):
+        app.include_router(room.router, dependencies=CLOSED)
+    app.include_router(ops.router)
     app.add_middleware(problems.RequestIds)
     return app
+
+
+def may_listen(settings: Settings) -> None:
+    """Raise NoKeys if the API would answer strangers. (Started otherwise, it still answers none: see app.api.door.)"""
+    if is_loopback(settings.host):
+        return
+    engine = make_engine(settings.url("database_url"))
+    try:
+        with engine.connect() as conn:
+            if not any_key(conn):
+                raise NoKeys(host=settings.host)
+    finally:
+        engine.dispose()
 
 
 def app_from_environment() -> FastAPI:

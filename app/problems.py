@@ -65,6 +65,10 @@ STATUS = {
     "request.cursor": 422,
     "request.precondition_failed": 412,
     "request.conflict": 409,
+    "auth.not_allowed": 403,
+    "auth.key_refused": 401,
+    "auth.insufficient_scope": 403,
+    "key.not_found": 404,
     "resource.not_found": 404,
     "artifact.not_found": 404,
     "head_map.not_found": 404,
@@ -86,6 +90,8 @@ STATUS = {
     "process.failed": 500,
     "step.lease_lost": 409,
     "service.unavailable": 503,
+    "service.no_keys": 500,
+    "service.pepper_missing": 500,
     "service.too_many_streams": 503,
     "service.disk_full": 507,
     "database.unavailable": 503,
@@ -100,6 +106,12 @@ RETRY_AFTER_S = {"idempotency.in_flight": 1, "service.too_many_streams": 30}
 
 _AUTO = "literal['auto']"
 """What pydantic calls the second half of a type such as `int | Auto`."""
+
+BEARER = {
+    "auth.key_refused": 'Bearer realm="p2d"',
+    "auth.insufficient_scope": 'Bearer realm="p2d", error="insufficient_scope", scope="{needed}"',
+}
+"""WWW-Authenticate of answers about keys (RFC 6750)."""
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
@@ -141,6 +153,8 @@ def answer(request: Request, error: P2DError, *, headers: Mapping[str, str] | No
     extra = {**(headers or {}), "X-Request-Id": body["request_id"]}
     if body["retryable"] and body["status"] != 500:
         extra["Retry-After"] = str(RETRY_AFTER_S.get(error.code, 5))
+    if error.code in BEARER:
+        extra["WWW-Authenticate"] = BEARER[error.code].format(**error.facts)
     if error.code == "request.range":
         extra["Content-Range"] = f"bytes */{error.facts['size_bytes']}"
     return Response(

@@ -12,16 +12,17 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
 from pydantic import SecretStr
 
-from app.db.engine import make_engine
-from app.embedded import free_port, start_postgres, start_valkey, wheel_binaries
+from app.db.engine import Engine, make_engine
+from app.embedded import free_port, running_postgres, start_postgres, start_valkey, wheel_binaries
 from app.errors import ProcessFailed
+from app.main import may_listen
 from app.processes import Child, Supervisor, Terminated
 from app.settings import Settings
 from migrations import upgrade
@@ -101,6 +102,25 @@ def running(settings: Settings, *, say: Callable[[str], None]) -> Iterator[Servi
                 supervisor.stop()
 
 
+@contextmanager
+def ledger(settings: Settings) -> Iterator[Engine]:
+    """The service's database, whether it runs or not: the one of the settings, else the embedded one of home.
+
+    Raises: ProcessFailed.
+    """
+    with ExitStack() as stack:
+        if settings.database_url is not None:
+            url = settings.url("database_url")
+        elif (running_url := running_postgres(settings.home)) is not None:
+            url = running_url
+        else:
+            url = start_postgres(stack.enter_context(Supervisor(settings.home)), wheel_binaries())
+        engine = make_engine(url)
+        stack.callback(engine.dispose)
+        upgrade(engine)
+        yield engine
+
+
 def _tend(service: Service, leaving: threading.Event, say: Callable[[str], None]) -> None:
     while not leaving.wait(TEND_S):
         try:
@@ -139,6 +159,7 @@ def _start(settings: Settings, supervisor: Supervisor, say: Callable[[str], None
     engine = make_engine(settings.url("database_url"))
     upgrade(engine)
     engine.dispose()
+    may_listen(settings)
     # -P: the caller's directory is not a place to import from.
     command = [sys.executable, "-P", "-m", "app.cli"]
     parts = {"api": [*command, "api"], "worker": [*command, "worker"]}

@@ -41,6 +41,10 @@ class Settings(BaseSettings):
     port: int = Field(default=8321, ge=0, le=65535)
     """Port that the API listens on; 0 = a free one."""
 
+    key_pepper: SecretStr | None = Field(default=None, min_length=32)
+    """Secret that API keys are hashed with: 32 characters or more, the same for every process. Absent: a file in home, made
+    with the first key."""
+
     max_upload_bytes: int = Field(default=1024 * MiB, ge=1)
     """Largest dataset file, in bytes. A larger upload is cut off with 413."""
     upload_part_bytes: int = Field(default=8 * MiB, ge=1)

@@ -15,6 +15,7 @@ import base64
 import contextlib
 import hashlib
 import json
+import os
 import random
 import time
 import uuid
@@ -115,13 +116,19 @@ class Client:
         self,
         base_url: str = "http://127.0.0.1:8321",
         *,
+        api_key: str | None = None,
         timeout_s: float = 30.0,
         retries: int = 5,
         transport: httpx.BaseTransport | None = None,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
+        """`api_key`: what the operator gave; else P2D_API_KEY of the environment; a service on this machine may need none."""
+        key = api_key or os.environ.get("P2D_API_KEY")
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
         # trust_env off: a proxy in the environment must not see loopback traffic.
-        self._http = httpx.Client(base_url=base_url, timeout=timeout_s, transport=transport, trust_env=False)
+        self._http = httpx.Client(
+            base_url=base_url, timeout=timeout_s, headers=headers, transport=transport, trust_env=False
+        )
         self._retries = retries
         self._sleep = sleep
 

@@ -99,7 +99,7 @@ async def receive_bytes(request: Request, settings: Settings, expect: Callable[[
         async with _folder(settings) as folder:
             yield await _read_bytes(stream, folder / "part", size)
     except P2DError:
-        await _drain(stream)
+        await drain(stream)
         raise
 
 
@@ -172,7 +172,7 @@ async def _read_json(request: Request, limit: int) -> bytes:
     async for chunk in stream:
         body += chunk
         if len(body) > limit:
-            await _drain(stream)
+            await drain(stream)
             raise RequestTooLarge(limit=limit)
     return bytes(body)
 
@@ -194,16 +194,17 @@ async def _read_form(request: Request, form: _Form, boundary: bytes) -> Received
         parser.finalize()
         return form.received()
     except FormParserError as error:
-        await _drain(stream)
+        await drain(stream)
         raise RequestError("The multipart body cannot be read.") from error
     except P2DError:
-        await _drain(stream)
+        await drain(stream)
         raise
     finally:
         form.close()
 
 
-async def _drain(stream: AsyncIterator[bytes]) -> None:
+async def drain(stream: AsyncIterator[bytes]) -> None:
+    """Read on, within bounds, a body that was refused."""
     read, until = 0, time.monotonic() + DRAIN_S
     async for chunk in stream:
         read += len(chunk)

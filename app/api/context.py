@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Protocol
 
 from fastapi import Depends, Header, Path, Query, Request
 
+from app.api.door import Door
 from app.api.event_hub import EventHub
 from app.blobs import BlobStore
-from app.db.engine import Engine
+from app.core.keys import Caller
+from app.db.engine import Engine, for_project
 from app.db.ids import ID_PATTERN
 from app.errors import (
     ArtifactNotFound,
@@ -19,6 +21,7 @@ from app.errors import (
     DatasetNotFound,
     HeadMapNotFound,
     JobNotFound,
+    KeyNotFound,
     NotFound,
     RequestInvalid,
     SelectionNotFound,
@@ -42,9 +45,12 @@ class Services:
 
     settings: Settings
     engine: Engine
+    """The ledger, as far as the caller of the request may see it; before one is known, nothing of it."""
     blobs: BlobStore
     waker: Wake
     hub: EventHub
+    door: Door
+    caller: Caller | None = None
 
 
 def _services(request: Request) -> Services:
@@ -53,7 +59,33 @@ def _services(request: Request) -> Services:
     return services
 
 
-Context = Annotated[Services, Depends(_services)]
+OpenContext = Annotated[Services, Depends(_services)]
+"""For the few routes that anybody may ask."""
+
+
+async def _caller(services: OpenContext, request: Request) -> Caller:
+    return await services.door.admit(request)
+
+
+AnyCaller = Annotated[Caller, Depends(_caller)]
+
+
+def _admin(caller: AnyCaller) -> Caller:
+    caller.need("admin")
+    return caller
+
+
+Admin = Annotated[Caller, Depends(_admin)]
+
+CLOSED = [Depends(_caller)]
+"""Dependencies of every room but those that anybody may enter."""
+
+
+def _of_caller(services: OpenContext, caller: AnyCaller) -> Services:
+    return replace(services, engine=for_project(services.engine, caller.project_id), caller=caller)
+
+
+Context = Annotated[Services, Depends(_of_caller)]
 
 
 PathId = Annotated[str, Path(description="An id: prefix, underscore, 26 characters.")]
@@ -76,6 +108,7 @@ ArtifactId = Annotated[str, Depends(_id("art", ArtifactNotFound))]
 UploadId = Annotated[str, Depends(_id("upl", UploadNotFound))]
 HeadMapId = Annotated[str, Depends(_id("hm", HeadMapNotFound))]
 SelectionId = Annotated[str, Depends(_id("sel", SelectionNotFound))]
+KeyId = Annotated[str, Depends(_id("key", KeyNotFound))]
 
 Limit = Annotated[int, Query(ge=1, le=100, description="Entries of one page.")]
 Cursor = Annotated[str | None, Query(max_length=200, description="`next_cursor` of the page before.")]

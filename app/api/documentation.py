@@ -8,8 +8,18 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel, TypeAdapter
 
+from app.key_schemas import KeyBody
 from app.problems import MEDIA_TYPE, STATUS
-from app.schemas import CompleteBody, DatasetView, JobBody, JobPatch, Mapping, ModelCheckBody, Problem, UploadBody
+from app.schemas import (
+    CompleteBody,
+    DatasetView,
+    JobBody,
+    JobPatch,
+    Mapping,
+    ModelCheckBody,
+    Problem,
+    UploadBody,
+)
 from p2d.errors import P2DError
 
 _PROBLEM = {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}
@@ -30,6 +40,11 @@ def errors(*classes: type[P2DError]) -> dict[int | str, dict[str, Any]]:
 
 
 COMMON: dict[int | str, dict[str, Any]] = {
+    401: {
+        "description": "`auth.key_refused`: once the service has API keys, every request needs one.",
+        "content": _PROBLEM,
+    },
+    403: {"description": "`auth.insufficient_scope`: the API key is good, but not for this.", "content": _PROBLEM},
     422: {
         "description": "`request.invalid`: fields, path or query are wrong; `errors[]` lists all.",
         "content": _PROBLEM,
@@ -111,6 +126,7 @@ def _json_body(model: type[BaseModel], *, required: bool) -> dict[str, Any]:
 
 
 UPLOAD_BODY = _json_body(UploadBody, required=True)
+KEY_BODY = _json_body(KeyBody, required=True)
 MODEL_CHECK_BODY = _json_body(ModelCheckBody, required=True)
 COMPLETE_BODY = _json_body(CompleteBody, required=False)
 PART_BODY = {
@@ -134,10 +150,12 @@ def install(app: FastAPI) -> None:
                 tags=app.openapi_tags,
             )
             schemas = document.setdefault("components", {}).setdefault("schemas", {})
-            for model in (JobBody, JobPatch, UploadBody, CompleteBody, ModelCheckBody, Problem):
+            for model in (JobBody, JobPatch, UploadBody, KeyBody, CompleteBody, ModelCheckBody, Problem):
                 schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
                 schemas.update(schema.pop("$defs", {}))
                 schemas[model.__name__] = schema
+            document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+            document["security"] = [{"key": []}]
             app.openapi_schema = document
         return app.openapi_schema
 

@@ -18,7 +18,7 @@ from app.api.context import Context, JobId, Services
 from app.api.documentation import errors
 from app.db.events import Event, list_events
 from app.db.jobs import Job, find_job
-from app.errors import JobNotFound, RequestInvalid
+from app.errors import JobNotFound, KeyRefused, RequestInvalid
 from app.schemas import EventView, Page
 from p2d.errors import ErrorDetail
 
@@ -106,8 +106,9 @@ async def _frames(services: Services, job_id: str, after: int) -> AsyncIterator[
     while not services.hub.closing:
         try:
             job, events = await run_in_threadpool(_read, services, job_id, after, BATCH)
-        except JobNotFound:
-            return  # it was deleted: whoever comes back gets 404
+            await run_in_threadpool(services.door.still_open, services.caller)
+        except (JobNotFound, KeyRefused):
+            return  # it was deleted, or the key was revoked: whoever comes back gets 404 or 401
         if events:
             yield b"".join(_frame(event) for event in events)
             after = events[-1].seq

@@ -8,7 +8,7 @@ from typing import Literal
 import redis
 from fastapi import APIRouter
 
-from app.api.context import Context, Services
+from app.api.context import OpenContext, Services
 from app.api.documentation import errors
 from app.db.engine import DatabaseUnavailable, PoolTimeout, ping
 from app.errors import StoreUnavailable, Unavailable
@@ -16,17 +16,20 @@ from app.schemas import HealthView, ReadinessView, VersionView
 
 router = APIRouter(tags=["service"])
 
+OPEN: dict[str, object] = {"security": []}
+"""What /openapi.json says of a route that anybody may ask."""
+
 Check = Literal["ok", "unavailable"]
 
 
-@router.get("/healthz")
+@router.get("/healthz", openapi_extra=OPEN)
 def healthz() -> HealthView:
     """The process runs. Says nothing of the servers behind it."""
     return HealthView()
 
 
-@router.get("/readyz", responses=errors(Unavailable))
-def readyz(services: Context) -> ReadinessView:
+@router.get("/readyz", openapi_extra=OPEN, responses=errors(Unavailable))
+def readyz(services: OpenContext) -> ReadinessView:
     """Database and store answer. Without the broker the service is only slower to start jobs: `degraded`."""
     checks = {"database": _database(services), "store": _store(services), "broker": _broker(services)}
     if "unavailable" in (checks["database"], checks["store"]):
@@ -34,7 +37,7 @@ def readyz(services: Context) -> ReadinessView:
     return ReadinessView(status="ok" if checks["broker"] == "ok" else "degraded", checks=checks)
 
 
-@router.get("/version")
+@router.get("/version", openapi_extra=OPEN)
 def get_version() -> VersionView:
     """Which version of P2D runs."""
     return VersionView(version=product_version())

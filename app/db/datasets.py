@@ -18,6 +18,7 @@ class Dataset:
     """One dataset, complete and valid: a file that was refused leaves no row."""
 
     id: str
+    project_id: str
     name: str
     format: str
     rows: int

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import Connection, Engine, create_engine, make_url, text
+from sqlalchemy import Connection, Engine, create_engine, event, make_url, text
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
-__all__ = ["Connection", "DatabaseUnavailable", "Engine", "Json", "PoolTimeout", "make_engine", "ping"]
+__all__ = ["Connection", "DatabaseUnavailable", "Engine", "Json", "PoolTimeout", "for_project", "make_engine", "ping"]
+
+NOBODY = ""
+"""The project of a caller who is not known yet: no row is one of its."""
 
 DatabaseUnavailable = OperationalError
 """What any statement raises when PostgreSQL cannot be reached or gave up on it; safe to try again later."""
@@ -29,7 +32,7 @@ def make_engine(
         url = url.set(drivername="postgresql+psycopg")
     timeout_ms = int(statement_timeout_s * 1000)
     options = f"-c timezone=UTC -c statement_timeout={timeout_ms} -c idle_in_transaction_session_timeout=30000"
-    return create_engine(
+    engine = create_engine(
         url,
         pool_size=pool_size,
         max_overflow=pool_size,
@@ -45,6 +48,25 @@ def make_engine(
             "options": options,
         },
     )
+    event.listen(engine, "begin", _speak_for_project)
+    return engine
+
+
+def for_project(engine: Engine, project_id: str) -> Engine:
+    """The same connections, for the API: every transaction sees and writes the rows of this project only.
+
+    It takes on the role `p2d_api`, whom row-level security holds, so a statement that forgets the project still cannot
+    reach another's rows. Without this an engine is the owner's: workers, migrations and the command line see all.
+    """
+    return engine.execution_options(p2d_project=project_id)
+
+
+def _speak_for_project(conn: Connection) -> None:
+    project_id = conn.get_execution_options().get("p2d_project")
+    if project_id is not None:
+        # `true`: until the transaction ends, as SET LOCAL; so the pool never hands on somebody's project.
+        speak = "select set_config('role', 'p2d_api', true), set_config('p2d.project', %s, true)"
+        conn.exec_driver_sql(speak, (project_id,))
 
 
 def ping(engine: Engine) -> None:

@@ -27,6 +27,7 @@ class Job:
     """One job as the ledger knows it."""
 
     id: str
+    project_id: str
     kind: str
     name: str
     status: Status

@@ -35,6 +35,7 @@ class Step:
     """One step, or one shard of it, as the ledger knows it."""
 
     id: str
+    project_id: str
     job_id: str
     step: str
     shard: int

@@ -5,6 +5,8 @@ PostgreSQL holds rows, hashes and small JSON, never dataset text: bytes live in 
 
 from __future__ import annotations
 
+from typing import Any
+
 from sqlalchemy import (
     ARRAY,
     BigInteger,
@@ -22,6 +24,9 @@ from sqlalchemy import (
     text,
 )
 from sqlalchemy.dialects.postgresql import JSONB
+
+DEFAULT_PROJECT = "prj_00000000000000000000000000"
+"""The project of a service without keys."""
 
 metadata = MetaData(
     naming_convention={
@@ -41,10 +46,39 @@ def _time(name: str) -> Column[object]:
     return Column(name, DateTime(timezone=True))
 
 
+def _project(**options: Any) -> Column[str]:
+    # PostgreSQL fills it in: the project that the transaction speaks for (app.db.engine.for_project).
+    spoken_for = func.coalesce(func.nullif(func.current_setting("p2d.project", True), ""), DEFAULT_PROJECT)
+    return Column("project_id", Text, ForeignKey("projects.id"), nullable=False, server_default=spoken_for, **options)
+
+
+projects = Table(
+    "projects",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("name", Text, nullable=False, unique=True),
+    _now(),
+)
+
+api_keys = Table(
+    "api_keys",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("project_id", Text, ForeignKey("projects.id"), nullable=False, index=True),
+    Column("scope", Text, nullable=False),
+    Column("name", Text, nullable=False, server_default=""),
+    Column("secret_hmac", Text, nullable=False),  # the secret itself is nowhere
+    _now(),
+    _time("expires_at"),
+    _time("revoked_at"),
+    _time("used_at"),  # to the minute
+)
+
 datasets = Table(
     "datasets",
     metadata,
     Column("id", Text, primary_key=True),
+    _project(),
     Column("name", Text, nullable=False, server_default=""),
     Column("format", Text, nullable=False),
     Column("rows", Integer, nullable=False),
@@ -56,6 +90,7 @@ datasets = Table(
     _now(),
     _time("deleted_at"),
     Index(None, "sha256"),
+    Index(None, "project_id", "id"),
 )
 
 objects = Table(
@@ -74,6 +109,7 @@ uploads = Table(
     "uploads",
     metadata,
     Column("id", Text, primary_key=True),
+    _project(),
     Column("name", Text, nullable=False),
     Column("size_bytes", BigInteger, nullable=False),
     Column("sha256", Text),  # of the whole file, where its sender said it
@@ -99,6 +135,7 @@ jobs = Table(
     "jobs",
     metadata,
     Column("id", Text, primary_key=True),
+    _project(),
     Column("kind", Text, nullable=False),
     Column("name", Text, nullable=False, server_default=""),
     Column("status", Text, nullable=False, server_default="queued"),
@@ -126,6 +163,7 @@ jobs = Table(
     _now(),
     _time("started_at"),
     _time("finished_at"),
+    Index(None, "project_id", "id"),
     postgresql_with={"fillfactor": 70},  # progress rewrites the row each second: leave room for HOT updates
 )
 
@@ -133,6 +171,7 @@ steps = Table(
     "steps",
     metadata,
     Column("id", Text, primary_key=True),
+    _project(),  # of its job, so that a claim reads one table
     Column("job_id", Text, ForeignKey("jobs.id", ondelete="CASCADE"), nullable=False),
     Column("step", Text, nullable=False),
     Column("shard", Integer, nullable=False, server_default=text("0")),
@@ -233,6 +272,7 @@ events = Table(
 idempotency_keys = Table(
     "idempotency_keys",
     metadata,
+    _project(primary_key=True),
     Column("route", Text, primary_key=True),
     Column("key", Text, primary_key=True),
     Column("request_hash", Text, nullable=False),

@@ -91,3 +91,18 @@ def test_a_server_that_dies_ends_the_service_with_its_name(home: Path) -> None:
 
         assert process.returncode == 1
         assert all(gone(part) for part in parts)
+
+
+def test_the_first_key_is_made_beside_a_running_service_and_locks_it(home: Path) -> None:
+    with up(home) as (process, address):
+        assert httpx.get(f"{address}/jobs").status_code == 200
+        command = [sys.executable, "-P", "-m", "app.cli", "keys", "create", "--scope", "read"]
+        env = os.environ | {"P2D_HOME": str(home)}
+
+        made = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+
+        key = made.stdout.strip()
+        assert httpx.get(f"{address}/jobs").status_code == 401
+        assert httpx.get(f"{address}/jobs", headers={"Authorization": f"Bearer {key}"}).status_code == 200
+        process.send_signal(signal.SIGTERM)
+        process.wait(60)

@@ -1,0 +1,65 @@
+"""API keys of the caller's project: make, list, revoke. Admins only; the first key is made with `p2d keys create`."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request
+from fastapi.concurrency import run_in_threadpool
+
+from app.api.bodies import read_json, receive_json
+from app.api.context import Admin, Context, Cursor, KeyId, Limit, Services, page_after, page_of
+from app.api.documentation import KEY_BODY, errors
+from app.core.keys import make_key
+from app.db.api_keys import list_keys, revoke_key
+from app.errors import KeyNotFound, RequestError, RequestTooLarge, UnsupportedMediaType
+from app.key_schemas import KeyBody, KeyView, NewKeyView
+from app.schemas import Page
+
+router = APIRouter(tags=["keys"])
+
+
+@router.post(
+    "/keys",
+    status_code=201,
+    responses=errors(RequestError, RequestTooLarge, UnsupportedMediaType),
+    openapi_extra=KEY_BODY,
+)
+async def create_key(request: Request, services: Context, admin: Admin) -> NewKeyView:
+    """Make a key for the caller's project. The answer is the only place where its text ever stands.
+
+    So no Idempotency-Key is taken: its answer would be kept. A key whose answer got lost is to be revoked.
+    """
+    body = read_json(KeyBody, await receive_json(request, services.settings))
+    return await run_in_threadpool(_create, services, admin.project_id, body)
+
+
+@router.get("/keys")
+def get_keys(services: Context, admin: Admin, limit: Limit = 20, cursor: Cursor = None) -> Page[KeyView]:
+    """All keys of the project, newest first, in every state."""
+    before = page_after(cursor)
+    with services.engine.connect() as conn:
+        keys = list_keys(conn, limit=limit + 1, before=before)
+    views = [KeyView.model_validate(key) for key in keys]
+    return Page[KeyView].model_validate(page_of(views, [key.id for key in keys], limit))
+
+
+@router.delete("/keys/{id}", responses=errors(KeyNotFound))
+def delete_key(key_id: KeyId, services: Context, admin: Admin) -> KeyView:
+    """Revoke a key: from now on it opens nothing. Repeating is harmless; its entry stays."""
+    with services.engine.begin() as conn:
+        key = revoke_key(conn, key_id)
+    if key is None:
+        raise KeyNotFound(id=key_id)
+    return KeyView.model_validate(key)
+
+
+def _create(services: Services, project_id: str, body: KeyBody) -> NewKeyView:
+    with services.engine.begin() as conn:
+        key, text = make_key(
+            conn,
+            services.settings,
+            project_id=project_id,
+            scope=body.scope,
+            name=body.name,
+            expires_days=body.expires_days,
+        )
+    return NewKeyView.model_validate({**KeyView.model_validate(key).model_dump(), "key": text})
