@@ -29,9 +29,10 @@ from app.core.wake import Waker
 from app.db.artifacts import Artifact, list_artifacts
 from app.db.attempts import Attempt, list_attempts
 from app.db.datasets import insert_dataset
-from app.db.engine import Engine, make_engine
+from app.db.engine import Engine, for_project, make_engine
 from app.db.events import Event, list_events
 from app.db.jobs import FINAL, Job, get_job
+from app.db.projects import DEFAULT_PROJECT
 from app.db.steps import Step, list_steps
 from app.service import environment
 from app.settings import Settings
@@ -91,6 +92,7 @@ class Rig:
         max_seconds: int | None = None,
         head_map: str | None = None,
         selection: str | None = None,
+        project: str = DEFAULT_PROJECT,
     ) -> str:
         """A queued job over made-up rows; nobody is woken."""
         data = [Row(f"What is {i} + {i}?", str(2 * i), i + 1) for i in range(rows)]
@@ -104,7 +106,7 @@ class Rig:
             data=DataConfig(selection=selection),
             limits=Limits(max_seconds=max_seconds),
         )
-        with self.db.begin() as conn:
+        with for_project(self.db, project).begin() as conn:
             dataset = insert_dataset(
                 conn,
                 name="sums",

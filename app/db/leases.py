@@ -48,16 +48,26 @@ class Pulse:
 
 
 def claim(conn: Connection, *, queue: str, worker: str, lease_s: float, warm: str | None = None) -> Lease | None:
-    """Take one ready step of the queue, or None. Steps of the model that is loaded (`warm`) come first, then the oldest.
+    """Take one ready step of the queue, or None.
 
+    The project comes first of whose steps the fewest are running, whatever the queue; of its steps those of the model that is
+    loaded (`warm`), then the oldest. So a project that queues a thousand jobs delays another's by one step at most.
     Expired leases are not claimed here: the reconciler makes them ready, so that crashes are counted in one place.
     """
+    running = steps.alias("running")
+    share = select(running.c.project_id, func.count().label("steps")).where(running.c.status == "running")
+    share_of = share.group_by(running.c.project_id).subquery()
     free = (
         select(steps.c.id)
+        .outerjoin(share_of, share_of.c.project_id == steps.c.project_id)
         .where(steps.c.queue == queue, steps.c.status == "ready")
-        .order_by(steps.c.model_digest.is_not_distinct_from(cast(literal(warm), Text)).desc(), steps.c.id)
+        .order_by(
+            func.coalesce(share_of.c.steps, 0),
+            steps.c.model_digest.is_not_distinct_from(cast(literal(warm), Text)).desc(),
+            steps.c.id,
+        )
         .limit(1)
-        .with_for_update(skip_locked=True)
+        .with_for_update(of=steps, skip_locked=True)
     )
     taken = conn.execute(
         update(steps)

@@ -15,6 +15,7 @@ from app.core import lifecycle
 from app.core.lifecycle import StepFacts
 from app.db.artifacts import NewArtifact
 from app.db.leases import Lease, claim
+from app.db.projects import open_project
 from app.db.tables import steps
 from app.errors import LeaseLost
 from app.settings import Settings
@@ -143,6 +144,43 @@ def test_a_worker_prefers_steps_of_the_model_that_it_has_loaded(rig: Rig) -> Non
 
     assert preferred is not None
     assert preferred.step_id == last.id
+
+
+def test_projects_take_turns_however_much_one_of_them_queues(rig: Rig) -> None:
+    with rig.db.begin() as conn:
+        greedy, modest, third = (open_project(conn, name) for name in ("greedy", "modest", "third"))
+    first = {rig.submit(project=greedy) for _ in range(20)}
+    later = [rig.submit(project=project) for project in (modest, third, modest)]
+
+    taken = [begin(rig, by=f"worker-{number}") for number in range(6)]
+
+    # The oldest first, then those of whom nothing runs, then equal shares again, oldest first.
+    assert taken[0].job_id in first
+    assert [lease.job_id for lease in taken[1:3]] == later[:2]
+    assert taken[3].job_id in first
+    assert taken[4].job_id == later[2]
+    assert taken[5].job_id in first  # nobody else has anything to claim
+
+    for lease in taken[:4]:
+        with rig.db.begin() as conn:
+            lifecycle.release_step(conn, lease)
+    again = begin(rig)
+    assert rig.job(again.job_id).project_id == third  # of whom nothing runs any more
+
+
+def test_a_loaded_model_does_not_keep_the_turn_of_another_project(rig: Rig) -> None:
+    with rig.db.begin() as conn:
+        greedy, modest = (open_project(conn, name) for name in ("greedy", "modest"))
+    mine = [rig.submit(project=greedy) for _ in range(2)]
+    begin(rig)
+    theirs = rig.submit(project=modest)
+    with rig.db.begin() as conn:
+        conn.execute(update(steps).where(steps.c.job_id == mine[1]).values(model_digest="warm"))
+
+    lease = take(rig, warm="warm")
+
+    assert lease is not None
+    assert lease.job_id == theirs
 
 
 def test_a_step_claimed_while_its_job_ends_is_left_alone_and_tidied_up(rig: Rig) -> None:
