@@ -119,8 +119,14 @@ def time_left(data: Mapping[str, Any]) -> str:
     """What a `job.progress` event says about the end."""
     if not data.get("eta_at"):
         return ""
-    seconds = (datetime.fromisoformat(str(data["eta_at"])) - datetime.now(UTC)).total_seconds()
-    return f"{duration(max(seconds, 0.0))} left"
+    said = f"{_until(data['eta_at'])} left"
+    if data.get("eta_p10_at") and data.get("eta_p90_at"):
+        said += f" ({_until(data['eta_p10_at'])} to {_until(data['eta_p90_at'])})"
+    return said
+
+
+def _until(at: Any) -> str:
+    return duration(max((datetime.fromisoformat(str(at)) - datetime.now(UTC)).total_seconds(), 0.0))
 
 
 def duration(seconds: float) -> str:

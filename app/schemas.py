@@ -53,6 +53,8 @@ Ratio = Annotated[float, Field(json_schema_extra={"exclusiveMinimum": 0, "maximu
 MAX_METADATA = 16
 """Most pairs of text on one job."""
 
+Priority = Annotated[int, Field(ge=-10, le=10)]
+
 Count = Annotated[int, Field(le=1_000_000)]
 
 
@@ -159,6 +161,9 @@ class JobBody(Body):
         default={}, max_length=MAX_METADATA, description="Pairs of text of your own."
     )
     name: Annotated[Text, Field(max_length=200)] = Field(default="", description="A name of your own.")
+    priority: Priority = Field(
+        default=0, description="Within a project, ready steps of a higher one are claimed first; none is stopped."
+    )
 
     def config(self) -> JobConfig:
         """The same as the engine's own types."""
@@ -183,6 +188,7 @@ class JobPatch(Body):
     metadata: dict[Annotated[Text, Field(max_length=64)], Annotated[Text, Field(max_length=512)] | None] | None = Field(
         default=None, description=f"Pairs to set; null removes one. Up to {MAX_METADATA} in the end."
     )
+    priority: Priority | None = Field(default=None, description="From the next claim on; null is 0.")
 
 
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$", description="In lower-case hexadecimal digits.")]
@@ -266,7 +272,10 @@ class JobSummary(View):
     status: Status = Field(description="Match on this; the last three are final.")
     stage: str | None = Field(description="What it is doing; stages may grow.")
     progress: float = Field(description="0 to 1; never goes back.")
-    eta_at: datetime | None = None
+    eta_at: datetime | None = Field(default=None, description="When it will have ended, as likely earlier as later.")
+    eta_p10_at: datetime | None = Field(default=None, description="Earlier than this in one of ten cases.")
+    eta_p90_at: datetime | None = Field(default=None, description="Later than this in one of ten cases.")
+    priority: int
     base_model: str
     model_digest: str
     dataset_id: str
@@ -288,7 +297,10 @@ class JobView(JobSummary):
     resolved: dict[str, JsonValue] | None = Field(description="Without `auto`; grows while the job learns more.")
     reasons: dict[str, str] = Field(description="Why each `auto` was resolved so: pointer -> reason.")
     warnings: list[str] = []
-    estimate: dict[str, JsonValue] | None = Field(description="Seconds per step, from the job's own plan.")
+    estimate: dict[str, JsonValue] | None = Field(
+        description="Seconds per step, from the job's own plan; how wrong such plans were before, as actual over estimated "
+        "seconds (`errors`); and `interval_s`, the whole with these errors."
+    )
     head_map: str | None = Field(default=None, description="Id of the head map that the job made, for later jobs.")
     selection: str | None = Field(default=None, description="Id of the selection that the job made, for later jobs.")
 

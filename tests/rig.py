@@ -93,6 +93,7 @@ class Rig:
         head_map: str | None = None,
         selection: str | None = None,
         project: str = DEFAULT_PROJECT,
+        priority: int = 0,
     ) -> str:
         """A queued job over made-up rows; nobody is woken."""
         data = [Row(f"What is {i} + {i}?", str(2 * i), i + 1) for i in range(rows)]
@@ -119,7 +120,7 @@ class Rig:
                 report={},
             )
             model = read_model_info(self.settings.models_dir / "stub")
-            request = JobRequest(config=config, model=model, dataset_id=dataset.id)
+            request = JobRequest(config=config, model=model, dataset_id=dataset.id, priority=priority)
             return submit(conn, request, shard_rows=self.settings.shard_rows, queue=self.settings.worker_queue).id
 
     def cancel(self, job_id: str) -> Job:

@@ -21,6 +21,7 @@ from app.api.patches import merge_patch
 from app.core.moves import delete, request_cancel, request_pause, request_resume, request_retry
 from app.db.engine import Connection
 from app.db.jobs import Job, find_job, update_job
+from app.db.steps import set_priority
 from app.errors import (
     DatasetNotFound,
     HeadMapNotFound,
@@ -95,7 +96,7 @@ def retry_job(job_id: JobId, services: Context, key: IdempotencyKey) -> Response
     openapi_extra=PATCH_BODY,
 )
 async def patch_job(request: Request, job_id: JobId, services: Context, if_match: IfMatch = None) -> Response:
-    """Change a job's name and metadata, in any status; with If-Match only if the job is still as it was read."""
+    """Change a job's name, metadata and priority, in any status; with If-Match only if the job is still as it was read."""
     body = await receive_json(request, services.settings)
     return await run_in_threadpool(_patch, services, job_id, read_json(JobPatch, body), if_match)
 
@@ -114,12 +115,16 @@ def _patch(services: Services, job_id: str, patch: JobPatch, if_match: str | Non
     with services.engine.begin() as conn:
         job = find_job(conn, job_id, lock=True)
         require_match(if_match, view_of(conn, job))
-        asked = merge_patch({"name": job.name, "metadata": job.metadata}, patch.model_dump(exclude_unset=True))
+        now = {"name": job.name, "metadata": job.metadata, "priority": job.priority}
+        asked = merge_patch(now, patch.model_dump(exclude_unset=True))
         metadata = asked.get("metadata", {})
         if len(metadata) > MAX_METADATA:
             text = f"With this there would be {len(metadata)} pairs; {MAX_METADATA} are the most."
             raise invalid([ErrorDetail(code="field.too_long", message=text, pointer="/metadata")])
-        view = view_of(conn, update_job(conn, job_id, name=asked.get("name", ""), metadata=metadata))
+        priority = asked.get("priority", 0)
+        set_priority(conn, job_id, priority)
+        job = update_job(conn, job_id, name=asked.get("name", ""), metadata=metadata, priority=priority)
+        view = view_of(conn, job)
     return send_view(view)
 
 

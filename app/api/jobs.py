@@ -129,7 +129,7 @@ def _clone(services: Services, job_id: str, body: bytes, key: str | None) -> Res
     with services.engine.connect() as conn:
         job = find_job(conn, job_id)
     inputs = {"base_model": job.base_model, "dataset": job.dataset_id, "validation_dataset": job.validation_dataset_id}
-    asked = {**job.config, **inputs, "name": job.name, "metadata": job.metadata}
+    asked = {**job.config, **inputs, "name": job.name, "metadata": job.metadata, "priority": job.priority}
     received = Received(json=json.dumps(merge_patch(asked, patch)).encode())
     return _queue(services, _parse(received), received, once)
 
@@ -152,6 +152,7 @@ def _queue(services: Services, body: JobBody, received: Received, once: Once) ->
             validation_dataset_id=ids.get("validation_dataset", body.validation_dataset),
             name=body.name,
             metadata=body.metadata,
+            priority=body.priority,
         )
         job = submit(conn, request, shard_rows=services.settings.shard_rows, queue=services.settings.worker_queue)
         job = _resolve(conn, job, request)

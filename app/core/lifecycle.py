@@ -17,9 +17,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
+from app.core.foresight import estimate_json, time_left
 from app.db import attempts, jobs, leases, steps
 from app.db.artifacts import Artifact, NewArtifact, insert_artifacts
 from app.db.engine import Connection, Json
+from app.db.estimates import past_errors
 from app.db.events import append_event
 from app.db.head_maps import insert_head_map
 from app.db.jobs import Job, Stage, Status
@@ -324,7 +326,7 @@ def _apply_plan(conn: Connection, job: Job, facts: StepFacts) -> Job:
         job = jobs.update_job(conn, job.id, resolved=facts.resolved)
     if facts.estimate_s:
         steps.set_weights(conn, job.id, facts.estimate_s)
-        estimate = {"total_s": sum(facts.estimate_s.values()), "steps": dict(facts.estimate_s)}
+        estimate = estimate_json(facts.estimate_s, past_errors(conn))
         job = jobs.update_job(conn, job.id, estimate=estimate)
         append_event(conn, job.id, "estimate", estimate)
     return job
@@ -343,11 +345,14 @@ def _tell_attempt(conn: Connection, lease: Lease, outcome: attempts.Outcome) -> 
 
 def _tell_progress(conn: Connection, job: Job, lease: Lease, *, every_s: float) -> None:
     work = steps.work_of(conn, job.id)
-    left_s = work.left_s if job.estimate else None
+    left = time_left(work, job.estimate) if job.estimate else None
+    left_s = None if left is None else (left.p10, left.p50, left.p90)
     if not jobs.note_progress(conn, job.id, min(work.share, UNFINISHED_PROGRESS), left_s, every_s):
         return
     now = jobs.get_job(conn, job.id)
     assert now is not None
-    eta = now.eta_at.isoformat() if now.eta_at else None
-    shown = {"progress": now.progress, "stage": now.stage, "step": lease.step, "shard": lease.shard, "eta_at": eta}
+    shown = {"progress": now.progress, "stage": now.stage, "step": lease.step, "shard": lease.shard}
+    for name in ("eta_at", "eta_p10_at", "eta_p90_at"):
+        at = getattr(now, name)
+        shown[name] = at.isoformat() if at else None
     append_event(conn, job.id, "job.progress", shown)

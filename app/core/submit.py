@@ -35,6 +35,7 @@ class JobRequest:
     validation_dataset_id: str | None = None
     name: str = ""
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    priority: int = 0
 
 
 def submit(conn: Connection, request: JobRequest, *, shard_rows: int, queue: str) -> Job:
@@ -61,13 +62,13 @@ def submit(conn: Connection, request: JobRequest, *, shard_rows: int, queue: str
         base_model=request.model.name,
         model_digest=request.model.digest,
         queue=queue,
+        priority=request.priority,
         max_seconds=config.limits.max_seconds,
         metadata=dict(request.metadata),
     )
     digest = request.model.digest
-    insert_steps(
-        conn, job.id, plan_job(config, rows=dataset.rows, shard_rows=shard_rows, queue=queue, model_digest=digest)
-    )
+    planned = plan_job(config, rows=dataset.rows, shard_rows=shard_rows, queue=queue, model_digest=digest)
+    insert_steps(conn, job.id, planned, priority=request.priority)
     open_job(conn, job)
     return job
 

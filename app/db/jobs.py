@@ -5,6 +5,7 @@ What a job may do next is decided in app.core.lifecycle; this file only writes i
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Literal
@@ -39,10 +40,13 @@ class Job:
     base_model: str
     model_digest: str
     queue: str
+    priority: int
     progress: float
     estimate: Json | None
     progress_at: datetime | None
     eta_at: datetime | None
+    eta_p10_at: datetime | None
+    eta_p90_at: datetime | None
     max_seconds: int | None
     error: Json | None
     metadata: Json
@@ -73,6 +77,7 @@ def insert_job(
     base_model: str,
     model_digest: str,
     queue: str,
+    priority: int,
     max_seconds: int | None,
     metadata: Json,
 ) -> Job:
@@ -87,6 +92,7 @@ def insert_job(
         "base_model": base_model,
         "model_digest": model_digest,
         "queue": queue,
+        "priority": priority,
         "max_seconds": max_seconds,
         "metadata": metadata,
     }
@@ -191,7 +197,7 @@ def note_pause(conn: Connection, job_id: str) -> Job:
 
 def pause_job(conn: Connection, job_id: str) -> Job:
     """Write that nobody works on the job any more; its clock stands still from here to the next claim."""
-    return update_job(conn, job_id, status="paused", paused_at=func.coalesce(jobs.c.paused_at, func.now()), eta_at=None)
+    return update_job(conn, job_id, status="paused", paused_at=func.coalesce(jobs.c.paused_at, func.now()), **_NO_ETA)
 
 
 def reopen_job(conn: Connection, job_id: str) -> Job:
@@ -202,9 +208,14 @@ def reopen_job(conn: Connection, job_id: str) -> Job:
     return update_job(conn, job_id, **forgotten, paused_s=0, retries=jobs.c.retries + 1)
 
 
-def note_progress(conn: Connection, job_id: str, progress: float, left_s: float | None, every_s: float) -> bool:
-    """Raise the progress of a locked job (it never falls) and its ETA; True if an event is due after `every_s`."""
-    eta_at = None if left_s is None else func.now() + func.make_interval(0, 0, 0, 0, 0, 0, left_s)
+def note_progress(
+    conn: Connection, job_id: str, progress: float, left_s: tuple[float, float, float] | None, every_s: float
+) -> bool:
+    """Raise the progress of a locked job (it never falls) and its ETA; True if an event is due after `every_s`.
+
+    Args:   left_s: seconds that it still takes: p10, p50, p90.
+    """
+    eta = dict(_NO_ETA) if left_s is None else {name: _in(s) for name, s in zip(_ETA, left_s, strict=True)}
     due = jobs.c.progress_at.is_(None) | (
         func.now() - jobs.c.progress_at >= func.make_interval(0, 0, 0, 0, 0, 0, every_s)
     )
@@ -213,7 +224,7 @@ def note_progress(conn: Connection, job_id: str, progress: float, left_s: float 
         .where(jobs.c.id == job_id)
         .values(
             progress=func.greatest(jobs.c.progress, progress),
-            eta_at=eta_at,
+            **eta,
             progress_at=case((due, func.now()), else_=jobs.c.progress_at),
         )
         # now() is the time of the transaction, so equality says that this call set it.
@@ -224,4 +235,12 @@ def note_progress(conn: Connection, job_id: str, progress: float, left_s: float 
 
 def finish_job(conn: Connection, job_id: str, status: Status, **values: Any) -> Job:
     """Write a final status and its time."""
-    return update_job(conn, job_id, status=status, finished_at=func.now(), eta_at=None, **values)
+    return update_job(conn, job_id, status=status, finished_at=func.now(), **_NO_ETA, **values)
+
+
+_ETA = ("eta_p10_at", "eta_at", "eta_p90_at")
+_NO_ETA: Mapping[str, None] = dict.fromkeys(_ETA)
+
+
+def _in(seconds: float) -> ColumnElement[datetime]:
+    return func.now() + func.make_interval(0, 0, 0, 0, 0, 0, seconds)

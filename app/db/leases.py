@@ -50,8 +50,9 @@ class Pulse:
 def claim(conn: Connection, *, queue: str, worker: str, lease_s: float, warm: str | None = None) -> Lease | None:
     """Take one ready step of the queue, or None.
 
-    The project comes first of whose steps the fewest are running, whatever the queue; of its steps those of the model that is
-    loaded (`warm`), then the oldest. So a project that queues a thousand jobs delays another's by one step at most.
+    The project comes first of whose steps the fewest are running, whatever the queue; of its steps those of the highest
+    priority, of these those of the model that is loaded (`warm`), then the oldest. So a project that queues a thousand jobs
+    delays another's by one step at most.
     Expired leases are not claimed here: the reconciler makes them ready, so that crashes are counted in one place.
     """
     running = steps.alias("running")
@@ -63,6 +64,7 @@ def claim(conn: Connection, *, queue: str, worker: str, lease_s: float, warm: st
         .where(steps.c.queue == queue, steps.c.status == "ready")
         .order_by(
             func.coalesce(share_of.c.steps, 0),
+            steps.c.priority.desc(),
             steps.c.model_digest.is_not_distinct_from(cast(literal(warm), Text)).desc(),
             steps.c.id,
         )

@@ -47,6 +47,7 @@ class Step:
     worker: str | None
     crashes: int
     queue: str
+    priority: int
     model_digest: str | None
     weight: float
     progress: float
@@ -58,7 +59,7 @@ class Step:
     finished_at: datetime | None
 
 
-def insert_steps(conn: Connection, job_id: str, new: Sequence[NewStep]) -> None:
+def insert_steps(conn: Connection, job_id: str, new: Sequence[NewStep], *, priority: int = 0) -> None:
     """Record the steps of a job in the order given; those that wait for nothing are ready at once."""
     values = [
         {
@@ -70,6 +71,7 @@ def insert_steps(conn: Connection, job_id: str, new: Sequence[NewStep]) -> None:
             "after": list(step.after),
             "status": "blocked" if step.after else "ready",
             "queue": step.queue,
+            "priority": priority,
             "model_digest": step.model_digest,
             "weight": step.weight,
         }
@@ -125,6 +127,11 @@ def hold_waiting_steps(conn: Connection, job_id: str) -> None:
     conn.execute(update(steps).where(steps.c.job_id == job_id, steps.c.status == "ready").values(status="blocked"))
 
 
+def set_priority(conn: Connection, job_id: str, priority: int) -> None:
+    """Let the steps of a locked job be claimed before those of lower priority from now on."""
+    conn.execute(update(steps).where(steps.c.job_id == job_id, steps.c.status != "done").values(priority=priority))
+
+
 def revoke_running_steps(conn: Connection, job_id: str) -> None:
     """Take running steps of a locked job away from their workers: their next write raises LeaseLost."""
     conn.execute(
@@ -167,9 +174,15 @@ class Work:
     """How far a job is, in estimated seconds of its steps, and what it took so far."""
 
     total_s: float
-    done_s: float
+    left: Mapping[str, float]
+    """Estimated seconds still to work, by step."""
     spent_s: float
     """Measured seconds of the steps that are done or running."""
+
+    @property
+    def done_s(self) -> float:
+        """Estimated seconds of what is done."""
+        return self.total_s - sum(self.left.values())
 
     @property
     def share(self) -> float:
@@ -178,18 +191,21 @@ class Work:
 
     @property
     def left_s(self) -> float:
-        """Seconds still to work: the estimate, corrected by the pace so far once a twentieth is done."""
-        pace = self.spent_s / self.done_s if self.share > 0.05 else 1.0
-        return (self.total_s - self.done_s) * pace
+        """Seconds still to work, if all goes on at the pace so far; something must be done already."""
+        return sum(self.left.values()) * self.spent_s / self.done_s
 
 
 def work_of(conn: Connection, job_id: str) -> Work:
     """Add up the steps of a job."""
     done = case((steps.c.status == "done", 1.0), else_=steps.c.progress)
     spent = case((steps.c.status == "done", steps.c.seconds), (steps.c.status == "running", _seconds()), else_=0.0)
-    sums = [func.coalesce(func.sum(part), 0.0) for part in (steps.c.weight, steps.c.weight * done, spent)]
-    total_s, done_s, spent_s = conn.execute(select(*sums).where(steps.c.job_id == job_id)).one()
-    return Work(total_s=total_s, done_s=done_s, spent_s=float(spent_s))
+    sums = [func.coalesce(func.sum(part), 0.0) for part in (steps.c.weight, steps.c.weight * (1 - done), spent)]
+    rows = conn.execute(select(steps.c.step, *sums).where(steps.c.job_id == job_id).group_by(steps.c.step)).all()
+    return Work(
+        total_s=sum(row[1] for row in rows),
+        left={row[0]: row[2] for row in rows},
+        spent_s=float(sum(row[3] for row in rows)),
+    )
 
 
 def _seconds() -> ColumnElement[Any]:

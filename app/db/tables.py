@@ -147,10 +147,13 @@ jobs = Table(
     Column("base_model", Text, nullable=False),
     Column("model_digest", Text, nullable=False),
     Column("queue", Text, nullable=False, server_default="default"),
+    Column("priority", Integer, nullable=False, server_default=text("0")),
     Column("progress", Double, nullable=False, server_default=text("0")),
     Column("estimate", JSONB),  # seconds per step, from the plan
     _time("progress_at"),  # of the newest `job.progress` event
     _time("eta_at"),
+    _time("eta_p10_at"),
+    _time("eta_p90_at"),
     Column("max_seconds", Integer),
     Column("error", JSONB),
     Column("metadata", JSONB, nullable=False, server_default=text("'{}'::jsonb")),
@@ -183,6 +186,7 @@ steps = Table(
     Column("worker", Text),
     Column("crashes", Integer, nullable=False, server_default=text("0")),
     Column("queue", Text, nullable=False),
+    Column("priority", Integer, nullable=False, server_default=text("0")),  # of its job
     Column("model_digest", Text),  # null: this step needs no model
     Column("weight", Double, nullable=False, server_default=text("1")),  # estimated seconds
     Column("progress", Double, nullable=False, server_default=text("0")),
@@ -257,6 +261,19 @@ selections = Table(
     Column("rows", Integer, nullable=False),
     Column("kept", Integer, nullable=False),
     _now(),
+)
+
+tallies = Table(
+    "tallies",
+    metadata,
+    # What app.db.measures counts of jobs that were deleted, so that no counter ever falls.
+    Column("name", Text, primary_key=True),
+    Column("step", Text, primary_key=True),
+    Column("outcome", Text, primary_key=True),
+    Column("code", Text, primary_key=True),
+    Column("bucket", Integer, primary_key=True, autoincrement=False),
+    Column("number", BigInteger, nullable=False),
+    Column("total", Double, nullable=False),
 )
 
 events = Table(

@@ -33,6 +33,20 @@ def test_a_job_that_the_client_has_already_is_not_sent_again(api: Api) -> None:
     assert changed.headers["ETag"] != first.headers["ETag"]
 
 
+def test_a_priority_is_shown_changed_and_copied_and_has_bounds(api: Api) -> None:
+    job_id = api.job(priority=3)
+    assert api.http.get(f"/jobs/{job_id}").json()["priority"] == 3
+    assert api.http.post(f"/jobs/{job_id}/clone").json()["priority"] == 3
+
+    assert patch(api, job_id, {"name": "x"}).json()["priority"] == 3
+    assert patch(api, job_id, {"priority": -10}).json()["priority"] == -10
+    assert patch(api, job_id, {"priority": None}).json()["priority"] == 0
+    for wrong in (11, -11, 1.5, "high"):
+        refused = patch(api, job_id, {"priority": wrong})
+        assert (refused.status_code, refused.json()["errors"][0]["pointer"]) == (422, "/priority")
+    assert api.post(a_job(dataset=api.dataset(), priority=11)).status_code == 422
+
+
 def test_name_and_metadata_are_changed_by_merge_patch(api: Api) -> None:
     job_id = api.job(name="old", metadata={"team": "blue", "run": "1"})
 

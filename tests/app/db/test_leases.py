@@ -14,8 +14,10 @@ from sqlalchemy import update
 from app.core import lifecycle
 from app.core.lifecycle import StepFacts
 from app.db.artifacts import NewArtifact
+from app.db.jobs import lock_job
 from app.db.leases import Lease, claim
 from app.db.projects import open_project
+from app.db.steps import set_priority
 from app.db.tables import steps
 from app.errors import LeaseLost
 from app.settings import Settings
@@ -181,6 +183,24 @@ def test_a_loaded_model_does_not_keep_the_turn_of_another_project(rig: Rig) -> N
 
     assert lease is not None
     assert lease.job_id == theirs
+
+
+def test_a_higher_priority_is_claimed_first_and_may_change_later(rig: Rig) -> None:
+    low, high, older = rig.submit(), rig.submit(priority=3), rig.submit()
+    first, second = take(rig), take(rig)
+    assert first is not None
+    assert second is not None
+    assert (first.job_id, second.job_id) == (high, low)
+
+    newer = rig.submit()
+    with rig.db.begin() as conn:
+        lock_job(conn, newer)
+        set_priority(conn, newer, 1)
+
+    third, fourth = take(rig), take(rig)
+    assert third is not None
+    assert fourth is not None
+    assert (third.job_id, fourth.job_id) == (newer, older)
 
 
 def test_a_step_claimed_while_its_job_ends_is_left_alone_and_tidied_up(rig: Rig) -> None:
