@@ -80,7 +80,8 @@ def project_full_fine_tuning(
             seconds=None, step_s=None, steps=work.steps, measured_steps=0, trained_parameters=count, reason=reason
         )
     weights = list(base.module.parameters())
-    masters = [nn.Parameter(weight.detach().float().clone()) for weight in weights]
+    with memory_guard("timing a baseline"):
+        masters = [nn.Parameter(weight.detach().float().clone()) for weight in weights]
     optimizer = torch.optim.AdamW(masters, lr=1e-5, fused=True)
 
     def update() -> None:
@@ -176,7 +177,8 @@ def _timed(
             for indices in work.batches[index]:
                 _loss(base, pack(base.renderer, rendered, indices)).backward()
         middle = _now(base.device)
-        update()
+        with memory_guard("timing a baseline"):
+            update()
         ended = _now(base.device)
         token_s.append((middle - started) / work.step_tokens[index])
         update_s.append(ended - middle)

@@ -101,7 +101,8 @@ class SliceTrainer:
 
         Where memory runs out the step is done again in smaller micro-batches, to the same loss and gradient.
 
-        Raises: Diverged, and updates nothing, if a loss or gradient is not finite; OutOfMemory if one row does not fit.
+        Raises: Diverged, and updates nothing, if a loss or gradient is not finite; OutOfMemory if one row, or AdamW's
+                state, does not fit.
         """
         per_epoch = steps_per_epoch(len(self._rows), self._batch_size)
         epoch, place = divmod(self.step, per_epoch)
@@ -120,9 +121,10 @@ class SliceTrainer:
         rate = schedule.rate(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        self.optimizer.step()
-        self.slices.zero_grad()
-        self.slices.sync()
+        with memory_guard("updating the slices"):  # the first step makes AdamW's moments
+            self.optimizer.step()
+            self.slices.zero_grad()
+            self.slices.sync()
         self.step += 1
         tokens = sum(self._base.renderer.length(row) for row in rows)
         return StepLog(self.step, epoch, loss, rate, norm, tokens)

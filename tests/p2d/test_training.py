@@ -288,6 +288,28 @@ def test_a_row_that_alone_does_not_fit_ends_the_run_and_leaves_the_base(
     assert_same(weights_of(tiny), before)
 
 
+def no_room_for_moments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """AdamW finds no memory for its state, which its first step makes."""
+
+    def allocate(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("no room for the moments")
+
+    monkeypatch.setattr(torch, "zeros_like", allocate)
+
+
+def test_no_room_for_the_optimizers_state_is_said_as_such_and_leaves_the_base(
+    tiny: BaseModel, rendered: list[RenderedRow], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = weights_of(tiny)
+    no_room_for_moments(monkeypatch)
+
+    with pytest.raises(OutOfMemory, match="updating the slices") as caught:
+        run(tiny, rendered)
+
+    assert caught.value.code == "engine.out_of_memory"
+    assert_same(weights_of(tiny), before)
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "phi3"])
 @pytest.mark.parametrize("rank", [None, 2])
 def test_a_cut_run_of_any_layout_and_rank_ends_bit_identical(
