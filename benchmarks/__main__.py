@@ -39,11 +39,15 @@ def main(arguments: list[str] | None = None) -> None:
     """Parse, run, write."""
     parser = argparse.ArgumentParser(prog="./run bench", description="The cost benchmark; see docs/benchmarks.md.")
     parser.add_argument("part", nargs="?", default="all", choices=["all", *PARTS])
-    parser.add_argument("--model", type=Path, required=True, help="directory of the base model")
     parser.add_argument(
-        "--rows", type=int, default=40, help="rows whose responses a sweep of head sets uses (default 40)"
+        "--model", type=Path, help="directory of the base model (`./run bench`: the demo's, fetched once)"
     )
-    parser.add_argument("--rounds", type=int, default=5, help="rounds that every ratio is the median of (default 5)")
+    parser.add_argument(
+        "--rows", type=positive, default=40, help="rows whose responses a sweep of head sets uses (default 40)"
+    )
+    parser.add_argument(
+        "--rounds", type=positive, default=5, help="rounds that every ratio is the median of (default 5)"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument(
         "--precision",
@@ -51,13 +55,24 @@ def main(arguments: list[str] | None = None) -> None:
         choices=["auto", "fp32", "bf16"],
         help="of the weights; auto = the faster one here",
     )
-    parser.add_argument("--threads", type=int, default=1, help="threads on a CPU; one gives the steadiest ratios")
+    parser.add_argument("--threads", type=positive, default=1, help="threads on a CPU; one gives the steadiest ratios")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results", help="where bench.json and bench.md go")
     parser.add_argument("--again", action="store_true", help="do not keep what an earlier run found")
     options = parser.parse_args(arguments)
+    if options.model is None:
+        parser.error("name the base model's directory with --model; `./run bench` takes the demo's by itself")
+    if not options.model.is_dir():
+        parser.error(f"there is no directory {str(options.model)!r}")
     # Before torch is imported: it reads the number once.
     os.environ["OMP_NUM_THREADS"] = str(options.threads)
     run(options)
+
+
+def positive(text: str) -> int:
+    """A whole number from 1 on, for argparse."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
+    return int(text)
 
 
 def run(options: argparse.Namespace) -> None:

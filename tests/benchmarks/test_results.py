@@ -91,3 +91,30 @@ def test_growth_is_read_off_the_two_largest_jobs() -> None:
     jobs = [{"rows": n, "seconds": n / 10, "written_bytes": 3 * n, "peak_bytes": 5_000_000} for n in sizes]
 
     assert [ratio.value for ratio in findings_of(jobs).ratios] == pytest.approx([1, 1, 0])
+
+
+def test_help_asks_for_no_model_that_run_bench_fetches(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        command.main(["--help"])
+
+    assert ended.value.code == 0
+    assert "[--model MODEL]" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "with --model"),
+        (["--model", "nowhere"], "no directory 'nowhere'"),
+        (["--rounds", "0"], "--rounds: '0' is not a whole number"),
+    ],
+)
+def test_what_cannot_run_is_said_before_anything_is_loaded(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        command.main(arguments)
+
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err
+    assert not runs
