@@ -1,13 +1,15 @@
-"""How a job grows with its rows: time, bytes written and memory at 1,000 to 1,000,000 rows, step by step.
+"""How a job grows with its rows: time, bytes, exact counts and memory at 1,000 to 1,000,000 rows, step by step.
 
-    python -m benchmarks.growth                    # 1k, 10k, 100k and 1M rows: hours on two cores
+    python -m benchmarks.growth                    # 1k, 10k, 100k and 1M rows: half an hour on a quiet core
     python -m benchmarks.growth --max-rows 100000  # as far as 100k
+    python -m benchmarks.growth --precision bf16   # whatever this device computes fastest
 
 Every size is a whole job (`validate` to `package`) in a process of its own, on a random model of two layers: what is measured is
-the machinery around a model, not the model. Rows are a few sentences repeated with other numbers, some 20 tokens each. An
-exponent is the slope of log cost over log rows between the two largest sizes: 1 = linear, 0 = flat. Seconds are of the
+the machinery around a model, not the model. Rows are a few sentences repeated with other numbers, some 30 tokens each. An
+exponent is the slope of log cost over log rows between the two largest sizes: 1 = linear, 0 = flat. It is judged where fixed
+costs do not hide it: where the smaller of the two costs at least ten times what the smallest job did. Seconds are of the
 processor, on one thread. Memory is the highest resident set of the process so far, libraries included. Writes growth.json and
-growth.md.
+growth.md; the runs of another precision stay in them.
 """
 
 from __future__ import annotations
@@ -21,14 +23,21 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from p2d.config import Precision
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZES = (1_000, 10_000, 100_000, 1_000_000)
 SEED = 0
+
+LINEAR, FLAT = (0.95, 1.05), (-1.0, 0.1)
+"""Exponents that a cost of every row, and one that no row adds to, may have."""
+FIXED_SHARE = 0.1
+"""Share that the smallest job's cost may be of the second largest's, for an exponent between the two largest to be judged."""
 
 Facts = dict[str, Any]
 
@@ -42,6 +51,10 @@ class StepGrowth:
     written_bytes: int
     peak_bytes: int
     """Of the process, until the step ended: it only rises."""
+    tokens: int = 0
+    """Processed, as the step accounts for them."""
+    flops: int = 0
+    """Of matrix products, in closed form."""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -49,23 +62,48 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.growth", description="Growth from 1k to 1M rows.")
     parser.add_argument("--max-rows", type=int, default=SIZES[-1], help="largest job (default 1000000)")
     parser.add_argument(
+        "--precision",
+        default="auto",
+        choices=["auto", "fp32", "bf16"],
+        help="of the weights; auto = the faster one here",
+    )
+    parser.add_argument(
         "--out", type=Path, default=ROOT / "docs" / "results", help="where growth.json and growth.md go"
     )
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)  # what a child is called with
     options = parser.parse_args(arguments)
+    if options.max_rows < SIZES[0]:
+        parser.error(f"--max-rows: the smallest job has {SIZES[0]:,} rows")
     if options.one:
-        print(json.dumps(one_job(options.one)))  # noqa: T201 - the answer to the parent
+        print(json.dumps(one_job(options.one, options.precision)))  # noqa: T201 - the answer to the parent
         return
-    found: list[Facts] = []
-    options.out.mkdir(parents=True, exist_ok=True)
+    started, found = time.monotonic(), list[Facts]()
     for rows in (size for size in SIZES if size <= options.max_rows):
-        child = [sys.executable, "-m", "benchmarks.growth", "--one", str(rows)]
+        child = [sys.executable, "-m", "benchmarks.growth", "--one", str(rows), "--precision", options.precision]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
         done = subprocess.run(child, check=True, stdout=subprocess.PIPE, cwd=ROOT, env=environment)
         found.append(json.loads(done.stdout))
-        (options.out / "growth.json").write_text(json.dumps({"jobs": found}, indent=1) + "\n")
-        (options.out / "growth.md").write_text(as_markdown(found))
+        command = f"python -m benchmarks.growth --max-rows {rows} --precision {options.precision}"
+        write(options.out, found, command=command, seconds=time.monotonic() - started)
         say(f"{rows:,} rows: {found[-1]['seconds']:.0f} s, peak {found[-1]['peak_bytes'] / 2**20:.0f} MiB")
+
+
+def write(out: Path, jobs: Sequence[Facts], *, command: str, seconds: float) -> None:
+    """Put the jobs of one precision into growth.json and write growth.md anew."""
+    from benchmarks.workbench import load_average, machine
+
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / "growth.json"
+    runs: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    runs[jobs[0]["dtype"]] = {
+        "command": command,
+        "machine": f"{machine()}, one thread, cpu, torch {jobs[0]['torch']}",
+        "load_average": load_average(),
+        "wall_seconds": seconds,
+        "jobs": list(jobs),
+    }
+    path.write_text(json.dumps(runs, indent=1) + "\n")
+    (out / "growth.md").write_text(as_markdown(runs))
 
 
 def say(line: str) -> None:
@@ -76,10 +114,13 @@ def say(line: str) -> None:
 # --- one size --------------------------------------------------------------------------------------------------------
 
 
-def one_job(count: int) -> Facts:
+def one_job(count: int, precision: Precision = "auto") -> Facts:
     """A whole job of `count` rows; what each step took."""
+    import torch
+
     from p2d.config import JobConfig, TrainingConfig
     from p2d.pipeline import SHARD_ROWS, ModelCache, StepCall, plan_steps, run_step
+    from p2d.response_matrix import load_shard
     from p2d.validation import validate_file
     from tests.factories import tiny_model_dir
 
@@ -94,7 +135,8 @@ def one_job(count: int) -> Facts:
         base_peak = peak_bytes()
         with step(steps, "ingest", work):
             validate_file(sent, "jsonl", normalised=work / "dataset.jsonl")
-        config = JobConfig(training=TrainingConfig(epochs=1, learning_rate=1e-3, batch_size=32))
+        training = TrainingConfig(epochs=1, learning_rate=1e-3, batch_size=32, precision=precision)
+        config = JobConfig(training=training)
         models = ModelCache()
         for planned in plan_steps(config, count, SHARD_ROWS):
             call = StepCall(
@@ -107,22 +149,39 @@ def one_job(count: int) -> Facts:
                 run_step(call, models=models)
             if planned.shard % 16 == 0:
                 say(f"  {count:,} rows: {planned.step} {planned.shard + 1} of {planned.shards}")
+        steps = {
+            name: replace(cost, tokens=counted(work, name, "tokens"), flops=counted(work, name, "flops"))
+            for name, cost in steps.items()
+        }
+        plan = json.loads((work / "plan.json").read_text())
+        shards = [load_shard(path) for path in sorted(work.glob("responses-*.safetensors"))]
+        response_bytes = sum(shard.response_RN.nbytes + shard.row_R.nbytes for shard in shards)
     return {
         "rows": count,
+        "dtype": plan["dtype"],
+        "torch": torch.__version__,
         "seconds": sum(cost.seconds for cost in steps.values()),
         "written_bytes": sum(cost.written_bytes for cost in steps.values()),
+        "tokens": sum(cost.tokens for cost in steps.values()),
+        "flops": sum(cost.flops for cost in steps.values()),
         "base_peak_bytes": base_peak,
-        "peak_bytes": peak_bytes(),
+        "peak_bytes": steps["package"].peak_bytes,
         "steps": {name: asdict(cost) for name, cost in steps.items()},
+        "sets": {name: plan[name] for name in ("train", "guide", "evaluation")},
+        "response_bytes": response_bytes,
     }
 
 
+PERIOD = 21
+"""Rows after which lengths come again: jobs of a multiple of it are exactly as many times as long, in bytes and in tokens."""
+
+
 def lines(count: int) -> Iterator[str]:
-    """Rows that repeat a few sentences with other numbers."""
+    """Rows that repeat a few sentences with other numbers, at some twenty lengths."""
     for number in range(count):
-        a, b = number % 9973, number // 7 % 97
-        asked = ("What is {} plus {}?", "Add {} to {}.", "{} + {} =")[number % 3].format(a, b)
-        yield json.dumps({"question": f"{number}: {asked}", "answer": str(a + b)}) + "\n"
+        a, b = number % 800 + 100, number % 90 + 10
+        asked = ("What is {} plus {}?", "Add {} to {}.", "{} + {} =")[number % 3].format(a, b) + "?" * (number // 3 % 7)
+        yield json.dumps({"question": f"{number:07}: {asked}", "answer": str(a + b)}) + "\n"
 
 
 class step:
@@ -143,6 +202,11 @@ class step:
         )
 
 
+def counted(folder: Path, name: str, what: str) -> int:
+    """Tokens or operations of all shards of a step, as it accounts for them."""
+    return sum(json.loads(path.read_text())[what] for path in folder.glob(f"accounting-{name}*.json"))
+
+
 def folder_bytes(folder: Path) -> int:
     """Size of all files of a folder; a step replaces none of an earlier one."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
@@ -159,36 +223,74 @@ def peak_bytes() -> int:
 
 def exponent(jobs: Sequence[Facts], *path: str) -> float:
     """Slope of log cost over log rows between the two largest jobs."""
-    costs = []
-    for job in jobs[-2:]:
-        value: Any = job
-        for name in path:
-            value = value[name]
-        costs.append(float(value))
+    costs = [cost_of(job, path) for job in jobs[-2:]]
     return math.log(costs[1] / costs[0]) / math.log(jobs[-1]["rows"] / jobs[-2]["rows"]) if min(costs) > 0 else 0.0
 
 
-def as_markdown(jobs: Sequence[Facts]) -> str:
-    """Tables of seconds, of bytes and of memory."""
-    out = ["# Growth", "", "Made by `python -m benchmarks.growth`; see its first lines for what is measured.", ""]
-    names = list(jobs[0]["steps"])
+def cost_of(job: Facts, path: Sequence[str]) -> float:
+    """A number deep inside of a job's facts."""
+    value: Any = job
+    for name in path:
+        value = value[name]
+    return float(value)
+
+
+def shows(jobs: Sequence[Facts], *path: str) -> bool:
+    """Whether the exponent says something: fixed costs are a small share of the smaller of its two jobs."""
+    smallest, smaller = cost_of(jobs[0], path), cost_of(jobs[-2], path)
+    return len(jobs) > 2 and 0 < smallest <= FIXED_SHARE * smaller
+
+
+def _slope(jobs: Sequence[Facts], wanted: tuple[float, float], *path: str) -> tuple[str, str]:
+    """The exponent, and whether it is as it should be."""
+    if len(jobs) < 2:
+        return "", ""
+    slope = exponent(jobs, *path)
+    if wanted == LINEAR and not shows(jobs, *path):
+        return f"{slope:.2f}", "fixed costs"
+    return f"{slope:.2f}", "met" if wanted[0] <= slope <= wanted[1] else "MISSED"
+
+
+def as_markdown(runs: Mapping[str, Any]) -> str:
+    """The page: for every precision tables of seconds, bytes, exact counts and memory."""
+    out = [
+        "# Growth",
+        "<!-- Written by `python -m benchmarks.growth`, whose first lines say what is measured; do not edit. -->",
+        "",
+        f"An exponent is met between {LINEAR[0]} and {LINEAR[1]} (seconds, bytes, counts), and up to {FLAT[1]} (memory); "
+        "where fixed costs hide it, it is not judged.",
+        "",
+    ]
+    for dtype, run in runs.items():
+        load = f"load average {run['load_average']:.1f} at its end, {run['wall_seconds']:.0f} s in all"
+        out += [f"## {dtype}", f"`{run['command']}`; {run['machine']}; {load}.", "", *_tables(run["jobs"])]
+    return "\n".join(out).rstrip("\n") + "\n"
+
+
+def _tables(jobs: Sequence[Facts]) -> list[str]:
     head = " | ".join(f"{job['rows']:,} rows" for job in jobs)
-    rule = "| --- |" + " ---: |" * (len(jobs) + 1)
-    tables: tuple[tuple[str, str, Callable[[float], str]], ...] = (
-        ("Seconds", "seconds", lambda value: f"{value:.3g}"),
-        ("Bytes written, MiB", "written_bytes", lambda value: f"{value / 2**20:.3g}"),
-        ("Highest resident set until the step ended, MiB", "peak_bytes", lambda value: f"{value / 2**20:.0f}"),
+    rule = "| --- |" + " ---: |" * (len(jobs) + 1) + " --- |"
+    tables: tuple[tuple[str, str, tuple[float, float], Callable[[float], str]], ...] = (
+        ("Seconds", "seconds", LINEAR, lambda value: f"{value:.3g}"),
+        ("Bytes written, MiB", "written_bytes", LINEAR, lambda value: f"{value / 2**20:.3g}"),
+        ("Tokens processed, thousands", "tokens", LINEAR, lambda value: f"{value / 1e3:,.1f}"),
+        ("Operations, GFLOP", "flops", LINEAR, lambda value: f"{value / 1e9:.3g}"),
+        (
+            "Highest resident set until the step ended, MiB",
+            "peak_bytes",
+            FLAT,
+            lambda value: f"{value / 2**20:.0f}",
+        ),
     )
-    for title, fact, show in tables:
-        out += [f"## {title}", "", f"| step | {head} | exponent |", rule]
-        for name in names:
-            cells = " | ".join(show(job["steps"][name][fact]) for job in jobs)
-            slope = f"{exponent(jobs, 'steps', name, fact):.2f}" if len(jobs) > 1 else ""
-            out.append(f"| {name} | {cells} | {slope} |")
-        cells = " | ".join(show(job[fact]) for job in jobs)
-        slope = f"{exponent(jobs, fact):.2f}" if len(jobs) > 1 else ""
-        out += [f"| **whole job** | {cells} | {slope} |", ""]
-    return "\n".join(out)
+    out: list[str] = []
+    for title, fact, wanted, show in tables:
+        out += [f"**{title}**", "", f"| step | {head} | exponent | |", rule]
+        rows = [(name, ("steps", name, fact)) for name in jobs[0]["steps"] if jobs[0]["steps"][name][fact]]
+        for name, path in (*rows, ("**whole job**", (fact,))):
+            cells = " | ".join(show(cost_of(job, path)) for job in jobs)
+            out.append(f"| {name} | {cells} | {' | '.join(_slope(jobs, wanted, *path))} |")
+        out.append("")
+    return out
 
 
 if __name__ == "__main__":

@@ -22,9 +22,9 @@ def growth(bench: Workbench) -> Findings:
     """Exponents of time, bytes and memory over rows."""
     out = bench.scratch / "growth"
     command = [sys.executable, "-m", "benchmarks.growth", "--max-rows", str(LARGEST), "--out", str(out)]
-    subprocess.run(command, check=True, cwd=ROOT)
-    jobs: list[dict[str, Any]] = json.loads((out / "growth.json").read_text(encoding="utf-8"))["jobs"]
-    return findings_of(jobs)
+    subprocess.run([*command, "--precision", bench.precision], check=True, cwd=ROOT)
+    (run,) = json.loads((out / "growth.json").read_text(encoding="utf-8")).values()
+    return findings_of(run["jobs"])
 
 
 def findings_of(jobs: list[dict[str, Any]]) -> Findings:

@@ -104,7 +104,7 @@ def environment(bench: Workbench) -> dict[str, str | int | float]:
     """What a reader needs to know about the machine."""
     base = bench.base
     facts: dict[str, str | int | float] = {
-        "machine": _processor(),
+        "machine": machine(),
         "cores": os.cpu_count() or 0,
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(base.device) if base.device.type == "cuda" else "cpu",
@@ -132,7 +132,8 @@ def load_average() -> float:
     return os.getloadavg()[0]
 
 
-def _processor() -> str:
+def machine() -> str:
+    """The processor's name."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import sys
 from collections.abc import Iterator
@@ -11,6 +12,17 @@ import torch
 
 from p2d.config import Precision
 from p2d.errors import ConfigError, OutOfMemory
+
+SHAPE_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
+"""oneDNN's cache of compiled shapes and PyTorch's own above it: both keep up to 1,024 entries of some 0.3 MiB each."""
+CACHED_SHAPES = "128"
+"""Entries of each. Packed lines have many lengths, so a bf16 job on a CPU filled both: 700 MiB, bit by bit. A micro-batch
+needs some 60 shapes, again in every layer: SmolLM2's training steps took as long with 64 and 128 as with 1,024 (docs/LOG.md)."""
+
+for (
+    name
+) in SHAPE_CACHES:  # read at the first product, so after torch is loaded is early enough; a user's own number stays
+    os.environ.setdefault(name, CACHED_SHAPES)
 
 
 def pick_device(name: str = "auto") -> torch.device:
