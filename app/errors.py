@@ -3,7 +3,8 @@
 P2DError (p2d.errors)
 └── ServiceError
     ├── RequestError        the HTTP request itself is wrong
-    ├── NotAllowed          the caller may not do this
+    ├── NotAllowed          the caller may not do this          ┐ in app.access_errors
+    ├── TooMuch             the caller's project has had enough ┘
     ├── NotFound            a thing that is not there
     ├── Conflict            a thing that is there, in a state that forbids the request
     ├── Unavailable         a server behind the service does not answer
@@ -120,34 +121,6 @@ class CursorInvalid(RequestError):
     def __init__(self) -> None:
         detail = ErrorDetail(code=self.code, message="Not a cursor of this list.", pointer="/query/cursor")
         super().__init__("The cursor is not one of this list.", errors=[detail])
-
-
-# --- not allowed -----------------------------------------------------------------------------------------------------
-
-
-class NotAllowed(ServiceError):
-    """The caller may not do this."""
-
-    code, hint = "auth.not_allowed", "Ask the operator of the service."
-    fault: ClassVar[Fault] = "user"
-
-
-class KeyRefused(NotAllowed):
-    """No API key, or one that opens nothing: unknown, expired or revoked."""
-
-    code, hint = (
-        "auth.key_refused",
-        "Send `Authorization: Bearer p2d_...` (P2D_API_KEY for the command line and Client); `p2d keys create` makes a key.",
-    )
-
-
-class InsufficientScope(NotAllowed):
-    """An API key that is good, but not for this."""
-
-    code, hint = "auth.insufficient_scope", "Use a key of the scope in facts.needed."
-
-    def __init__(self, *, needed: str, has: str) -> None:
-        super().__init__(f"This needs the scope {needed!r}; the key has {has!r}.", needed=needed, has=has)
 
 
 # --- not there -------------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from starlette.requests import ClientDisconnect
 from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+import app.access_errors as access_errors
 import app.errors as service_errors
 from app.db.engine import DatabaseUnavailable, PoolTimeout
 from app.db.ids import new_id
@@ -68,6 +69,10 @@ STATUS = {
     "auth.not_allowed": 403,
     "auth.key_refused": 401,
     "auth.insufficient_scope": 403,
+    "limit.reached": 429,
+    "limit.requests": 429,
+    "limit.jobs": 429,
+    "limit.storage": 403,
     "key.not_found": 404,
     "resource.not_found": 404,
     "artifact.not_found": 404,
@@ -121,6 +126,7 @@ log = structlog.get_logger()
 def catalogue() -> dict[str, type[P2DError]]:
     """Every error class by its code, engine's and service's. Where classes share a code the most general stands for it."""
     assert service_errors  # imported, so that its subclasses are known
+    assert access_errors
     found: dict[str, type[P2DError]] = {}
     todo: list[type[P2DError]] = [P2DError]
     while todo:
@@ -152,7 +158,7 @@ def answer(request: Request, error: P2DError, *, headers: Mapping[str, str] | No
     # Also set by RequestIds, but an answer to an unknown exception is sent from outside of it.
     extra = {**(headers or {}), "X-Request-Id": body["request_id"]}
     if body["retryable"] and body["status"] != 500:
-        extra["Retry-After"] = str(RETRY_AFTER_S.get(error.code, 5))
+        extra["Retry-After"] = str(error.facts.get("retry_after_s", RETRY_AFTER_S.get(error.code, 5)))
     if error.code in BEARER:
         extra["WWW-Authenticate"] = BEARER[error.code].format(**error.facts)
     if error.code == "request.range":
@@ -171,7 +177,10 @@ def request_id(request: Request) -> str:
 
 
 class RequestIds:
-    """Name every request, by the caller's own X-Request-Id where that is a plain word, and say the name in the answer."""
+    """Name every request, by the caller's own X-Request-Id where that is a plain word, and say the name in the answer.
+
+    The answer also gets the headers that the door noted in `p2d.headers`, whoever made it.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -182,11 +191,15 @@ class RequestIds:
             await self._app(scope, receive, send)
             return
         given = Headers(scope=scope).get("x-request-id", "")
+        noted: dict[str, str] = {}
+        scope["p2d.headers"] = noted
         scope["p2d.request_id"] = name = given if _REQUEST_ID.fullmatch(given) else new_id("req")
 
         async def named(message: Message) -> None:
             if message["type"] == "http.response.start":
-                MutableHeaders(scope=message)["X-Request-Id"] = name
+                headers = MutableHeaders(scope=message)
+                headers["X-Request-Id"] = name
+                headers.update(noted)
             await send(message)
 
         await self._app(scope, receive, named)

@@ -45,6 +45,15 @@ class Settings(BaseSettings):
     """Secret that API keys are hashed with: 32 characters or more, the same for every process. Absent: a file in home, made
     with the first key."""
 
+    rate_per_minute: int = Field(default=600, ge=1)
+    """Requests of one project in a minute, over all its keys; more are answered with 429. Not without keys."""
+    quota_jobs: int = Field(default=1000, ge=1)
+    """Jobs of one project that have not ended; more are refused with 429."""
+    quota_bytes: int = Field(default=100 * 1024 * MiB, ge=1)
+    """Bytes of one project's datasets, open uploads and jobs' files; more are refused with 403. Running jobs may exceed it."""
+    quota_rows: int = Field(default=100_000_000, ge=1)
+    """Rows of one project's datasets; more are refused with 403."""
+
     max_upload_bytes: int = Field(default=1024 * MiB, ge=1)
     """Largest dataset file, in bytes. A larger upload is cut off with 413."""
     upload_part_bytes: int = Field(default=8 * MiB, ge=1)

@@ -6,6 +6,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse
 
+from app.access_errors import StorageFull
 from app.api.bodies import Received, read_json, receive
 from app.api.context import Context, Cursor, DatasetId, IdempotencyKey, Limit, Services, page_after, page_of
 from app.api.documentation import DATASET_BODY, DATASET_KNOWN, errors
@@ -30,7 +31,7 @@ router = APIRouter(tags=["datasets"])
 
 DATASET_ERRORS = (
     *(RequestError, RequestInvalid, UnsupportedMediaType, IdempotencyInFlight, IdempotencyMismatch),
-    *(DatasetError, DatasetEmpty, DatasetTooLarge, MappingInvalid),
+    *(DatasetError, DatasetEmpty, DatasetTooLarge, MappingInvalid, StorageFull),
 )
 """What can be wrong with a request that makes a dataset."""
 
@@ -98,7 +99,7 @@ def _create(services: Services, received: Received, key: str | None) -> Response
     with services.engine.begin() as conn:
         if (replay := once.take(conn)) is not None:
             return replay
-        dataset, new = record(conn, candidate, blob)
+        dataset, new = record(conn, candidate, blob, services.settings)
         return answer_dataset(conn, once, dataset, new=new)
 
 

@@ -49,6 +49,10 @@ COMMON: dict[int | str, dict[str, Any]] = {
         "description": "`request.invalid`: fields, path or query are wrong; `errors[]` lists all.",
         "content": _PROBLEM,
     },
+    429: {
+        "description": "`limit.requests`: the project sent too many; see Retry-After and RateLimit.",
+        "content": _PROBLEM,
+    },
     503: {"description": "A server behind the service does not answer; see Retry-After.", "content": _PROBLEM},
     "default": {"description": "Every other error, in the same shape.", "content": _PROBLEM},
 }

@@ -11,11 +11,12 @@ import re
 from fastapi import Request
 from fastapi.concurrency import run_in_threadpool
 
+from app.access_errors import KeyRefused, NotAllowed, TooMuch
 from app.api.bodies import drain
 from app.core.keys import KEYLESS, Caller, check_key, read_pepper
+from app.core.rates import Rates
 from app.db.api_keys import any_key, still_opens
 from app.db.engine import Engine
-from app.errors import KeyRefused, NotAllowed
 from app.settings import Settings
 
 READING = ("GET", "HEAD")
@@ -27,14 +28,15 @@ class Door:
 
     def __init__(self, settings: Settings, owner: Engine) -> None:
         self._settings, self._owner = settings, owner
+        self._rates = Rates(settings.url("broker_url"), per_minute=settings.rate_per_minute)
         self._has_keys = False
         """Once true it stays so: a key that was revoked still counts."""
 
     async def admit(self, request: Request) -> Caller:
-        """Whose request this is. Raises KeyRefused, InsufficientScope."""
+        """Whose request this is. Raises KeyRefused, InsufficientScope, TooManyRequests."""
         try:
             return await run_in_threadpool(self._admit, request)
-        except NotAllowed:
+        except (NotAllowed, TooMuch):
             await drain(request.stream())  # who is still sending would else meet a reset instead of the answer
             raise
 
@@ -58,6 +60,10 @@ class Door:
             if scheme.lower() != "bearer":
                 raise KeyRefused("Expected `Authorization: Bearer` with an API key.")
             caller = check_key(conn, read_pepper(self._settings), text.strip())
+        allowed, allowance = self._rates.take(caller.project_id)
+        request.scope["p2d.headers"] |= self._rates.headers(allowance)
+        if not allowed:
+            raise self._rates.refusal(allowance)
         caller.need("read" if request.method in READING else "write")
         return caller
 

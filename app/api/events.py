@@ -14,11 +14,12 @@ from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import StreamingResponse
 
+from app.access_errors import KeyRefused
 from app.api.context import Context, JobId, Services
 from app.api.documentation import errors
 from app.db.events import Event, list_events
 from app.db.jobs import Job, find_job
-from app.errors import JobNotFound, KeyRefused, RequestInvalid
+from app.errors import JobNotFound, RequestInvalid
 from app.schemas import EventView, Page
 from p2d.errors import ErrorDetail
 

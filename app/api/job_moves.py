@@ -11,6 +11,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse
 
+from app.access_errors import TooManyJobs
 from app.api.bodies import Received, read_json, receive_json
 from app.api.context import Context, IdempotencyKey, JobId, Services
 from app.api.documentation import PATCH_BODY, errors
@@ -19,6 +20,7 @@ from app.api.idempotency import Once
 from app.api.job_views import view_of
 from app.api.patches import merge_patch
 from app.core.moves import delete, request_cancel, request_pause, request_resume, request_retry
+from app.core.quotas import allow_job
 from app.db.engine import Connection
 from app.db.jobs import Job, find_job, update_job
 from app.db.steps import set_priority
@@ -73,7 +75,7 @@ def resume_job(job_id: JobId, services: Context, key: IdempotencyKey) -> Respons
     status_code=202,
     response_model=JobView,
     responses=errors(
-        *(JobNotFound, MoveNotAllowed, IdempotencyInFlight),
+        *(JobNotFound, MoveNotAllowed, IdempotencyInFlight, TooManyJobs),
         *(DatasetNotFound, HeadMapNotFound, SelectionNotFound),
     ),
 )
@@ -83,7 +85,12 @@ def retry_job(job_id: JobId, services: Context, key: IdempotencyKey) -> Response
     Training goes on from its last checkpoint. Its `limits.max_seconds` count anew. The earlier error stays in the job's
     events and attempts.
     """
-    return _move(services, job_id, "retry", key, request_retry)
+
+    def retry(conn: Connection, job_id: str) -> Job:
+        allow_job(conn, services.settings)
+        return request_retry(conn, job_id)
+
+    return _move(services, job_id, "retry", key, retry)
 
 
 @router.patch(

@@ -12,6 +12,7 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse
 from pydantic import JsonValue
 
+from app.access_errors import StorageFull, TooManyJobs
 from app.api.bodies import Received, read_json, receive, receive_json
 from app.api.context import Context, Cursor, IdempotencyKey, JobId, Limit, Services, page_after, page_of
 from app.api.documentation import CLONE_BODY, JOB_BODY, errors
@@ -19,6 +20,7 @@ from app.api.idempotency import Once
 from app.api.job_views import summary_of, view_of
 from app.api.patches import merge_patch
 from app.core.ingest import Candidate, inspect, record, store
+from app.core.quotas import allow_job
 from app.core.submit import Content, JobRequest, find_dataset, refusals, submit
 from app.db.engine import Connection
 from app.db.jobs import Job, find_job, list_jobs, update_job
@@ -67,6 +69,7 @@ _REFUSALS: tuple[type[P2DError], ...] = (
     *(ConfigError, DatasetError, DatasetEmpty, DatasetTooSmall, DatasetTooLarge, MappingInvalid),
     *(ModelError, ModelNotFound, ModelUnsupported),
     *(HeadMapNotFound, HeadMapMismatch, SelectionNotFound, SelectionMismatch),
+    *(StorageFull, TooManyJobs),
 )
 _CREATE_ERRORS, _CLONE_ERRORS = errors(*_REFUSALS), errors(JobNotFound, *_REFUSALS)
 
@@ -142,7 +145,11 @@ def _queue(services: Services, body: JobBody, received: Received, once: Once) ->
     with services.engine.begin() as conn:
         if (replay := once.take(conn)) is not None:
             return replay
-        ids = {name: record(conn, candidate, blobs[name])[0].id for name, candidate in candidates.items()}
+        allow_job(conn, services.settings)
+        ids = {
+            name: record(conn, candidate, blobs[name], services.settings)[0].id
+            for name, candidate in candidates.items()
+        }
         dataset_id = ids.get("dataset", body.dataset)
         assert dataset_id is not None
         request = JobRequest(

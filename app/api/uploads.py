@@ -11,12 +11,14 @@ from fastapi import Path as PathParameter
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse
 
+from app.access_errors import StorageFull
 from app.api.bodies import ReceivedFile, read_json, receive_bytes, receive_json
 from app.api.context import Context, IdempotencyKey, Services, UploadId
 from app.api.datasets import DATASET_ERRORS, answer_dataset
 from app.api.documentation import COMPLETE_BODY, DATASET_KNOWN, PART_BODY, UPLOAD_BODY, errors
 from app.api.idempotency import Once
 from app.core.ingest import inspect, record, store
+from app.core.quotas import allow_storage
 from app.core.uploads import MAX_PARTS, assembled, ended_meanwhile, expected_size, part_size, take_part
 from app.db.datasets import Dataset, get_dataset
 from app.db.engine import Connection
@@ -51,7 +53,7 @@ PartNumber = Annotated[int, PathParameter(ge=1, le=MAX_PARTS, description="From 
     "/uploads",
     status_code=201,
     response_model=UploadView,
-    responses=errors(*_JSON_ERRORS, DatasetTooLarge),
+    responses=errors(*_JSON_ERRORS, DatasetTooLarge, StorageFull),
     openapi_extra=UPLOAD_BODY,
 )
 async def create_upload(request: Request, services: Context, key: IdempotencyKey) -> Response:
@@ -131,6 +133,7 @@ def _create(services: Services, body: UploadBody, key: str | None) -> Response:
     with services.engine.begin() as conn:
         if (replay := once.take(conn)) is not None:
             return replay
+        allow_storage(conn, settings, size_bytes=body.size_bytes)
         upload = insert_upload(
             conn,
             name=body.name,
@@ -178,7 +181,7 @@ def _complete(services: Services, upload_id: str, body: CompleteBody, key: str |
             raise UploadNotFound(id=upload_id)
         if locked.dataset_id is not None:  # a twin was faster
             return answer_dataset(conn, once, _dataset(conn, locked.dataset_id), new=False)
-        dataset, new = record(conn, candidate, blob)
+        dataset, new = record(conn, candidate, blob, services.settings)
         finish_upload(conn, upload_id, dataset.id)
         return answer_dataset(conn, once, dataset, new=new)
 

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from app.blobs import Blob, BlobStore
+from app.core.quotas import allow_storage
 from app.db.datasets import Dataset, insert_dataset, same_dataset
 from app.db.engine import Connection
 from app.settings import Settings
@@ -65,12 +66,13 @@ def store(blobs: BlobStore, candidate: Candidate) -> Blob:
     return blobs.put_file(candidate.normalised)
 
 
-def record(conn: Connection, candidate: Candidate, blob: Blob) -> tuple[Dataset, bool]:
-    """Return the dataset of this content and whether it is new; the same content is one dataset."""
+def record(conn: Connection, candidate: Candidate, blob: Blob, settings: Settings) -> tuple[Dataset, bool]:
+    """Return the dataset of this content and whether it is new; the same content is one dataset. Raises StorageFull."""
     known = same_dataset(conn, candidate.content_hash)
     if known is not None:
         return known, False
     report = candidate.report
+    allow_storage(conn, settings, size_bytes=blob.size_bytes, rows=report.rows)
     dataset = insert_dataset(
         conn,
         name=candidate.name,

@@ -15,11 +15,12 @@ import secrets
 from dataclasses import dataclass
 from pathlib import Path
 
+from app.access_errors import InsufficientScope, KeyRefused
 from app.db.api_keys import ApiKey, Scope, any_key, get_key, insert_key, note_use
 from app.db.engine import Connection
 from app.db.ids import new_id
 from app.db.projects import DEFAULT_PROJECT
-from app.errors import InsufficientScope, KeyRefused, PepperMissing
+from app.errors import PepperMissing
 from app.settings import Settings
 
 KEY_PATTERN = re.compile(r"p2d_([0-9a-hjkmnp-tv-z]{26})_[a-z2-7]{52}")

@@ -12,11 +12,12 @@ import pytest
 from fastapi import Request
 from typer.testing import CliRunner
 
+from app.access_errors import KeyRefused
 from app.api.door import _refuse_strangers, is_loopback
 from app.cli import cli
 from app.core.keys import KEY_PATTERN, check_key, make_key, read_pepper
 from app.db.projects import DEFAULT_PROJECT
-from app.errors import KeyRefused, NoKeys, PepperMissing
+from app.errors import NoKeys, PepperMissing
 from app.main import may_listen
 from app.settings import Settings
 from p2d.client import Client, ServiceProblem

@@ -24,7 +24,7 @@ from app.main import create_app
 from app.settings import Settings
 from tests.app.conftest import Api, a_job, rows, serving
 
-SHARED = {"objects"}
+SHARED = {"objects", "tallies"}
 """Tables that belong to no project, and that no route shows."""
 
 OPEN = {"/healthz", "/readyz", "/version"}

@@ -1,0 +1,35 @@
+"""Sums of what a project has, as far as the transaction may see: call them on an engine of `for_project`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy import Select, func, select
+
+from app.db.engine import Connection
+from app.db.tables import artifacts, datasets, jobs, uploads
+
+
+def open_jobs(conn: Connection) -> int:
+    """Jobs that have not ended."""
+    return _number(conn, select(func.count()).select_from(jobs).where(jobs.c.finished_at.is_(None)))
+
+
+def stored_rows(conn: Connection) -> int:
+    """Rows of all datasets."""
+    return _number(conn, select(func.sum(datasets.c.rows)).where(datasets.c.deleted_at.is_(None)))
+
+
+def stored_bytes(conn: Connection) -> int:
+    """Bytes of datasets, of uploads that are open, and of jobs' files. What equal content saves is not taken off."""
+    gone = uploads.c.dataset_id.is_not(None) | uploads.c.deleted_at.is_not(None) | (uploads.c.expires_at <= func.now())
+    sums = (
+        select(func.sum(datasets.c.stored_bytes)).where(datasets.c.deleted_at.is_(None)),
+        select(func.sum(uploads.c.size_bytes)).where(~gone),
+        select(func.sum(artifacts.c.size_bytes)),
+    )
+    return sum(_number(conn, one) for one in sums)
+
+
+def _number(conn: Connection, query: Select[Any]) -> int:
+    return int(conn.execute(query).scalar_one() or 0)

@@ -1,0 +1,123 @@
+"""Laws of rates and quotas: a project that has had enough is told so and when to come back; another does not notice."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+
+from app.core.rates import Rates
+from app.settings import Settings
+from tests.app.conftest import Api, a_job, rows, serving
+from tests.app.test_tenants import authorized, key
+from tests.s3_server import free_ports
+
+LIMITS = {"rate_per_minute": 40, "quota_jobs": 2, "quota_bytes": 40_000, "quota_rows": 200}
+
+
+@pytest.fixture(scope="module")
+def limited(module_settings: Settings) -> Iterator[Api]:
+    with serving(Settings.model_validate({**module_settings.model_dump(), **LIMITS})) as api:
+        yield api
+
+
+@pytest.fixture
+def lab(limited: Api, request: pytest.FixtureRequest) -> Iterator[Api]:
+    """The service as a project of this test alone sees it."""
+    with authorized(limited, key(limited.engine, limited.settings, request.node.name, "write")):
+        yield limited
+
+
+def left(answer: httpx.Response) -> int:
+    match = re.fullmatch(r'"minute";r=(\d+);t=(\d+)', answer.headers["ratelimit"])
+    assert match is not None
+    return int(match[1])
+
+
+def refused(answer: httpx.Response, status: int, code: str) -> dict[str, Any]:
+    body: dict[str, Any] = answer.json()
+    assert (answer.status_code, body["code"], body["fault"], body["retryable"]) == (status, code, "capacity", True)
+    return body
+
+
+def test_the_request_too_many_is_told_when_to_come_back_and_no_other_project_notices(limited: Api, lab: Api) -> None:
+    first = lab.http.get("/jobs")
+    assert first.headers["ratelimit-policy"] == '"minute";q=40;w=60'
+    assert [left(lab.http.get("/jobs")) for _ in range(2)] == [left(first) - 1, left(first) - 2]
+
+    answers = [lab.http.get("/jobs") for _ in range(60)]
+
+    assert sum(answer.is_success for answer in answers) >= 37
+    last = next(answer for answer in answers if not answer.is_success)
+    refused(last, 429, "limit.requests")
+    assert 1 <= int(last.headers["retry-after"]) <= 60
+    assert left(last) == 0
+    other = {"Authorization": f"Bearer {key(limited.engine, limited.settings, 'another', 'read')}"}
+    assert lab.http.get("/jobs", headers=other).status_code == 200
+
+
+def test_an_upload_that_comes_too_soon_gets_its_answer_and_no_reset(lab: Api) -> None:
+    for _ in range(45):
+        lab.http.get("/jobs")
+
+    refused(lab.http.post("/datasets", files={"file": ("big.jsonl", b"x" * 2_900_000)}), 429, "limit.requests")
+
+
+def test_api_processes_count_together_and_each_alone_while_the_broker_is_away(limited: Api) -> None:
+    url = limited.settings.url("broker_url")
+    one, two = (Rates(url, per_minute=5) for _ in range(2))
+    assert [rates.take("p")[0] for rates in (one, two, one, two, one, two, one)] == [True] * 5 + [False] * 2
+
+    away = Rates(f"redis://127.0.0.1:{free_ports(1)[0]}/0", per_minute=5)
+    assert [away.take("p")[0] for _ in range(7)] == [True] * 5 + [False] * 2
+
+
+def test_no_more_jobs_than_the_quota_wait_at_once(lab: Api) -> None:
+    dataset = lab.dataset()
+    first, second = (lab.post(a_job(dataset=dataset)).json()["id"] for _ in range(2))
+
+    answer = lab.post(a_job(dataset=dataset))
+    assert refused(answer, 429, "limit.jobs")["facts"]["limit"] == 2
+    assert answer.headers["retry-after"] == "60"
+    refused(lab.http.post(f"/jobs/{first}/clone"), 429, "limit.jobs")
+
+    assert lab.http.post(f"/jobs/{first}/cancel").json()["status"] == "cancelled"
+    assert lab.post(a_job(dataset=dataset)).status_code == 202
+    refused(lab.http.post(f"/jobs/{first}/retry"), 429, "limit.jobs")
+    assert second != first
+
+
+def test_a_refused_job_leaves_no_dataset_behind(lab: Api) -> None:
+    for start in (0, 1):
+        assert lab.send(a_job(), rows(60, start=start)).status_code == 202
+    before = lab.count("datasets")
+
+    refused(lab.send(a_job(), rows(60, start=2)), 429, "limit.jobs")
+
+    assert lab.count("datasets") == before
+
+
+def test_rows_above_the_quota_are_refused_until_others_are_deleted(lab: Api) -> None:
+    kept = lab.dataset(150)
+    body = refused(lab.upload(rows(60, start=500)), 403, "limit.storage")
+    assert body["facts"] == {"what": "rows", "used": 150, "more": 60, "limit": 200}
+    assert lab.upload(rows(150)).json()["deduplicated"]  # what is there already is no more of it
+
+    assert lab.http.delete(f"/datasets/{kept}").is_success
+
+    assert lab.upload(rows(60, start=500)).status_code == 201
+
+
+def test_bytes_above_the_quota_are_refused_before_they_are_sent(lab: Api) -> None:
+    begun = lab.http.post("/uploads", json={"size_bytes": 39_000})
+    assert begun.status_code == 201
+
+    body = refused(lab.http.post("/uploads", json={"size_bytes": 2_000}), 403, "limit.storage")
+    assert (body["facts"]["what"], body["facts"]["used"]) == ("bytes", 39_000)
+    refused(lab.upload(rows(60)), 403, "limit.storage")
+
+    assert lab.http.delete(f"/uploads/{begun.json()['id']}").is_success
+    assert lab.upload(rows(60)).status_code == 201
