@@ -12,6 +12,7 @@ import contextlib
 from collections.abc import AsyncIterator
 
 from fastapi import FastAPI
+from prometheus_client import CollectorRegistry
 
 from app import problems
 from app.api import (
@@ -24,6 +25,7 @@ from app.api import (
     job_views,
     jobs,
     keys,
+    metrics,
     models,
     ops,
     selections,
@@ -50,6 +52,7 @@ def create_app(settings: Settings, *, waker: Wake | None = None) -> FastAPI:
     Args:   settings: with all three server URLs set.
             waker: what tells workers of new work; the broker of the settings without one.
     """
+    registry = CollectorRegistry()  # of this app: a process may run several
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -59,6 +62,7 @@ def create_app(settings: Settings, *, waker: Wake | None = None) -> FastAPI:
         own = Waker(settings.url("broker_url")) if waker is None else None
         hub = EventHub(engine, poll_s=settings.sse_poll_s, max_streams=settings.max_streams)
         blobs = BlobStore.open(settings.url("store_url"), ObjectBook(engine))
+        registry.register(ledger := metrics.Ledger(engine))
         app.state.services = Services(
             settings=settings,
             engine=for_project(engine, NOBODY),
@@ -76,6 +80,7 @@ def create_app(settings: Settings, *, waker: Wake | None = None) -> FastAPI:
             polling.cancel()
             if own is not None:
                 own.close()
+            registry.unregister(ledger)
             engine.dispose()
 
     app = FastAPI(
@@ -89,12 +94,15 @@ def create_app(settings: Settings, *, waker: Wake | None = None) -> FastAPI:
         strict_content_type=True,
         redirect_slashes=False,
     )
+    app.state.metrics = registry
     problems.install(app)
     documentation.install(app)
     for room in (jobs, job_views, job_moves, events, artifacts, datasets, uploads, head_maps, selections, models, keys):
         app.include_router(room.router, dependencies=CLOSED)
-    app.include_router(ops.router)
+    for room in (ops, metrics):
+        app.include_router(room.router)
     app.add_middleware(problems.RequestIds)
+    app.add_middleware(metrics.Requests, registry=registry)  # last: the outermost
     return app
 
 

@@ -11,7 +11,7 @@ from typing import Literal
 
 from app.core.lifecycle import end_job, set_status
 from app.core.submit import find_inputs
-from app.db import attempts, jobs, steps
+from app.db import attempts, jobs, measures, steps
 from app.db.engine import Connection
 from app.db.jobs import Job, Status
 from app.errors import JobAlreadyFinal, JobInUse, MoveNotAllowed
@@ -95,6 +95,7 @@ def delete(conn: Connection, job_id: str) -> None:
     _allow(job, "delete")
     if by := jobs.readers_of(conn, job_id):
         raise JobInUse(job_id=job_id, by=by)
+    measures.keep_counts(conn, job_id)
     jobs.delete_job(conn, job_id)
 
 
