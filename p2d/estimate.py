@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from p2d.arch.spec import every_head
 from p2d.config import (
+    FAST_ANSWER_TOKENS,
     JobConfig,
     alignment_layers,
     alignment_projections,
@@ -170,9 +171,16 @@ def _respond(info: ModelInfo, config: JobConfig, train: RowCounts, guide: RowCou
     slices = config.training.slices
     assert slices != "auto", "resolve the config first"
     total = 0.0
-    if data.scorer in ("alignment", "alignment_information"):
+    if data.scorer.startswith("alignment"):
         read, first = alignment_projections(slices), alignment_layers(info.n_layers).start
-        total += guide.rows * alignment(info, guide=[_typical(guide)], rows=[], projections=read, from_layer=first)
+        kinds = [_typical(guide), row]
+        if data.mode == "fast":
+            kinds = [
+                (length - max(0, answer - FAST_ANSWER_TOKENS), min(answer, FAST_ANSWER_TOKENS))
+                for length, answer in kinds
+            ]
+        guided, row = kinds
+        total += guide.rows * alignment(info, guide=[guided], rows=[], projections=read, from_layer=first)
         total += rows * alignment(info, guide=[], rows=[row], projections=read, from_layer=first)
     if data.scorer in ("information", "alignment_information"):
         bare = (min(row[0], row[1] + BARE_PROMPT), row[1])

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -28,13 +28,14 @@ from torch import Tensor, nn
 from p2d import flops
 from p2d.arch.spec import HEAD_WISE, group_of, n_units, unit_rows
 from p2d.batches import answer_nll, collate, token_budget_batches
-from p2d.config import Projection, alignment_layers, alignment_projections
+from p2d.config import FAST_ANSWER_TOKENS, Projection, alignment_layers, alignment_projections
 from p2d.errors import Diverged
 from p2d.model_info import ModelInfo
 from p2d.models import BaseModel
 from p2d.rendering import RenderedRow
 from p2d.response_matrix import ResponseShard
 from p2d.responses import ResponseInput, Responses
+from p2d.rows import Row
 
 Floats = npt.NDArray[np.float64]
 
@@ -70,8 +71,10 @@ class Aligned:
 
     cosine_RN: Floats
     layers: range
+    rows: list[RenderedRow]
+    """The rows as they were read: in fast mode answers are cut short."""
     nll_R: Floats
-    """Nats of each row's whole answer, given its prompt: the same forward pass knows it."""
+    """Nats of each answer, given its prompt: the same forward pass knows it."""
     tokens: int
     flops: float
 
@@ -79,8 +82,8 @@ class Aligned:
 def align(given: ResponseInput, layers: range, projections: Sequence[Projection]) -> Aligned:
     """Pass over the guide, then over the wanted rows. Raises Diverged if a gradient is not finite."""
     base, row_R = given.base, given.wanted()
-    guide = [base.renderer.render(row) for row in given.guide]
-    rows = [base.renderer.render(given.rows[index]) for index in row_R]
+    guide = [_as_read(given, row) for row in given.guide]
+    rows = [_as_read(given, given.rows[index]) for index in row_R]
     places = [(layer, name) for layer in layers for name in projections]
     total, done = len(guide) + len(rows), 0
 
@@ -103,7 +106,14 @@ def align(given: ResponseInput, layers: range, projections: Sequence[Projection]
     operations = flops.alignment(
         base.info, guide=sizes[0], rows=sizes[1], projections=projections, from_layer=layers.start
     )
-    return Aligned(cosine_RN, layers, nll_R, sum(length for some in sizes for length, _ in some), operations)
+    return Aligned(cosine_RN, layers, rows, nll_R, sum(length for some in sizes for length, _ in some), operations)
+
+
+def _as_read(given: ResponseInput, row: Row) -> RenderedRow:
+    rendered = given.base.renderer.render(row)
+    if given.config.data.mode == "faithful":
+        return rendered
+    return replace(rendered, answer_ids=rendered.answer_ids[:FAST_ANSWER_TOKENS])
 
 
 Sink = Callable[[Place, Tensor, Tensor], None]

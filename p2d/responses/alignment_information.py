@@ -28,7 +28,7 @@ def alignment_information(given: ResponseInput) -> Responses:
         alignment_layers(base.info.n_layers),
         alignment_projections(given.slices),
     )
-    bare = without_prompts(base, [base.renderer.render(given.rows[index]) for index in row_R])
+    bare = without_prompts(base, found.rows)
     bare_R = answer_nats(base, bare, lambda done: given.progress(first + done, total, {}))
     shard = ResponseShard(
         span=given.span,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +12,11 @@ from torch import Tensor
 
 from p2d.arch import ARCHS
 from p2d.batches import answer_nll, collate
-from p2d.config import JobConfig, Projection
+from p2d.config import FAST_ANSWER_TOKENS, DataConfig, JobConfig, Projection
 from p2d.models import BaseModel, load_base_model
 from p2d.responses import ResponseInput
 from p2d.responses.alignment import align, alignment, gradient_squares
+from p2d.responses.alignment_likelihood import alignment_likelihood
 from p2d.rows import Row
 from p2d.slices import HeadSlices
 from tests.factories import some_rows, tiny_model_dir
@@ -91,6 +93,36 @@ def test_the_forward_pass_knows_the_likelihood_as_well(tiny: BaseModel) -> None:
     for row, nll in zip(ROWS, found.nll_R, strict=True):
         with torch.no_grad():
             expected_B, _ = answer_nll(tiny, collate(tiny.renderer, [tiny.renderer.render(row)], [0]))
+        assert nll == pytest.approx(float(expected_B), rel=1e-4)
+
+
+def test_likelihood_joins_alignment_without_another_token(tiny: BaseModel) -> None:
+    alone, joined = alignment(given(tiny, ("v", "o"))), alignment_likelihood(given(tiny, ("v", "o")))
+
+    assert (joined.tokens, joined.flops) == (alone.tokens, alone.flops)
+    assert joined.shard.response_RN.tobytes() == alone.shard.response_RN.tobytes()
+    assert joined.shard.combine == "rank"
+    assert joined.shard.quality_R is not None
+    for row, likelihood in zip(ROWS, joined.shard.quality_R, strict=True):
+        with torch.no_grad():
+            nll_B, tokens_B = answer_nll(tiny, collate(tiny.renderer, [tiny.renderer.render(row)], [0]))
+        assert likelihood == pytest.approx(-float(nll_B / tokens_B), rel=1e-4)
+
+
+def test_fast_mode_reads_only_how_answers_begin(tiny: BaseModel) -> None:
+    long = [Row(row.prompt, row.answer + " and on" * 80, row.line) for row in ROWS]
+    fast = JobConfig(data=DataConfig(mode="fast", ratio=1.0))
+    opened = [tiny.renderer.render(row).answer_ids[:FAST_ANSWER_TOKENS] for row in long]
+
+    whole = align(replace(given(tiny, ("v",)), rows=long), range(2, 3), ("v",))
+    cut = align(replace(given(tiny, ("v",)), rows=long, config=fast), range(2, 3), ("v",))
+
+    assert [row.answer_ids for row in cut.rows] == opened
+    assert cut.tokens == whole.tokens - sum(len(row.answer_ids) - FAST_ANSWER_TOKENS for row in whole.rows)
+    assert cut.flops < whole.flops
+    for ids, row, nll in zip(opened, cut.rows, cut.nll_R, strict=True):
+        with torch.no_grad():
+            expected_B, _ = answer_nll(tiny, collate(tiny.renderer, [replace(row, answer_ids=ids)], [0]))
         assert nll == pytest.approx(float(expected_B), rel=1e-4)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from p2d.config import DataConfig, JobConfig, resolve
+from p2d.config import DATA_SCORERS, DataConfig, JobConfig, resolve
 from p2d.estimate import Speed, estimate_seconds
 from p2d.model_info import ModelInfo
 from p2d.plans import RowCounts
@@ -54,8 +54,8 @@ def test_a_fast_job_foresees_less_scoring_and_training() -> None:
         config = resolve(JobConfig(data=DataConfig(**data)), rows=5000, context_length=8192).config  # type: ignore[arg-type]
         return estimate_seconds(SMOLLM2, config, Speed(1e11), train=rows(5000), guide=rows(24), evaluation=rows(36))
 
-    for scorer in ("alignment", "alignment_information", "information", "icl"):
+    for scorer in sorted(set(DATA_SCORERS) - {"random"}):
         faithful, fast = found(scorer=scorer), found(scorer=scorer, mode="fast")
-        assert fast["respond"] < 0.3 * faithful["respond"], scorer
+        assert fast["respond"] < 0.35 * faithful["respond"], scorer
         assert fast["train"] < faithful["train"]
     assert found(scorer="icl", metric="rouge_l")["respond"] > found(scorer="icl")["respond"]

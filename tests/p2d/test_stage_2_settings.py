@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from p2d.config import DATA_SCORERS, DataConfig, JobConfig, check, first_chosen_layer, pool_count
+from p2d.config import DATA_SCORERS, DataConfig, JobConfig, Mode, check, first_chosen_layer, pool_count, resolve
 from p2d.errors import ConfigError
 
 
@@ -48,9 +48,26 @@ def test_a_faithful_job_scores_every_row_and_may_choose_every_head() -> None:
     assert first_chosen_layer(JobConfig(), 30) == 0
 
 
-def test_a_fast_job_scores_a_pool_and_chooses_heads_of_the_upper_half() -> None:
+def test_a_fast_job_scores_a_pool_and_chooses_heads_of_the_upper_two_thirds() -> None:
     fast = DataConfig(ratio=0.1, mode="fast")
 
     assert 100 < pool_count(fast, 1000) <= 300
     assert pool_count(DataConfig(ratio=0.9, mode="fast"), 1000) == 1000
-    assert first_chosen_layer(JobConfig(data=fast), 30) == 15
+    assert first_chosen_layer(JobConfig(data=fast), 30) == 10
+
+
+@pytest.mark.parametrize(
+    ("recipe", "mode", "scorer"),
+    [
+        ("default", "faithful", "alignment"),
+        ("default", "fast", "alignment_likelihood"),
+        ("paper", "faithful", "icl"),
+        ("paper", "fast", "icl"),
+    ],
+)
+def test_each_mode_has_the_recipes_scorer_and_obeys_a_named_one(recipe: str, mode: Mode, scorer: str) -> None:
+    def resolved(data: DataConfig) -> str:
+        return resolve(JobConfig(recipe=recipe, data=data), rows=1000, context_length=64).config.data.scorer
+
+    assert resolved(DataConfig(mode=mode)) == scorer
+    assert resolved(DataConfig(mode=mode, scorer="information")) == "information"
