@@ -148,6 +148,10 @@ def _line(event: Event) -> str:
         return f"Note: {data.get('message')}"
     if event.type == "job.status" and data.get("status") == "paused":
         return "The job is paused, and waits to be resumed."
+    if event.type == "cache.hit" and data.get("shard") == 0:
+        return (
+            f"An earlier job has done the step {data.get('step')} already: its result is taken ({data.get('job_id')})."
+        )
     if event.type == "attempt" and data.get("outcome") not in ("running", "done"):
         return f"An attempt at {data.get('step')} ended: {data.get('outcome')}."
     return ""

@@ -71,6 +71,10 @@ def _seconds(cost: Mapping[str, Any]) -> Table:
         if line["seconds"] >= 0.05:
             table.add_row(line["name"], f"{line['seconds']:.1f}", "yes" if line["counted"] else "no")
     table.add_row("sum of what counts", f"{cost['counted_s']:.1f}", "")
+    if cost["spent_s"] < cost["counted_s"]:
+        table.add_row("of it spent by this job itself", f"{cost['spent_s']:.1f}", "")
+    for step in cost["not_known"]:
+        table.add_row(f"{step}: given as a file", "not known", "no")
     return table
 
 
@@ -106,5 +110,11 @@ def headline(report: Mapping[str, Any]) -> str:
     if report.get("evaluation"):
         evaluation = report["evaluation"]
         parts.append(f"held-out loss {evaluation['loss_before']:.4f} -> {evaluation['loss_after']:.4f}")
-    parts.append(f"{duration(report['cost']['counted_s'])} counted")
+    cost = report["cost"]
+    reused_s = cost["counted_s"] - cost["spent_s"]
+    parts.append(
+        f"{duration(cost['counted_s'])} counted" + (f", {duration(reused_s)} of it reused" if reused_s else "")
+    )
+    if cost["not_known"]:
+        parts.append(f"not counted: {', '.join(cost['not_known'])}, given as files")
     return ", ".join(parts)

@@ -6,15 +6,11 @@ documentation for OpenAPI. Views are filled from the rows of app.db by attribute
 
 from __future__ import annotations
 
-import base64
-import binascii
-import json
 from datetime import datetime
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue
 
-from app.errors import CursorInvalid
 from p2d.columns import FIELDS
 from p2d.config import (
     DEFAULT_RATIO,
@@ -30,6 +26,7 @@ from p2d.config import (
     Mode,
     Precision,
     Projection,
+    Reuse,
     TrainingConfig,
 )
 from p2d.model_info import MODEL_NAME
@@ -157,6 +154,11 @@ class JobBody(Body):
         default=[], max_length=2, description="Arms trained beside the job's own, at equal size."
     )
     limits: LimitsBody = LimitsBody()
+    reuse: Reuse = Field(
+        default="auto",
+        description="`auto` = finding heads and scoring rows take what an earlier job has computed from the same rows, model "
+        "and settings; `never` = all is computed anew.",
+    )
     metadata: dict[Annotated[Text, Field(max_length=64)], Annotated[Text, Field(max_length=512)]] = Field(
         default={}, max_length=MAX_METADATA, description="Pairs of text of your own."
     )
@@ -178,6 +180,7 @@ class JobBody(Body):
             training=TrainingConfig(**training),
             controls=tuple(self.controls),
             limits=Limits(**self.limits.model_dump()),
+            reuse=self.reuse,
         )
 
 
@@ -481,19 +484,3 @@ class VersionView(View):
     """What runs here."""
 
     version: str
-
-
-# --- cursors ---------------------------------------------------------------------------------------------------------
-
-
-def write_cursor(value: str | list[int]) -> str:
-    """An opaque word for where a page ends."""
-    return base64.urlsafe_b64encode(json.dumps(value).encode()).decode().rstrip("=")
-
-
-def read_cursor(cursor: str) -> Any:
-    """What `write_cursor` was given. Raises CursorInvalid."""
-    try:
-        return json.loads(base64.b64decode(cursor + "=" * (-len(cursor) % 4), altchars=b"-_", validate=True))
-    except (ValueError, binascii.Error, RecursionError):
-        raise CursorInvalid() from None

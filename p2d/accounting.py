@@ -1,6 +1,8 @@
 """What a job cost, line by line, and the two ratios made of it: AER and AER against LoRA. No torch here.
 
 AER = (everything the job spent to find heads, select rows and train) / (full fine-tuning on all rows, same epochs).
+What was taken from an earlier job counts as if it had been computed again: its seconds then, on lines of their own, so that
+AER is the method's cost whatever happened to be known; `spent_s` is what this job took besides.
 Counted: start-up, loading, tokenising, proxies, responses, selection, training with its learning-rate search, packaging
 and every attempt that was stopped (by a pause, a cancel, or a worker that left) or failed. Shown but not counted: evaluation,
 and measuring the two baselines.
@@ -52,6 +54,18 @@ class Attempt:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Reused:
+    """A step whose outputs an earlier job had computed: an entry of `steps.json`."""
+
+    step: str
+    shard: int = 0
+    seconds: float
+    """Wall seconds of the attempt that computed them."""
+    job_id: str
+    """The job that did."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class CostLine:
     """One line of the bill."""
 
@@ -61,6 +75,8 @@ class CostLine:
     """Whether it is part of AER's numerator."""
     flops: int = 0
     """Of all parts of the step, on the step's own line."""
+    reused: bool = False
+    """Whether an earlier job spent it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,6 +97,9 @@ class Bill:
 
     lines: tuple[CostLine, ...]
     counted_s: float
+    """The numerator."""
+    spent_s: float
+    """The part of it that this job itself took: without what it reused."""
     full_s: float | None
     """Full fine-tuning on all rows, same epochs: projected from measured steps."""
     lora_s: float | None
@@ -111,9 +130,42 @@ _UNFINISHED = {
 """Lines of attempts that are not the one that ended a step well. What they computed is not in the steps' own seconds."""
 
 
-def bill(costs: Iterable[StepCost], attempts: Iterable[Attempt], against: Alternatives) -> Bill:
+def bill(
+    costs: Iterable[StepCost], attempts: Iterable[Attempt], against: Alternatives, reused: Iterable[Reused] = ()
+) -> Bill:
     """Add up a job. Seconds of shards that ran side by side are summed: cost, not waiting time."""
     costs, attempts = list(costs), list(attempts)
+    earlier = {(one.step, one.shard): one for one in reused}
+    own = [cost for cost in costs if (cost.step, cost.shard) not in earlier]
+    ended = [a for a in attempts if a.status == "done" and a.step != "evaluate"]
+    lines = _lines_of(own, {(a.step, a.shard): a.seconds for a in ended}, reused=False)
+    for name, statuses in _UNFINISHED.items():
+        lost_s = sum(a.seconds for a in attempts if a.status in statuses and a.step != "evaluate")
+        lines.append(CostLine(name=name, seconds=round(lost_s, 3), counted=True))
+    if earlier:
+        taken = [cost for cost in costs if (cost.step, cost.shard) in earlier]
+        lines += _lines_of(taken, {at: one.seconds for at, one in earlier.items()}, reused=True)
+    counted = [line for line in lines if line.counted]
+    counted_s = sum(line.seconds for line in counted)
+    counted_flops = sum(line.flops for line in counted)
+    return Bill(
+        lines=tuple(lines),
+        counted_s=round(counted_s, 3),
+        spent_s=round(sum(line.seconds for line in counted if not line.reused), 3),
+        full_s=against.full_s,
+        lora_s=against.lora_s,
+        aer=counted_s / against.full_s if against.full_s else None,
+        aer_lora=counted_s / against.lora_s if against.lora_s else None,
+        counted_flops=counted_flops,
+        full_flops=against.full_flops,
+        lora_flops=against.lora_flops,
+        aer_flop=counted_flops / against.full_flops if against.full_flops else None,
+        aer_lora_flop=counted_flops / against.lora_flops if against.lora_flops else None,
+    )
+
+
+def _lines_of(costs: list[StepCost], wall_s: Mapping[tuple[str, int], float], *, reused: bool) -> list[CostLine]:
+    """Load, work by step and part, and what the steps' wall seconds (by step and shard) hold besides."""
     counted = [cost for cost in costs if cost.step != "evaluate"]
     seconds: dict[str, float] = {"load the model": sum(cost.load_s for cost in counted)}
     flops: dict[str, int] = {}
@@ -131,29 +183,19 @@ def bill(costs: Iterable[StepCost], attempts: Iterable[Attempt], against: Altern
             if step == "evaluate":
                 seconds[name] += cost.load_s
     measured = {(cost.step, cost.shard): cost.load_s + cost.work_s for cost in counted}
-    done = [a for a in attempts if a.status == "done" and (a.step, a.shard) in measured]
-    seconds["start processes, move files"] = sum(max(a.seconds - measured[a.step, a.shard], 0.0) for a in done)
-    for name, statuses in _UNFINISHED.items():
-        seconds[name] = sum(a.seconds for a in attempts if a.status in statuses and a.step != "evaluate")
-    lines = tuple(
-        CostLine(name=name, seconds=round(s, 3), counted=not name.startswith("evaluate"), flops=flops.get(name, 0))
+    # A step without a cost of its own is one that was taken from an earlier job: all of it was looking up.
+    around = sum(max(s - measured.get(at, 0.0), 0.0) for at, s in wall_s.items())
+    seconds["start processes, move files"] = around
+    return [
+        CostLine(
+            name=f"{name} (reused)" if reused else name,
+            seconds=round(s, 3),
+            counted=not name.startswith("evaluate"),
+            flops=flops.get(name, 0),
+            reused=reused,
+        )
         for name, s in seconds.items()
-    )
-    counted_s = sum(line.seconds for line in lines if line.counted)
-    counted_flops = sum(line.flops for line in lines if line.counted)
-    return Bill(
-        lines=lines,
-        counted_s=round(counted_s, 3),
-        full_s=against.full_s,
-        lora_s=against.lora_s,
-        aer=counted_s / against.full_s if against.full_s else None,
-        aer_lora=counted_s / against.lora_s if against.lora_s else None,
-        counted_flops=counted_flops,
-        full_flops=against.full_flops,
-        lora_flops=against.lora_flops,
-        aer_flop=counted_flops / against.full_flops if against.full_flops else None,
-        aer_lora_flop=counted_flops / against.lora_flops if against.lora_flops else None,
-    )
+    ]
 
 
 def step_cost(data: Mapping[str, Any]) -> StepCost:
@@ -164,6 +206,11 @@ def step_cost(data: Mapping[str, Any]) -> StepCost:
 def attempts_of(data: Mapping[str, Any] | None) -> list[Attempt]:
     """The attempts in a `steps.json`: `{"steps": [{step, shard, attempt, status, seconds}, ...]}`."""
     return [Attempt(**entry) for entry in data["steps"]] if data else []
+
+
+def reused_of(data: Mapping[str, Any] | None) -> list[Reused]:
+    """The steps in a `steps.json` that an earlier job had computed: `{"reused": [{step, shard, seconds, job_id}, ...]}`."""
+    return [Reused(**entry) for entry in data.get("reused", ())] if data else []
 
 
 def peak_memory_bytes() -> int:

@@ -22,6 +22,7 @@ Precision = Literal["auto", "fp32", "bf16"]
 Projection = Literal["q", "k", "v", "o"]
 Control = Literal["random_heads", "random_data"]
 Mode = Literal["faithful", "fast"]
+Reuse = Literal["auto", "never"]
 Metric = Literal["log_likelihood", "token_accuracy", "exact_match", "rouge_l"]
 
 HEAD_SCORERS = {
@@ -188,6 +189,8 @@ class JobConfig:
     controls: tuple[Control, ...] = ()
     """Arms trained beside the job's own, at the same size, to test its claim."""
     limits: Limits = field(default_factory=Limits)
+    reuse: Reuse = "auto"
+    """`never` = the service computes every step anew, even if an earlier job has computed the very same: for benchmarks."""
 
 
 def top_count(ratio: float, total: int) -> int:

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from p2d.accounting import Alternatives, Bill, StepCost, attempts_of, bill, step_cost
+from p2d.accounting import Alternatives, Bill, StepCost, attempts_of, bill, reused_of, step_cost
 from p2d.config import config_json, first_chosen_layer
 from p2d.files import read_json, write_json
 from p2d.flops import full_fine_tuning, lora_training, typical_work
@@ -96,14 +96,27 @@ def _cost(inputs: Path, plan: Plan, evaluation: Any, *, started: float, device: 
         device=device,
     )
     against = _alternatives(plan, evaluation) if evaluation else Alternatives()
-    total: Bill = bill([*costs, own], attempts_of(_optional(inputs / "steps.json")), against)
+    ran = _optional(inputs / "steps.json")
+    reused = {(one.step, one.shard): one for one in reused_of(ran)}
+    total: Bill = bill([*costs, own], attempts_of(ran), against, reused.values())
     return {
         **asdict(total),
+        "not_known": _not_known(plan, {cost.step for cost in costs}),
         "epochs": plan.config.training.epochs,
         "flops_are": FLOPS_ARE,
         "baselines": "projected from a few measured steps, see evaluation" if evaluation else None,
-        "steps": [asdict(cost) for cost in costs],
+        "steps": [
+            asdict(cost) | {"reused_from": one.job_id if (one := reused.get((cost.step, cost.shard))) else None}
+            for cost in costs
+        ],
     }
+
+
+def _not_known(plan: Plan, costed: set[str]) -> list[str]:
+    """Steps in no line, because their outputs were given as files without what they had cost."""
+    given = ["heads"] if plan.config.heads.head_map is not None else []
+    given += ["respond", "select"] if plan.config.data.selection is not None else []
+    return [step for step in given if step not in costed]
 
 
 def _alternatives(plan: Plan, evaluation: Any) -> Alternatives:

@@ -94,18 +94,20 @@ class Rig:
         selection: str | None = None,
         project: str = DEFAULT_PROJECT,
         priority: int = 0,
+        config: JobConfig | None = None,
     ) -> str:
-        """A queued job over made-up rows; nobody is woken."""
+        """A queued job over made-up rows; nobody is woken. Without a whole config it computes all anew: faults need steps."""
         data = [Row(f"What is {i} + {i}?", str(2 * i), i + 1) for i in range(rows)]
         path = self.settings.work_dir / "dataset.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         write_rows(path, data)
         blob = self.store.put_file(path)
-        config = JobConfig(
+        config = config or JobConfig(
             kind=kind,
             heads=HeadsConfig(proxy_rows=8, head_map=head_map),
             data=DataConfig(selection=selection),
             limits=Limits(max_seconds=max_seconds),
+            reuse="never",
         )
         with for_project(self.db, project).begin() as conn:
             dataset = insert_dataset(

@@ -176,8 +176,9 @@ def _evaluate(call: StepCall) -> None:
 
 
 def _package(call: StepCall) -> None:
-    tried = json.loads((call.inputs / "steps.json").read_bytes())["steps"]
-    write_json(call.out / "report.json", {"attempts": tried, "files": sorted(p.name for p in call.inputs.iterdir())})
+    ran = json.loads((call.inputs / "steps.json").read_bytes())
+    files = sorted(path.name for path in call.inputs.iterdir())
+    write_json(call.out / "report.json", {"attempts": ran["steps"], "reused": ran["reused"], "files": files})
 
 
 def _counts(rows: Sequence[Row]) -> RowCounts:

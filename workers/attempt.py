@@ -2,6 +2,7 @@
 
 | what happens                          | what the ledger gets            |
 |---------------------------------------|---------------------------------|
+| an earlier job did the very same step | its files, finish_step; no child|
 | the child is done                     | files, then finish_step         |
 | the child reports an error            | fail_step: the job fails        |
 | the child dies, stalls, or we crash   | lose_step: tried again, counted |
@@ -20,27 +21,37 @@ import random
 import shutil
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
 import structlog
 
 from app.blobs import BlobStore
-from app.core import lifecycle
+from app.core import lifecycle, reuse
 from app.core.wake import Waker
+from app.db.artifacts import NewArtifact
 from app.db.engine import Connection, DatabaseUnavailable, Engine
 from app.db.jobs import Job
 from app.db.leases import Lease, ready_by_queue
-from app.errors import LeaseLost, LimitReached, Stalled, StoreUnavailable
+from app.errors import LeaseLost, LimitReached, ObjectCollected, Stalled, StoreUnavailable
 from app.settings import Settings
 from p2d.errors import ModelError, P2DError
 from p2d.model_info import find_model, model_digest
 from p2d.pipeline import STEPS
 from workers.engine_process import ChildDied, EngineProcess
 from workers.heart import Heart, Order
-from workers.transfer import WorkFolder, fetch_inputs, inputs_of, put_checkpoint, put_outputs, read_facts
+from workers.transfer import (
+    Inputs,
+    WorkFolder,
+    all_stored,
+    fetch_inputs,
+    inputs_of,
+    put_checkpoint,
+    put_outputs,
+    read_facts,
+)
 from workers.wire import Checkpointed, CheckpointKept, Progressed, RunStep, StepDone, StepFailed
 
 TICK_S = 0.2
@@ -121,12 +132,15 @@ class Attempt:
             self._heart.order = "pause"
         try:
             self._look()
-            self._fetch(job)
+            inputs = self._write(lambda conn: inputs_of(conn, job, self._lease))
+            if (ended := self._reuse(job, inputs)) is not None:
+                return ended
+            self._fetch(inputs)
             error = self._work(job)
             if error is not None:
                 self._write(lambda conn: lifecycle.fail_step_with(conn, self._lease, error))
                 return "failed"
-            return self._publish()
+            return self._publish(job, inputs)
         except Interrupted as stop:
             return self._stop(job, stop.why)
         except ChildDied as death:
@@ -142,9 +156,23 @@ class Attempt:
             self._write(lambda conn: lifecycle.fail_step(conn, self._lease, failure))
             return "failed"
 
-    def _fetch(self, job: Job) -> None:
+    def _reuse(self, job: Job, inputs: Inputs) -> str | None:
+        """End the step with the outputs of an equal one, if there was one and all that it made is still in the store."""
+        engine = self._shop.settings.engine
+        fingerprint = reuse.wanted_fingerprint(job, self._lease, inputs.stored, engine=engine)
+        if fingerprint is None:
+            return None
+        earlier = self._write(lambda conn: reuse.find_earlier(conn, job.project_id, fingerprint))
+        if earlier is None or not self._patiently(lambda: all_stored(self._shop.store, earlier.files)):
+            return None
+        try:
+            ended = self._ended(*self._register(earlier.files, earlier.facts))
+        except ObjectCollected:  # just now: it is computed after all
+            return None
+        return "reused" if ended == "done" else ended
+
+    def _fetch(self, inputs: Inputs) -> None:
         self._folder.make()
-        inputs = self._write(lambda conn: inputs_of(conn, job, self._lease))
         self._patiently(lambda: fetch_inputs(self._shop.store, inputs, self._lease, self._folder))
 
     def _work(self, job: Job) -> dict[str, object] | None:
@@ -209,15 +237,21 @@ class Attempt:
 
         self._patiently(keep)
 
-    def _publish(self) -> str:
+    def _publish(self, job: Job, inputs: Inputs) -> str:
         def publish() -> tuple[Job, dict[str, int]]:
             files = put_outputs(self._shop.store, self._lease, self._folder.out)
             facts = read_facts(self._lease, self._folder.out)
-            return self._write(
-                lambda conn: (lifecycle.finish_step(conn, self._lease, files, facts), ready_by_queue(conn))
-            )
+            device = next(iter(facts.accounting.values()))["device"]  # where it was in fact computed
+            engine = self._shop.settings.engine
+            fingerprint = reuse.fingerprint_of(job, self._lease, inputs.stored, device=device, engine=engine)
+            return self._register(files, replace(facts, fingerprint=fingerprint))
 
-        job, ready = self._patiently(publish)  # together: an object that was collected meanwhile is put again
+        return self._ended(*self._patiently(publish))  # together: an object that was collected meanwhile is put again
+
+    def _register(self, files: Sequence[NewArtifact], facts: lifecycle.StepFacts) -> tuple[Job, dict[str, int]]:
+        return self._write(lambda conn: (lifecycle.finish_step(conn, self._lease, files, facts), ready_by_queue(conn)))
+
+    def _ended(self, job: Job, ready: Mapping[str, int]) -> str:
         if not job.is_final and (others := ready.get(job.queue, 0) - 1) > 0:
             self._shop.waker.wake(job.queue, count=others)  # this worker takes one of them itself
         return "cancelled" if job.cancel_requested_at else "done"
@@ -228,7 +262,7 @@ class Attempt:
         self._done |= self._shop.process.stop_step(self._shop.settings.cancel_grace_s)
         if why == "pause" and self._done:
             try:
-                return self._publish()
+                return self._publish(job, self._write(lambda conn: inputs_of(conn, job, self._lease)))
             except Interrupted as stop:
                 return self._stop(job, stop.why)
         if why == "cancel":

@@ -7,7 +7,7 @@ could not register is unreferenced and harmless.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any
 
 from app.blobs import BlobStore
 from app.core.lifecycle import StepFacts
+from app.core.reuse import earlier_costs
 from app.db.artifacts import NewArtifact, list_artifacts
 from app.db.attempts import list_attempts
 from app.db.datasets import get_dataset
@@ -86,7 +87,10 @@ def inputs_of(conn: Connection, job: Job, lease: Lease) -> Inputs:
     stored |= {artifact.name: artifact.sha256 for artifact in list_artifacts(conn, job.id)}
     steps_json = None
     if is_input(lease.step, "steps.json"):
+        costs = earlier_costs(conn, job)
+        stored |= costs.files
         steps_json = {
+            "reused": costs.reused,
             "steps": [
                 {
                     "step": attempt.step,
@@ -97,7 +101,7 @@ def inputs_of(conn: Connection, job: Job, lease: Lease) -> Inputs:
                 }
                 for attempt in list_attempts(conn, job.id)
                 if attempt.seconds is not None
-            ]
+            ],
         }
     return Inputs(
         stored={name: sha256 for name, sha256 in stored.items() if is_input(lease.step, name)}, attempts=steps_json
@@ -114,6 +118,11 @@ def fetch_inputs(store: BlobStore, inputs: Inputs, lease: Lease, folder: WorkFol
     if lease.checkpoint is not None:
         for name, sha256 in lease.checkpoint["files"].items():
             store.fetch(sha256, folder.checkpoint / name)
+
+
+def all_stored(store: BlobStore, files: Sequence[NewArtifact]) -> bool:
+    """Whether the store has every one of them, as long as it should be. Raises StoreUnavailable."""
+    return all(store.size(file.sha256) == file.size_bytes for file in files)
 
 
 def put_checkpoint(store: BlobStore, checkpoint: Path) -> dict[str, str]:
@@ -143,6 +152,7 @@ def read_facts(lease: Lease, out: Path) -> StepFacts:
                 "config": config_json(plan.config),
                 "reasons": plan.reasons,
                 "warnings": list(plan.warnings),
+                "device": plan.device,
                 "versions": versions(),  # of the machine that decided; the child runs on the same packages
             },
             estimate_s=plan.estimate_s,

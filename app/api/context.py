@@ -9,6 +9,7 @@ from typing import Annotated, Any, Protocol
 
 from fastapi import Depends, Header, Path, Query, Request
 
+from app.api.cursors import read_cursor, write_cursor
 from app.api.door import Door
 from app.api.event_hub import EventHub
 from app.blobs import BlobStore
@@ -27,7 +28,6 @@ from app.errors import (
     SelectionNotFound,
     UploadNotFound,
 )
-from app.schemas import read_cursor, write_cursor
 from app.settings import Settings
 from p2d.errors import ErrorDetail
 

@@ -10,11 +10,12 @@ from fastapi import APIRouter, Query
 from pydantic import JsonValue
 
 from app.api.context import Context, Cursor, Limit, SelectionId, Services
+from app.api.cursors import read_cursor, write_cursor
 from app.api.documentation import errors
 from app.blobs import BlobStore
 from app.db.selections import SelectionRecord, get_selection
 from app.errors import CursorInvalid, SelectionNotFound
-from app.schemas import Page, SelectionView, read_cursor, write_cursor
+from app.schemas import Page, SelectionView
 
 router = APIRouter(tags=["selections"])
 

@@ -66,6 +66,10 @@ class StepFacts:
     """`select`: rows that were scored."""
     kept: int = 0
     """`select`: rows that were kept."""
+    fingerprint: str | None = None
+    """Of a step whose outputs a later job may take."""
+    reused: Json | None = None
+    """Of a step that took an earlier job's outputs: the job that computed them and its seconds (`app.core.reuse`)."""
 
 
 def open_job(conn: Connection, job: Job) -> None:
@@ -126,9 +130,11 @@ def finish_step(conn: Connection, lease: Lease, files: Sequence[NewArtifact], fa
     job = _hold(conn, lease)
     if job.cancel_requested_at is not None:
         return _cancel_held(conn, job, lease)
-    leases.leave(conn, lease, "done", facts=facts.accounting)
+    leases.leave(conn, lease, "done", facts=facts.accounting, fingerprint=facts.fingerprint, reused=facts.reused)
     attempts.close_attempt(conn, lease.step_id, lease.token, "done")
     _tell_attempt(conn, lease, "done")
+    if facts.reused is not None:
+        _tell_reuse(conn, lease, facts.fingerprint, facts.reused)
     for artifact in insert_artifacts(conn, job.id, lease.step_id, files):
         shown = {"id": artifact.id, "name": artifact.name, "sha256": artifact.sha256, "size_bytes": artifact.size_bytes}
         append_event(conn, job.id, "artifact", shown)
@@ -330,6 +336,12 @@ def _apply_plan(conn: Connection, job: Job, facts: StepFacts) -> Job:
         job = jobs.update_job(conn, job.id, estimate=estimate)
         append_event(conn, job.id, "estimate", estimate)
     return job
+
+
+def _tell_reuse(conn: Connection, lease: Lease, fingerprint: str | None, reused: Json) -> None:
+    where = {"step": lease.step, "shard": lease.shard, "shards": lease.shards}
+    saved = {"job_id": reused["job_id"], "seconds_saved": reused["seconds"]}
+    append_event(conn, lease.job_id, "cache.hit", {**where, "fingerprint": fingerprint, **saved})
 
 
 def _tell_attempt(conn: Connection, lease: Lease, outcome: attempts.Outcome) -> None:

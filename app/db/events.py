@@ -13,7 +13,16 @@ from app.db.engine import Connection, Json
 from app.db.tables import events, jobs
 
 EventType = Literal[
-    "job.status", "job.stage", "job.progress", "metric", "warning", "artifact", "attempt", "estimate", "end"
+    "job.status",
+    "job.stage",
+    "job.progress",
+    "metric",
+    "warning",
+    "artifact",
+    "attempt",
+    "estimate",
+    "cache.hit",
+    "end",
 ]
 
 

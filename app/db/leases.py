@@ -147,14 +147,21 @@ def leave(
     *,
     charge_crash: int = 0,
     facts: Json | None = None,
+    fingerprint: str | None = None,
+    reused: Json | None = None,
 ) -> int:
-    """End the lease of a fenced step with a status; returns the step's crashes so far."""
+    """End the lease of a fenced step with a status; returns the step's crashes so far.
+
+    Args:   facts, fingerprint, reused: kept of a step that is done. reused: whose outputs it took; it then weighs nothing
+            in the job's progress and time left.
+    """
     values: dict[str, Any] = {"status": status, "lease_until": None, "crashes": steps.c.crashes + charge_crash}
     if status not in ("ready", "blocked"):
         values["finished_at"] = func.now()
         values["seconds"] = func.extract("epoch", func.now() - steps.c.started_at)
     if status == "done":
-        values |= {"facts": facts, "progress": 1, "checkpoint": None}
+        values |= {"facts": facts, "fingerprint": fingerprint, "progress": 1, "checkpoint": None}
+        values |= {"reused": reused, "weight": 0.001} if reused else {}
     query = update(steps).where(steps.c.id == lease.step_id).values(values).returning(steps.c.crashes)
     return int(conn.execute(query).scalar_one())
 

@@ -53,6 +53,8 @@ class Step:
     progress: float
     checkpoint: Json | None
     facts: Json | None
+    fingerprint: str | None
+    reused: Json | None
     seconds: float | None
     created_at: datetime
     started_at: datetime | None
@@ -84,6 +86,14 @@ def list_steps(conn: Connection, job_id: str) -> list[Step]:
     """All steps of a job, in the order they were planned."""
     rows = conn.execute(select(steps).where(steps.c.job_id == job_id).order_by(steps.c.id))
     return [Step(**row._mapping) for row in rows]
+
+
+def find_step(conn: Connection, project_id: str, fingerprint: str) -> Step | None:
+    """The project's newest step of this fingerprint that is done, or None."""
+    mine = steps.c.project_id == project_id
+    query = select(steps).where(steps.c.fingerprint == fingerprint, mine, steps.c.status == "done")
+    row = conn.execute(query.order_by(steps.c.id.desc()).limit(1)).first()
+    return Step(**row._mapping) if row else None
 
 
 def unblock_steps(conn: Connection, job_id: str) -> int:

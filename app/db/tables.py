@@ -192,6 +192,8 @@ steps = Table(
     Column("progress", Double, nullable=False, server_default=text("0")),
     Column("checkpoint", JSONB),
     Column("facts", JSONB),
+    Column("fingerprint", Text),  # of a step that is done, where its outputs can be used again
+    Column("reused", JSONB),  # {"job_id", "seconds"} of the attempt that computed its outputs for an earlier job
     Column("seconds", Double),
     _now(),
     _time("started_at"),
@@ -200,6 +202,7 @@ steps = Table(
     postgresql_with={"fillfactor": 70},
 )
 Index("ix_steps_ready", steps.c.queue, steps.c.id, postgresql_where=steps.c.status == "ready")
+Index("ix_steps_fingerprint", steps.c.fingerprint, postgresql_where=steps.c.fingerprint.is_not(None))
 Index("ix_steps_running", steps.c.id, postgresql_where=steps.c.status == "running")
 
 attempts = Table(

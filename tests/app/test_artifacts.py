@@ -211,7 +211,7 @@ def test_a_selection_is_paged_row_by_row(api: Api, job: dict[str, Any], files: d
 
 
 def test_a_made_up_place_in_a_selection_is_refused(api: Api, job: dict[str, Any]) -> None:
-    from app.schemas import write_cursor
+    from app.api.cursors import write_cursor
 
     for cursor in (write_cursor([10**9]), write_cursor([-1]), write_cursor("x"), write_cursor([1]), "é"):
         answer = api.http.get(f"/selections/{job['selection']}/rows", params={"cursor": cursor})

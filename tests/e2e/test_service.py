@@ -22,6 +22,7 @@ SMALL: dict[str, Any] = {
     "heads": {"ratio": 0.2, "proxy_rows": 8},
     "data": {"ratio": 0.2},
     "training": {"epochs": 1, "learning_rate": 0.002},
+    "reuse": "never",
 }
 
 
@@ -111,6 +112,37 @@ def test_the_same_file_twice_is_one_dataset_and_the_same_job_twice_is_the_same_r
         maps.append({artifact.name: artifact.sha256 for artifact in client.artifacts(job.id)}["head_map.json"])
 
     assert maps[0] == maps[1]
+
+
+def test_another_ratio_of_heads_is_selected_without_a_pass_over_the_model(client: Client, examples: Path) -> None:
+    dataset, held_out = client.upload(examples / "train.jsonl"), client.upload(examples / "test.jsonl")
+
+    def run(body: dict[str, Any]) -> Job:
+        return finish(client, client.submit(body, dataset=dataset, validation_dataset=held_out))
+
+    body = SMALL | {"kind": "select_data", "reuse": "auto", "training": {"seed": 7}}
+    first = run(body)
+
+    other = body | {"heads": SMALL["heads"] | {"ratio": 0.5}}
+    again = run(other)
+    fresh = run(other | {"reuse": "never"})
+
+    hits = {event.data["step"]: event.data for event in client.events(again.id) if event.type == "cache.hit"}
+    assert {hit["job_id"] for hit in hits.values()} == {first.id}
+    assert set(hits) == {"heads", "respond"}
+    assert not any(event.type == "cache.hit" for event in client.events(fresh.id))
+    made = [{file.name: file.sha256 for file in client.artifacts(job.id)} for job in (again, fresh, first)]
+    for name in ("selection.jsonl", "head_map.json", "responses-00000.safetensors"):
+        assert made[0][name] == made[1][name], name
+    assert made[0]["selection.jsonl"] != made[2]["selection.jsonl"]
+    reports = [client.report(job.id) for job in (again, fresh)]
+    cost = reports[0]["cost"]
+    assert reports[0]["heads"]["reproducibility"] == reports[1]["heads"]["reproducibility"]
+    assert reports[0]["selection"] == reports[1]["selection"]
+    assert {step["step"] for step in cost["steps"] if step["reused_from"] == first.id} == {"heads", "respond"}
+    reused_s = sum(line["seconds"] for line in cost["lines"] if line["reused"])
+    assert reused_s == pytest.approx(sum(hit["seconds_saved"] for hit in hits.values()), abs=0.01)
+    assert cost["counted_s"] == pytest.approx(cost["spent_s"] + reused_s, abs=0.01)
 
 
 def test_bad_lines_are_refused_with_all_of_them_before_any_job_exists(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from p2d.accounting import Alternatives, Attempt, Bill, StepCost, attempts_of, bill
+from p2d.accounting import Alternatives, Attempt, Bill, Reused, StepCost, attempts_of, bill
 
 
 def cost(
@@ -94,6 +94,31 @@ def test_attempts_stopped_by_a_pause_count_but_are_no_failures() -> None:
     assert seconds(total, "attempts that were stopped") == 30
     assert seconds(total, "attempts that failed") == 4
     assert total.counted_s == 108 + 34
+
+
+def test_what_an_earlier_job_computed_counts_on_lines_of_its_own_as_if_it_had_run() -> None:
+    reused = [
+        Reused(step="heads", seconds=14, job_id="job_1"),  # 12 of them measured by the step itself
+        Reused(step="respond", shard=1, seconds=30.5, job_id="job_1"),
+    ]
+    looked_up = [
+        Attempt(step="heads", status="done", seconds=0.25),
+        Attempt(step="respond", shard=1, status="done", seconds=0.25),
+    ]
+    anew, total = bill(COSTS, [], Alternatives()), bill(COSTS, looked_up, Alternatives(full_s=1000.0), reused)
+
+    assert seconds(total, "heads: proxies and scores (reused)") == 10
+    assert seconds(total, "load the model (reused)") == 2
+    assert seconds(total, "rows: responses (reused)") == 30
+    assert seconds(total, "start processes, move files (reused)") == 2.5
+    assert seconds(total, "rows: responses") == 20
+    assert seconds(total, "start processes, move files") == 0.5
+    assert total.counted_s == anew.counted_s + 2.5 + 0.5
+    assert total.spent_s == total.counted_s - (10 + 2 + 30 + 2.5)
+    assert total.aer == pytest.approx(total.counted_s / 1000)
+    assert sum(line.seconds for line in total.lines if line.counted) == pytest.approx(total.counted_s)
+    assert anew.spent_s == anew.counted_s
+    assert not any(line.reused for line in anew.lines)
 
 
 def test_operations_are_billed_beside_the_seconds_and_evaluation_is_not() -> None:
