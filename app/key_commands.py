@@ -11,6 +11,7 @@ from rich.table import Table
 
 from app.core.keys import make_key
 from app.db.api_keys import list_keys, revoke_key
+from app.db.audit import OPERATOR, append_entry
 from app.db.projects import open_project
 from app.errors import KeyNotFound
 from app.key_schemas import Scope
@@ -40,6 +41,8 @@ def create(
     with ledger(settings) as engine, engine.begin() as conn:
         project_id = open_project(conn, project)
         key, text = make_key(conn, settings, project_id=project_id, scope=scope, name=name, expires_days=expires)
+        facts = {"scope": key.scope, "name": key.name}
+        append_entry(conn, actor=OPERATOR, action="key.create", object_id=key.id, facts=facts, project_id=project_id)
     err.print(f"{key.id}: {key.scope} in the project {project!r}. Keep the key; it is not shown again.", markup=False)
     out.print(text, markup=False)
 
@@ -64,6 +67,8 @@ def revoke(key_id: str) -> None:
     from app.service import ledger
 
     with ledger(Settings()) as engine, engine.begin() as conn:
-        if revoke_key(conn, key_id) is None:
+        key = revoke_key(conn, key_id)
+        if key is None:
             raise KeyNotFound(id=key_id)
+        append_entry(conn, actor=OPERATOR, action="key.revoke", object_id=key_id, facts={}, project_id=key.project_id)
     out.print(f"{key_id} is revoked.", markup=False)

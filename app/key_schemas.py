@@ -1,11 +1,11 @@
-"""The wire of who may: API keys, as JSON asks for them and shows them. Shapes and types only, as app.schemas."""
+"""The wire of who may and who did: API keys, audit log, receipts. Shapes and types only, as app.schemas."""
 
 from __future__ import annotations
 
 from datetime import datetime
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, JsonValue
 
 from app.schemas import Body, Text, View
 
@@ -40,3 +40,26 @@ class NewKeyView(KeyView):
     """A key that was just made."""
 
     key: str = Field(description="Shown here, and never again.")
+
+
+class AuditView(View):
+    """One deed."""
+
+    id: str
+    actor: str = Field(description="Id of the key; `loopback` without keys; `command line` for `p2d keys`.")
+    action: str = Field(description="`job.create`, `dataset.delete`, `artifact.download` ...; actions may grow.")
+    object_id: str = Field(description="Id of the thing, which may be gone.")
+    request_id: str | None = Field(description="As in the answer's X-Request-Id.")
+    facts: dict[str, JsonValue]
+    created_at: datetime
+
+
+class ReceiptView(View):
+    """That a thing was deleted. Its rows are gone; its bytes leave the store within the hours of P2D_UNREFERENCED_KEPT_H, unless
+    something else has the same."""
+
+    id: str
+    what: Literal["job", "dataset"]
+    deleted_at: datetime
+    sha256: list[str] = Field(description="Of every stored file that it had.")
+    audit_id: str = Field(description="The entry of the audit log that says so.")

@@ -17,6 +17,7 @@ from prometheus_client import CollectorRegistry
 from app import problems
 from app.api import (
     artifacts,
+    audit,
     datasets,
     documentation,
     events,
@@ -97,7 +98,20 @@ def create_app(settings: Settings, *, waker: Wake | None = None) -> FastAPI:
     app.state.metrics = registry
     problems.install(app)
     documentation.install(app)
-    for room in (jobs, job_views, job_moves, events, artifacts, datasets, uploads, head_maps, selections, models, keys):
+    for room in (
+        jobs,
+        job_views,
+        job_moves,
+        events,
+        artifacts,
+        datasets,
+        uploads,
+        head_maps,
+        selections,
+        models,
+        keys,
+        audit,
+    ):
         app.include_router(room.router, dependencies=CLOSED)
     for room in (ops, metrics):
         app.include_router(room.router)

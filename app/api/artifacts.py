@@ -70,9 +70,18 @@ def get_artifact_content(request: Request, artifact_id: ArtifactId, services: Co
 
 
 def send_artifact(request: Request, services: Services, artifact: Artifact) -> Response:
-    """The bytes of an artifact."""
+    """The bytes of an artifact; the audit log says that they were sent."""
     blob = Blob(artifact.sha256, artifact.size_bytes)
-    return send_blob(request, services.blobs, blob, media_type=artifact.media_type, file_name=artifact.name)
+    answer = send_blob(request, services.blobs, blob, media_type=artifact.media_type, file_name=artifact.name)
+    if request.method == "GET" and answer.status_code != 304:
+        facts = {"job_id": artifact.job_id, "name": artifact.name, "sha256": artifact.sha256}
+        with services.engine.begin() as conn:
+            services.note(conn, "artifact.download", artifact.id, facts | _range_of(answer))
+    return answer
+
+
+def _range_of(answer: Response) -> dict[str, str]:
+    return {"range": answer.headers["Content-Range"]} if answer.status_code == 206 else {}
 
 
 def _find(services: Services, artifact_id: str) -> Artifact:

@@ -14,7 +14,8 @@ from app.api.door import Door
 from app.api.event_hub import EventHub
 from app.blobs import BlobStore
 from app.core.keys import Caller
-from app.db.engine import Engine, for_project
+from app.db.audit import Action, Entry, append_entry
+from app.db.engine import Connection, Engine, Json, for_project
 from app.db.ids import ID_PATTERN
 from app.errors import (
     ArtifactNotFound,
@@ -28,6 +29,7 @@ from app.errors import (
     SelectionNotFound,
     UploadNotFound,
 )
+from app.problems import request_id
 from app.settings import Settings
 from p2d.errors import ErrorDetail
 
@@ -51,6 +53,19 @@ class Services:
     hub: EventHub
     door: Door
     caller: Caller | None = None
+    request_id: str = ""
+
+    def note(self, conn: Connection, action: Action, object_id: str, facts: Json | None = None) -> Entry:
+        """Write what the caller does into the audit log, in the transaction of the deed."""
+        assert self.caller is not None, "nobody has come in"
+        return append_entry(
+            conn,
+            actor=self.caller.actor,
+            action=action,
+            object_id=object_id,
+            request_id=self.request_id,
+            facts=facts or {},
+        )
 
 
 def _services(request: Request) -> Services:
@@ -81,8 +96,9 @@ CLOSED = [Depends(_caller)]
 """Dependencies of every room but those that anybody may enter."""
 
 
-def _of_caller(services: OpenContext, caller: AnyCaller) -> Services:
-    return replace(services, engine=for_project(services.engine, caller.project_id), caller=caller)
+def _of_caller(services: OpenContext, caller: AnyCaller, request: Request) -> Services:
+    engine = for_project(services.engine, caller.project_id)
+    return replace(services, engine=engine, caller=caller, request_id=request_id(request))
 
 
 Context = Annotated[Services, Depends(_of_caller)]

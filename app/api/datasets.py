@@ -11,6 +11,7 @@ from app.api.bodies import Received, read_json, receive
 from app.api.context import Context, Cursor, DatasetId, IdempotencyKey, Limit, Services, page_after, page_of
 from app.api.documentation import DATASET_BODY, DATASET_KNOWN, errors
 from app.api.idempotency import Once
+from app.api.receipts import receipt
 from app.core.ingest import inspect, record, store
 from app.db.datasets import Dataset, delete_dataset, get_dataset, is_needed, list_datasets
 from app.db.engine import Connection
@@ -23,6 +24,7 @@ from app.errors import (
     RequestInvalid,
     UnsupportedMediaType,
 )
+from app.key_schemas import ReceiptView
 from app.schemas import DatasetReportView, DatasetView, Mapping, Page
 from p2d.columns import mapped
 from p2d.errors import DatasetEmpty, DatasetError, DatasetTooLarge, ErrorDetail, MappingInvalid
@@ -75,14 +77,19 @@ def get_dataset_report(dataset_id: DatasetId, services: Context) -> DatasetRepor
     return DatasetReportView.model_validate({"dataset_id": dataset.id, **dataset.report})
 
 
-@router.delete("/datasets/{id}", status_code=204, responses=errors(DatasetNotFound, DatasetInUse))
-def delete_one_dataset(dataset_id: DatasetId, services: Context) -> None:
-    """Remove a dataset from sight. Refused while a job that has not ended reads it."""
+@router.delete("/datasets/{id}", responses=errors(DatasetNotFound, DatasetInUse))
+def delete_one_dataset(dataset_id: DatasetId, services: Context) -> ReceiptView:
+    """Delete a dataset. Refused while a job that has not ended reads it.
+
+    Its rows leave the store within the hours of `P2D_UNREFERENCED_KEPT_H`, unless something else has the same.
+    """
     with services.engine.begin() as conn:
+        dataset = get_dataset(conn, dataset_id)
         if is_needed(conn, dataset_id):
             raise DatasetInUse(dataset_id=dataset_id)
-        if not delete_dataset(conn, dataset_id):
+        if dataset is None or not delete_dataset(conn, dataset_id):
             raise DatasetNotFound(id=dataset_id)
+        return receipt(services, conn, "dataset", dataset_id, [dataset.sha256])
 
 
 def _create(services: Services, received: Received, key: str | None) -> Response:
@@ -100,7 +107,14 @@ def _create(services: Services, received: Received, key: str | None) -> Response
         if (replay := once.take(conn)) is not None:
             return replay
         dataset, new = record(conn, candidate, blob, services.settings)
+        if new:
+            note_dataset(services, conn, dataset)
         return answer_dataset(conn, once, dataset, new=new)
+
+
+def note_dataset(services: Services, conn: Connection, dataset: Dataset) -> None:
+    """Write into the audit log that a dataset was made."""
+    services.note(conn, "dataset.create", dataset.id, {"sha256": dataset.sha256, "rows": dataset.rows})
 
 
 def answer_dataset(conn: Connection, once: Once, dataset: Dataset, *, new: bool) -> Response:

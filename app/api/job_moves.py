@@ -6,6 +6,7 @@ When which is allowed is app.core.moves' business.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 from fastapi import APIRouter, Request, Response
 from fastapi.concurrency import run_in_threadpool
@@ -19,8 +20,10 @@ from app.api.etags import IfMatch, require_match, send_view
 from app.api.idempotency import Once
 from app.api.job_views import view_of
 from app.api.patches import merge_patch
+from app.api.receipts import receipt
 from app.core.moves import delete, request_cancel, request_pause, request_resume, request_retry
 from app.core.quotas import allow_job
+from app.db.audit import Action
 from app.db.engine import Connection
 from app.db.jobs import Job, find_job, update_job
 from app.db.steps import set_priority
@@ -39,11 +42,20 @@ from app.errors import (
     SelectionNotFound,
     UnsupportedMediaType,
 )
+from app.key_schemas import ReceiptView
 from app.problems import invalid
 from app.schemas import MAX_METADATA, JobPatch, JobView
 from p2d.errors import ErrorDetail
 
 router = APIRouter(tags=["jobs"])
+
+Asked = Literal["cancel", "pause", "resume", "retry"]
+_ACTIONS: dict[Asked, Action] = {
+    "cancel": "job.cancel",
+    "pause": "job.pause",
+    "resume": "job.resume",
+    "retry": "job.retry",
+}
 
 _CANCEL_ERRORS = errors(JobNotFound, JobAlreadyFinal, IdempotencyInFlight)
 _MOVE_ERRORS = errors(JobNotFound, MoveNotAllowed, IdempotencyInFlight)
@@ -108,14 +120,14 @@ async def patch_job(request: Request, job_id: JobId, services: Context, if_match
     return await run_in_threadpool(_patch, services, job_id, read_json(JobPatch, body), if_match)
 
 
-@router.delete("/jobs/{id}", status_code=204, responses=errors(JobNotFound, MoveNotAllowed, JobInUse))
-def delete_job(job_id: JobId, services: Context) -> None:
+@router.delete("/jobs/{id}", responses=errors(JobNotFound, MoveNotAllowed, JobInUse))
+def delete_job(job_id: JobId, services: Context) -> ReceiptView:
     """Delete a job that has ended, with its events, artifacts, head map and selection. Its datasets stay.
 
     Its files leave the store within the hours of `P2D_UNREFERENCED_KEPT_H`, but for those that others have too.
     """
     with services.engine.begin() as conn:
-        delete(conn, job_id)
+        return receipt(services, conn, "job", job_id, delete(conn, job_id))
 
 
 def _patch(services: Services, job_id: str, patch: JobPatch, if_match: str | None) -> Response:
@@ -136,7 +148,7 @@ def _patch(services: Services, job_id: str, patch: JobPatch, if_match: str | Non
 
 
 def _move(
-    services: Services, job_id: str, move: str, key: str | None, request: Callable[[Connection, str], Job]
+    services: Services, job_id: str, move: Asked, key: str | None, request: Callable[[Connection, str], Job]
 ) -> Response:
     once = Once.of(f"POST /jobs/{job_id}/{move}", key, None, Received())
     if (replay := once.earlier(services.engine)) is not None:
@@ -145,6 +157,7 @@ def _move(
         if (replay := once.take(conn)) is not None:
             return replay
         job = request(conn, job_id)
+        services.note(conn, _ACTIONS[move], job_id)
         view = view_of(conn, job).model_dump(mode="json")
         once.keep(conn, 202, {}, view)
     services.waker.wake(job.queue)  # a hint only: the row already says it, and every worker polls

@@ -15,10 +15,12 @@ from pydantic import JsonValue
 from app.access_errors import StorageFull, TooManyJobs
 from app.api.bodies import Received, read_json, receive, receive_json
 from app.api.context import Context, Cursor, IdempotencyKey, JobId, Limit, Services, page_after, page_of
+from app.api.datasets import note_dataset
 from app.api.documentation import CLONE_BODY, JOB_BODY, errors
 from app.api.idempotency import Once
 from app.api.job_views import summary_of, view_of
 from app.api.patches import merge_patch
+from app.blobs import Blob
 from app.core.ingest import Candidate, inspect, record, store
 from app.core.quotas import allow_job
 from app.core.submit import Content, JobRequest, find_dataset, refusals, submit
@@ -146,10 +148,7 @@ def _queue(services: Services, body: JobBody, received: Received, once: Once) ->
         if (replay := once.take(conn)) is not None:
             return replay
         allow_job(conn, services.settings)
-        ids = {
-            name: record(conn, candidate, blobs[name], services.settings)[0].id
-            for name, candidate in candidates.items()
-        }
+        ids = {name: _record(services, conn, candidate, blobs[name]) for name, candidate in candidates.items()}
         dataset_id = ids.get("dataset", body.dataset)
         assert dataset_id is not None
         request = JobRequest(
@@ -163,11 +162,19 @@ def _queue(services: Services, body: JobBody, received: Received, once: Once) ->
         )
         job = submit(conn, request, shard_rows=services.settings.shard_rows, queue=services.settings.worker_queue)
         job = _resolve(conn, job, request)
+        services.note(conn, "job.create", job.id, {"kind": job.kind, "dataset_id": job.dataset_id})
         view = view_of(conn, job).model_dump(mode="json")
         headers = {"Location": f"/jobs/{job.id}", "Retry-After": str(POLL_AFTER_S)}
         once.keep(conn, 202, headers, view)
     services.waker.wake(job.queue)  # after the commit, and only a hint
     return JSONResponse(view, status_code=202, headers=headers)
+
+
+def _record(services: Services, conn: Connection, candidate: Candidate, blob: Blob) -> str:
+    dataset, new = record(conn, candidate, blob, services.settings)
+    if new:
+        note_dataset(services, conn, dataset)
+    return dataset.id
 
 
 def _parse(received: Received) -> JobBody:

@@ -47,8 +47,9 @@ def delete_key(key_id: KeyId, services: Context, admin: Admin) -> KeyView:
     """Revoke a key: from now on it opens nothing. Repeating is harmless; its entry stays."""
     with services.engine.begin() as conn:
         key = revoke_key(conn, key_id)
-    if key is None:
-        raise KeyNotFound(id=key_id)
+        if key is None:
+            raise KeyNotFound(id=key_id)
+        services.note(conn, "key.revoke", key_id)
     return KeyView.model_validate(key)
 
 
@@ -62,4 +63,5 @@ def _create(services: Services, project_id: str, body: KeyBody) -> NewKeyView:
             name=body.name,
             expires_days=body.expires_days,
         )
+        services.note(conn, "key.create", key.id, {"scope": key.scope, "name": key.name})
     return NewKeyView.model_validate({**KeyView.model_validate(key).model_dump(), "key": text})

@@ -14,7 +14,7 @@ from fastapi.responses import JSONResponse
 from app.access_errors import StorageFull
 from app.api.bodies import ReceivedFile, read_json, receive_bytes, receive_json
 from app.api.context import Context, IdempotencyKey, Services, UploadId
-from app.api.datasets import DATASET_ERRORS, answer_dataset
+from app.api.datasets import DATASET_ERRORS, answer_dataset, note_dataset
 from app.api.documentation import COMPLETE_BODY, DATASET_KNOWN, PART_BODY, UPLOAD_BODY, errors
 from app.api.idempotency import Once
 from app.core.ingest import inspect, record, store
@@ -183,6 +183,8 @@ def _complete(services: Services, upload_id: str, body: CompleteBody, key: str |
             return answer_dataset(conn, once, _dataset(conn, locked.dataset_id), new=False)
         dataset, new = record(conn, candidate, blob, services.settings)
         finish_upload(conn, upload_id, dataset.id)
+        if new:
+            note_dataset(services, conn, dataset)
         return answer_dataset(conn, once, dataset, new=new)
 
 

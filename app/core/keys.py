@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from app.access_errors import InsufficientScope, KeyRefused
+from app.db import audit
 from app.db.api_keys import ApiKey, Scope, any_key, get_key, insert_key, note_use
 from app.db.engine import Connection
 from app.db.ids import new_id
@@ -40,6 +41,11 @@ class Caller:
     scope: Scope
     key_id: str | None
     """None: the service has no keys yet, and the caller is on this machine."""
+
+    @property
+    def actor(self) -> str:
+        """How the audit log calls the caller."""
+        return self.key_id or audit.KEYLESS
 
     def need(self, scope: Scope) -> None:
         """Raise InsufficientScope unless the caller may do what needs this scope; each includes those before it."""

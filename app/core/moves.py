@@ -12,6 +12,7 @@ from typing import Literal
 from app.core.lifecycle import end_job, set_status
 from app.core.submit import find_inputs
 from app.db import attempts, jobs, measures, steps
+from app.db.artifacts import list_artifacts
 from app.db.engine import Connection
 from app.db.jobs import Job, Status
 from app.errors import JobAlreadyFinal, JobInUse, MoveNotAllowed
@@ -86,8 +87,10 @@ def request_retry(conn: Connection, job_id: str) -> Job:
     return set_status(conn, jobs.reopen_job(conn, job_id), "queued")
 
 
-def delete(conn: Connection, job_id: str) -> None:
+def delete(conn: Connection, job_id: str) -> list[str]:
     """Remove a job that has ended, with its steps, events, artifacts, head map and selection.
+
+    Returns the sha256 of every stored file that it had.
 
     Raises: JobNotFound, MoveNotAllowed, JobInUse.
     """
@@ -95,8 +98,12 @@ def delete(conn: Connection, job_id: str) -> None:
     _allow(job, "delete")
     if by := jobs.readers_of(conn, job_id):
         raise JobInUse(job_id=job_id, by=by)
+    hashes = [artifact.sha256 for artifact in list_artifacts(conn, job_id)]
+    for step in steps.list_steps(conn, job_id):
+        hashes += (step.checkpoint or {"files": {}})["files"].values()
     measures.keep_counts(conn, job_id)
     jobs.delete_job(conn, job_id)
+    return hashes
 
 
 def _allow(job: Job, move: Move) -> None:

@@ -74,6 +74,20 @@ api_keys = Table(
     _time("used_at"),  # to the minute
 )
 
+audit = Table(
+    "audit",
+    metadata,
+    Column("id", Text, primary_key=True),
+    _project(),
+    Column("actor", Text, nullable=False),  # id of a key, or who needs none
+    Column("action", Text, nullable=False),
+    Column("object_id", Text, nullable=False, index=True),  # which may be gone
+    Column("request_id", Text),
+    Column("facts", JSONB, nullable=False),
+    _now(),
+    Index(None, "project_id", "id"),
+)
+
 datasets = Table(
     "datasets",
     metadata,

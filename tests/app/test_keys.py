@@ -16,7 +16,8 @@ from app.access_errors import KeyRefused
 from app.api.door import _refuse_strangers, is_loopback
 from app.cli import cli
 from app.core.keys import KEY_PATTERN, check_key, make_key, read_pepper
-from app.db.projects import DEFAULT_PROJECT
+from app.db.audit import list_entries
+from app.db.projects import DEFAULT_PROJECT, find_project
 from app.errors import NoKeys, PepperMissing
 from app.main import may_listen
 from app.settings import Settings
@@ -150,6 +151,9 @@ def test_a_revoked_key_is_refused_at_once_and_its_stream_ends(keyless: Api, admi
     assert (problem.value.status, problem.value.code) == (401, "auth.key_refused")
     again = ask(keyless, "DELETE", f"/keys/{made['id']}", admin)
     assert again.json()["revoked_at"] == revoked.json()["revoked_at"]
+    told = ask(keyless, "GET", f"/audit?object={made['id']}", admin).json()["data"]
+    assert [entry["action"] for entry in told] == ["key.revoke", "key.revoke", "key.create"]
+    assert told[0]["actor"].removeprefix("key_") == admin.split("_")[1]
 
 
 def ds(api: Api, key: str) -> str:
@@ -234,4 +238,12 @@ def test_the_command_line_makes_lists_and_revokes_keys(
     assert text.rpartition("_")[2] not in shown
 
     assert run.invoke(cli, ["keys", "revoke", key_id]).exit_code == 0
+    with keyless.engine.connect() as conn:
+        noted = list_entries(conn, limit=2, object_id=key_id)
+        lab = find_project(conn, "lab")
+    assert [(entry.action, entry.actor, entry.project_id) for entry in noted] == [
+        ("key.revoke", "command line", lab),
+        ("key.create", "command line", lab),
+    ]
+    assert text.rpartition("_")[2] not in str(noted)
     assert ask(keyless, "GET", "/jobs", text).status_code == 401

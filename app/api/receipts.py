@@ -1,0 +1,22 @@
+"""Receipts: what is answered when a thing was deleted, and the entry of the audit log that goes with it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Literal
+
+from app.api.context import Services
+from app.db.audit import Action
+from app.db.engine import Connection
+from app.key_schemas import ReceiptView
+
+_ACTIONS: dict[Literal["job", "dataset"], Action] = {"job": "job.delete", "dataset": "dataset.delete"}
+
+
+def receipt(
+    services: Services, conn: Connection, what: Literal["job", "dataset"], id: str, hashes: Iterable[str]
+) -> ReceiptView:
+    """The receipt for a thing that was deleted in this transaction, and had files of these sha256."""
+    sha256 = sorted(set(hashes))
+    entry = services.note(conn, _ACTIONS[what], id, {"sha256": sha256})
+    return ReceiptView(id=id, what=what, deleted_at=entry.created_at, sha256=sha256, audit_id=entry.id)
