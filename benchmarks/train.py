@@ -18,7 +18,7 @@ from p2d import flops
 from p2d.activation_cache import remember_below
 from p2d.arch.spec import every_head
 from p2d.batches import Batch, pack
-from p2d.config import Projection, top_count
+from p2d.config import RECIPES, Projection, top_count
 from p2d.flops import Work
 from p2d.model_info import ModelInfo
 from p2d.models import BaseModel, load_base_model
@@ -29,6 +29,7 @@ from p2d.step_flops import work_of_rendered
 
 PROJECTIONS: tuple[Projection, ...] = ("q", "k", "v")
 """The paper's."""
+DEFAULT_PROJECTIONS = RECIPES["default"].slices
 
 BATCH = 4
 """Rows of a step."""
@@ -44,6 +45,8 @@ RATE = Schedule(peak=1e-6, steps=1_000_000)
 
 UPPER = "slices, upper half"
 CACHED = "slices, upper half, cached"
+DEFAULT = "slices, default recipe"
+MASKED_DEFAULT = "masked, default recipe"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -112,14 +115,15 @@ def made_arms(bench: Workbench, rendered: list[RenderedRow]) -> Iterator[dict[st
     batch = pack(base.renderer, rendered, range(len(rendered)))
     work = work_of_rendered(base, rendered)
     heads, upper = chosen_heads(base.info, 0), chosen_heads(base.info, half)
-    all_masked = flops.masked_training(base.info, work, projections=PROJECTIONS)
     with remembering(base, half) as context:
         cached = _slices(base, rendered, upper, work, cached=True)
         yield {
             "full fine-tuning": _with_masters(base, batch, full(base), flops.full_fine_tuning(base.info, work)),
-            "masked": _with_masters(base, batch, masked(base, heads, PROJECTIONS), all_masked),
+            "masked": _masked(base, batch, heads, work, PROJECTIONS),
             "LoRA": _lora(bench, batch, work),
             "slices": _slices(base, rendered, heads, work),
+            MASKED_DEFAULT: _masked(base, batch, heads, work, DEFAULT_PROJECTIONS),
+            DEFAULT: _slices(base, rendered, heads, work, projections=DEFAULT_PROJECTIONS),
             UPPER: _slices(base, rendered, upper, work),
             CACHED: replace(
                 cached, step=partial(context.run, cached.step), backward=partial(context.run, cached.backward)
@@ -153,6 +157,11 @@ def _with_masters(base: BaseModel, batch: Batch, masters: Masters, operations: f
     )
 
 
+def _masked(base: BaseModel, batch: Batch, heads: list[Head], work: Work, projections: tuple[Projection, ...]) -> Arm:
+    operations = flops.masked_training(base.info, work, projections=projections)
+    return _with_masters(base, batch, masked(base, heads, projections), operations)
+
+
 def _lora(bench: Workbench, batch: Batch, work: Work) -> Arm:
     own = load_base_model(bench.model_dir, precision=bench.precision, device=bench.device)
     weights: list[Tensor] = list(own.module.parameters())
@@ -173,9 +182,15 @@ def _lora(bench: Workbench, batch: Batch, work: Work) -> Arm:
 
 
 def _slices(
-    base: BaseModel, rendered: list[RenderedRow], heads: list[Head], work: Work, *, cached: bool = False
+    base: BaseModel,
+    rendered: list[RenderedRow],
+    heads: list[Head],
+    work: Work,
+    *,
+    projections: tuple[Projection, ...] = PROJECTIONS,
+    cached: bool = False,
 ) -> Arm:
-    slices = HeadSlices(base, heads, PROJECTIONS)
+    slices = HeadSlices(base, heads, projections)
     trainer = SliceTrainer(base, slices, rendered, batch_size=len(rendered), seed="0")
 
     @contextmanager
@@ -189,7 +204,7 @@ def _slices(
         backward=lambda: backward(base, pack(base.renderer, rendered, range(len(rendered)))),
         inside=installed,
         state=lambda: trainable_state(slices.parameters(), trainer.optimizer),
-        flops=flops.slice_training(base.info, work, heads=heads, projections=PROJECTIONS, cached=cached),
+        flops=flops.slice_training(base.info, work, heads=heads, projections=projections, cached=cached),
         weights=list(base.module.parameters()),
     )
 
@@ -219,21 +234,32 @@ def _of_times(times: Times, arms: dict[str, Arm]) -> Iterator[Ratio]:
     yield against("masked", CACHED, 2, "heads chosen from the middle layer up; every epoch after the first")
     yield against("LoRA", "slices", 1.05, f"rank {LORA_RANK} on q, k, v")
     yield against("LoRA", CACHED, 2)
+    yield against(MASKED_DEFAULT, DEFAULT, None, "v and o")
     yield against("full fine-tuning", "slices", None)
+    yield against("full fine-tuning", DEFAULT, None)
     yield against("full fine-tuning", UPPER, None)
     yield against("full fine-tuning", CACHED, None)
 
 
 def _of_bytes(held: dict[str, Held]) -> Iterator[Ratio]:
-    def against(what: str, one: str, of: Callable[[Held], int], target: float | None) -> Ratio:
+    def against(
+        what: str, one: str, of: Callable[[Held], int], target: float | None, other: str = "slices", note: str = ""
+    ) -> Ratio:
         return Ratio(
-            name=f"{what}, {one} / slices",
-            rounds=(of(held[one]) / of(held["slices"]),),
+            name=f"{what}, {one} / {other}",
+            rounds=(of(held[one]) / of(held[other]),),
             target=None if target is None else Target(at="least", value=target),
+            note=note,
         )
 
+    spread = "q, k, v: heads at even distances touch a larger share of the KV groups than they are of all heads"
     for one, target in (("full fine-tuning", 50), ("masked", 6), ("LoRA", 4)):
-        yield against("bytes of the trained state", one, lambda at: at.state, target)
+        yield against("bytes of the trained state", one, lambda at: at.state, target, note=spread)
+    yield against("bytes of the trained state", "full fine-tuning", lambda at: at.state, 50, DEFAULT, "v and o")
+    yield against(
+        "bytes of the trained state", MASKED_DEFAULT, lambda at: at.state, 6, DEFAULT, "v and o on both sides"
+    )
     yield against("peak memory of a step", "full fine-tuning", lambda at: at.peak, 4)
     for one in ("full fine-tuning", "masked", "LoRA"):
         yield against("activations kept for backward", one, lambda at: at.saved, None)
+    yield against("activations kept for backward", "full fine-tuning", lambda at: at.saved, None, DEFAULT)

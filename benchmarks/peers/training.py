@@ -19,7 +19,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from p2d.arch.spec import units_of
+from p2d.arch.spec import n_units, units_of
 from p2d.batches import Batch, answer_nll
 from p2d.config import Projection
 from p2d.models import BaseModel
@@ -82,7 +82,7 @@ def full(base: BaseModel) -> Masters:
 
 
 def masked(base: BaseModel, heads: Sequence[Head], projections: Sequence[Projection]) -> Masters:
-    """ALPS: every q, k and v trained, all but the chosen heads' gradients set to zero."""
+    """ALPS: these projections trained in every layer, all but the chosen heads' gradients set to zero."""
     weights: list[nn.Parameter] = []
     masks: list[Tensor] = []
     for layer in range(base.info.n_layers):
@@ -91,10 +91,10 @@ def masked(base: BaseModel, heads: Sequence[Head], projections: Sequence[Project
             weight = base.projection(layer, name).weight
             assert isinstance(weight, nn.Parameter)
             units = units_of(base.info, name, chosen)
-            mask_UE1 = torch.zeros(weight.shape[0] // base.info.head_dim, base.info.head_dim, 1, device=weight.device)
-            mask_UE1[units] = 1
+            mask_UE = torch.zeros(n_units(base.info, name), base.info.head_dim, device=weight.device)
+            mask_UE[units] = 1
             weights.append(weight)
-            masks.append(mask_UE1.flatten(0, 1))
+            masks.append(mask_UE.view(1, -1) if name == "o" else mask_UE.view(-1, 1))  # o's units are its columns
     return Masters(weights, masks)
 
 

@@ -13,20 +13,26 @@ import torch
 
 from benchmarks.counters import bytes_of, count_flops, peak_extra_bytes
 from benchmarks.eager import demo_masses
-from benchmarks.heads import bytes_read_by_us, moved_proxy, pad_flops
+from benchmarks.heads import PROJECTIONS, bytes_read_by_us, look_flops, look_with_gradients, moved_proxy, pad_flops
 from benchmarks.peers import alps
 from benchmarks.peers.data_whisperer import DataWhisperer, group_flops
+from benchmarks.peers.training import backward, masked
 from benchmarks.respond import scene_masses
-from benchmarks.train import CACHED, UPPER, Arm, bytes_held, chosen_heads, made_arms
+from benchmarks.train import CACHED, DEFAULT, MASKED_DEFAULT, UPPER, Arm, bytes_held, chosen_heads, made_arms
 from benchmarks.workbench import Workbench
 from p2d import flops
-from p2d.arch.spec import every_head, n_units
+from p2d.arch.spec import every_head, n_units, unit_view
+from p2d.batches import mean_answer_nll, pack
+from p2d.model_info import ModelInfo
 from p2d.models import BaseModel, load_base_model
 from p2d.responses.icl import set_scene
 from p2d.rows import Row
 from p2d.scorers import ScorerInput
+from p2d.scorers.attribution import attribution
 from p2d.scorers.pad import pad
+from p2d.slices import HeadSlices
 from tests.factories import some_rows, tiny_model_dir
+from tests.p2d.test_estimate import SMOLLM2
 
 TOLERANCE = 0.02
 CPU = torch.device("cpu")
@@ -114,6 +120,32 @@ def test_scoring_reads_the_trained_projections_once_and_multiplies_right_to_left
     assert found == pytest.approx(pad_flops(base.info), rel=TOLERANCE)
 
 
+def test_attribution_looks_at_both_ends_and_at_most_once_between(base: BaseModel) -> None:
+    proxy = moved_proxy(base)
+
+    scores_LH = attribution(ScorerInput(base.info, proxy, 0))
+
+    assert proxy.asked == {0.0, 0.5, 1.0}
+    assert scores_LH.abs().min() > 0
+
+
+def test_a_look_with_gradients_costs_what_its_closed_form_says(
+    base: BaseModel, rows: list[Row], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(flops, "causal_pairs", lambda tokens, past=0: tokens * (past + tokens))
+    guide = [base.renderer.render(rows[0])] * 4
+    slices = HeadSlices(base, every_head(base.info), PROJECTIONS)
+    plain, full = look_flops(base, guide)
+
+    with slices:
+        found = count_flops(lambda: look_with_gradients(base, slices, guide))
+        gradients = look_with_gradients(base, slices, guide)
+
+    assert full == pytest.approx(found, rel=TOLERANCE)
+    assert plain == pytest.approx(count_flops(lambda: mean_answer_nll(base, guide)), rel=TOLERANCE)
+    assert gradients.keys() == moved_proxy(base).gradients.keys()
+
+
 def test_alps_gives_heads_beyond_the_last_group_no_keys_and_values(long_dir: Path, base: BaseModel) -> None:
     model, _ = alps.load_models(long_dir, long_dir, CPU)
 
@@ -157,17 +189,56 @@ def test_every_way_to_train_costs_what_its_closed_form_says(arms: dict[str, Arm]
             assert arm.flops == pytest.approx(count_flops(arm.step), rel=TOLERANCE), name
 
 
+def trained_numbers(info: ModelInfo) -> dict[str, int]:
+    """By arm."""
+    chosen, every = chosen_heads(info, 0), every_head(info)
+    return {
+        "full fine-tuning": info.parameters,
+        "masked": flops.slice_weights(info, every, ("q", "k", "v")),
+        "LoRA": info.n_layers * flops.lora_parameters(info, rank=128, projections=("q", "k", "v")),
+        "slices": flops.slice_weights(info, chosen, ("q", "k", "v")),
+        MASKED_DEFAULT: flops.slice_weights(info, every, ("v", "o")),
+        DEFAULT: flops.slice_weights(info, chosen, ("v", "o")),
+    }
+
+
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_the_trained_state_is_four_times_the_trained_numbers(arms: dict[str, Arm], base: BaseModel) -> None:
-    info = base.info
-    slices = flops.slice_weights(info, chosen_heads(info, 0), ("q", "k", "v"))
-    every = flops.slice_weights(info, every_head(info), ("q", "k", "v"))
-    lora = info.n_layers * flops.lora_parameters(info, rank=128, projections=("q", "k", "v"))
-    expected = {"full fine-tuning": info.parameters, "masked": every, "LoRA": lora, "slices": slices}
+    numbers = trained_numbers(base.info)
 
-    found = {name: bytes_of(arms[name].state()) for name in expected}
+    found = {name: bytes_of(arms[name].state()) for name in numbers}
 
-    assert found == {name: 4 * 4 * count for name, count in expected.items()}
+    assert found == {name: 4 * 4 * count for name, count in numbers.items()}
+
+
+def test_the_default_recipe_keeps_the_state_that_the_papers_slices_do_not_keep_small() -> None:
+    numbers = trained_numbers(SMOLLM2)
+
+    # Of 270 heads 27 at even distances: of q (or o) a tenth, of k and v 27 of 90 groups.
+    assert numbers["slices"] == 27 * 64 * 576 * 3
+    assert numbers[DEFAULT] == 27 * 64 * 576 * 2
+    assert numbers["full fine-tuning"] / numbers["slices"] == pytest.approx(45, abs=0.1)
+    assert numbers["masked"] / numbers["slices"] == pytest.approx(50 / 9)
+    assert numbers["full fine-tuning"] / numbers[DEFAULT] == pytest.approx(67.6, abs=0.1)
+    assert numbers[MASKED_DEFAULT] / numbers[DEFAULT] == pytest.approx(20 / 3)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers, about peft
+def test_unchosen_columns_of_o_get_no_gradient_where_they_are_masked(base: BaseModel, rows: list[Row]) -> None:
+    chosen = chosen_heads(base.info, 0)
+    masters = masked(base, chosen, ("v", "o"))
+    batch = pack(base.renderer, [base.renderer.render(row) for row in rows[:2]], range(2))
+    before = [master.detach().clone() for master in masters.masters]
+    with masters.trainable():
+        backward(base, batch)
+        masters.update()
+
+    changed = [master.detach() != old for master, old in zip(masters.masters, before, strict=True)]
+    of_o = [unit_view(base.spec, base.info, "o", change) for change in changed[1::2]]
+    moved = {
+        (layer, int(unit)) for layer, change_UED in enumerate(of_o) for unit in change_UED.flatten(1).any(1).nonzero()
+    }
+    assert moved == set(chosen)
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
