@@ -68,3 +68,17 @@ class StorageFull(TooMuch):
     def __init__(self, *, what: str, used: int, more: int, limit: int) -> None:
         text = f"The project stores {used} {what}; {more} more would be above its {limit}."
         super().__init__(text, what=what, used=used, more=more, limit=limit)
+
+
+class RoleMissing(ServiceError):
+    """The database's user may neither make the role of the API nor take it on; met when migrating."""
+
+    code, hint = (
+        "database.role_missing",
+        "Let an administrator of the server run the two statements once, then migrate again.",
+    )
+
+    def __init__(self, *, role: str, user: str) -> None:
+        statements = f'CREATE ROLE {role} NOLOGIN; GRANT {role} TO "{user}";'
+        text = f"The user {user!r} may not make the role {role!r}, or, where it is there, not take it on: {statements}"
+        super().__init__(text, role=role, user=user)

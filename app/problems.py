@@ -100,6 +100,7 @@ STATUS = {
     "service.too_many_streams": 503,
     "service.disk_full": 507,
     "database.unavailable": 503,
+    "database.role_missing": 500,
     "store.unavailable": 503,
     "store.object_missing": 500,
     "store.object_corrupt": 500,

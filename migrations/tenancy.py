@@ -9,6 +9,8 @@ from alembic import op
 from sqlalchemy import Connection, text
 from sqlalchemy.exc import DBAPIError
 
+from app.access_errors import RoleMissing
+
 ROLE = "p2d_api"
 """The role without rights of its own that the API takes on in every transaction; the same in every database of a server."""
 
@@ -22,10 +24,6 @@ OWN_JOB = "exists (select from jobs where jobs.id = job_id)"
 """Whether a row with a `job_id` is of a job that the transaction may see."""
 
 
-class RoleMissing(Exception):
-    """The role of the API can neither be made nor be taken on by the user of the database URL."""
-
-
 def make_role() -> None:
     """Make the role where the server has none, and let this user take it on. Raises RoleMissing."""
     conn = op.get_bind()
@@ -37,10 +35,7 @@ def make_role() -> None:
         _allowed(conn, f"grant {ROLE} to current_user")
         if not _allowed(conn, taken):
             user = conn.execute(text("select current_user")).scalar_one()
-            raise RoleMissing(
-                f"The user {user!r} may not make the role {ROLE!r}, or not take it on. Let an administrator run once:"
-                f' CREATE ROLE {ROLE} NOLOGIN; GRANT {ROLE} TO "{user}"; and migrate again.'
-            )
+            raise RoleMissing(role=ROLE, user=str(user))
     conn.execute(text("reset role"))
 
 

@@ -12,17 +12,21 @@ from dataclasses import dataclass
 from typing import Any
 
 import httpx
+import psycopg
 import pytest
 
+from app.access_errors import RoleMissing
 from app.core.keys import make_key
 from app.db.api_keys import Scope, revoke_key
-from app.db.engine import NOBODY, Connection, Engine, for_project
+from app.db.engine import NOBODY, Connection, Engine, for_project, make_engine
 from app.db.jobs import list_jobs
 from app.db.projects import open_project
 from app.db.tables import metadata
 from app.main import create_app
 from app.settings import Settings
+from migrations import upgrade
 from tests.app.conftest import Api, a_job, rows, serving
+from tests.conftest import Servers
 
 SHARED = {"objects", "tallies"}
 """Tables that belong to no project, and of which no route shows more than sums."""
@@ -291,6 +295,23 @@ def test_a_project_cannot_write_a_row_of_another(tenants: Tenants) -> None:
                 "values ('u', %s, '', 1, 1, now())",
                 (owner,),
             )
+
+
+def test_a_user_who_may_make_no_role_is_told_what_an_administrator_runs(servers: Servers) -> None:
+    admin = servers.database_url
+    with psycopg.connect(admin, autocommit=True) as conn:
+        conn.execute("create role plain login password 'x' nosuperuser nocreaterole")
+        conn.execute("create database plain owner plain template template0")
+        engine = make_engine(f"postgresql://plain:x@{admin.split('@')[1].rpartition('/')[0]}/plain")
+        try:
+            with pytest.raises(RoleMissing, match='GRANT p2d_api TO "plain";'):
+                upgrade(engine)
+            conn.execute("grant p2d_api to plain")
+            upgrade(engine)
+            with for_project(engine, NOBODY).connect() as confined:
+                assert list_jobs(confined, limit=1) == []
+        finally:
+            engine.dispose()
 
 
 def held_tables() -> list[str]:
