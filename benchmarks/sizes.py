@@ -52,5 +52,5 @@ def findings_of(jobs: list[dict[str, Any]]) -> Findings:
         columns=("rows", "seconds", "MB written", "peak MB"),
         lines=tuple((j["rows"], j["seconds"], j["written_bytes"] / 1e6, j["peak_bytes"] / 1e6) for j in jobs),
     )
-    note = "`python -m benchmarks.growth` runs 100,000 and 1,000,000 rows as well (hours): docs/results/growth.md."
+    note = "`python -m benchmarks.growth` runs 100,000 and 1,000,000 rows as well: docs/results/growth.md."
     return Findings(ratios=ratios, tables=(table,), notes=(note,))
