@@ -15,7 +15,8 @@ from app.cli import _body, cli, main
 from app.models import install_directory
 from p2d.errors import ConfigError, ModelUnsupported
 from p2d.model_info import read_model_info
-from tests.factories import tiny_model_dir
+from p2d.rows import write_rows
+from tests.factories import some_rows, tiny_model_dir
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -86,6 +87,33 @@ def test_run_takes_files_with_other_column_names(
     status, malformed = p2d(capsys, monkeypatch, *run, "prompt")
     assert status == 2
     assert "FIELD=COLUMN" in malformed
+
+
+def test_run_takes_earlier_results_and_a_device_where_they_fit(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, model: Path, tmp_path: Path
+) -> None:
+    write_rows(tmp_path / "data.jsonl", some_rows(30))
+    run: list[str | Path] = ["run", "--model", model, "--data", tmp_path / "data.jsonl", "--set", "heads.proxy_rows=8"]
+    to: list[str | Path] = ["--device", "cpu", "--out", tmp_path / "out"]
+
+    status, found = p2d(capsys, monkeypatch, *run, *to, "--kind", "identify_heads")
+    assert (status, "identify_heads, 2 of 18 heads" in found) == (0, True)
+    head_map = tmp_path / "out" / "head_map.json"
+
+    status, used = p2d(capsys, monkeypatch, *run, *to, "--kind", "select_data", "--head-map", head_map)
+    assert status == 0
+    assert "not counted: heads, given as files" in used
+
+    for option, kind, said in [
+        ("--head-map", "identify_heads", "makes its own"),
+        ("--selection", "select_data", "makes its own"),
+        ("--selection", "adapt", "is not a selection"),
+    ]:
+        status, refused = p2d(capsys, monkeypatch, *run, *to, "--kind", kind, option, head_map)
+        assert status == 2
+        assert said in refused
+    status, refused = p2d(capsys, monkeypatch, *run, "--out", tmp_path / "out", "--device", "cuda:9")
+    assert (status, "'cuda:9' is not available" in refused) == (2, True)
 
 
 def test_a_dataset_file_that_is_not_there_is_said_in_words(
