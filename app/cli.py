@@ -25,7 +25,7 @@ from app.errors import JobFailure, ProcessFailed
 from app.key_commands import keys
 from app.processes import Terminated, raise_on_term
 from app.progress import watching, watching_steps
-from app.report import headline
+from app.report import foreseen, headline
 from app.schemas import JobBody
 from app.settings import Settings
 from p2d.client import Client, DownloadCorrupt, Job, NoSuchFile, ServiceProblem, ServiceUnreachable
@@ -177,17 +177,18 @@ def submit(
     map_: Map = [],  # noqa: B006
     set_: Set = [],  # noqa: B006 - typer reads it, nobody writes it
     watch: Annotated[bool, typer.Option("--watch", help="Follow the job to its end.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what it would take.")] = False,
     url: Url = DEFAULT_URL,
 ) -> None:
     """Send a job; prints its id."""
     body = _body(kind, recipe, set_) | {"base_model": base_model}
+    held_out, mapping = _dataset(validation) if validation else None, _mapping(map_)
     with Client(url) as client:
-        job = client.submit(
-            body,
-            dataset=_dataset(data),
-            validation_dataset=_dataset(validation) if validation else None,
-            mapping=_mapping(map_),
-        )
+        if dry_run:
+            found = client.estimate(body, dataset=_dataset(data), validation_dataset=held_out, mapping=mapping)
+            out.print(foreseen(found))
+            return
+        job = client.submit(body, dataset=_dataset(data), validation_dataset=held_out, mapping=mapping)
         out.print(job.id)
         if watch:
             _follow(client, job)

@@ -20,6 +20,7 @@ from app.api import (
     audit,
     datasets,
     documentation,
+    estimates,
     events,
     head_maps,
     job_moves,
@@ -98,10 +99,11 @@ def create_app(settings: Settings, *, waker: Wake | None = None) -> FastAPI:
     app.state.metrics = registry
     problems.install(app)
     documentation.install(app)
-    for room in (
+    rooms = (
         jobs,
         job_views,
         job_moves,
+        estimates,
         events,
         artifacts,
         datasets,
@@ -111,7 +113,8 @@ def create_app(settings: Settings, *, waker: Wake | None = None) -> FastAPI:
         models,
         keys,
         audit,
-    ):
+    )
+    for room in rooms:
         app.include_router(room.router, dependencies=CLOSED)
     for room in (ops, metrics):
         app.include_router(room.router)

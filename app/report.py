@@ -1,4 +1,4 @@
-"""A job's report.json as a person reads it on a terminal: what was found, what it is worth, what it cost.
+"""A job's report.json as a person reads it on a terminal: what was found, what it is worth, what it cost; and its estimate.
 
 Shows; every number was made by the engine (`p2d.report`). Says what was projected and not measured.
 """
@@ -118,3 +118,22 @@ def headline(report: Mapping[str, Any]) -> str:
     if cost["not_known"]:
         parts.append(f"not counted: {', '.join(cost['not_known'])}, given as files")
     return ", ".join(parts)
+
+
+def foreseen(estimate: Mapping[str, Any]) -> RenderableType:
+    """What POST /estimates answered."""
+    table = Table("step", "seconds", "in eight of ten cases", box=None, pad_edge=False)
+    table.columns[1].justify = "right"
+    whole = {"step": "all", "seconds": estimate["seconds"]}
+    for step in [*estimate["steps"], whole]:
+        seconds = step["seconds"]
+        table.add_row(step["step"], f"{seconds['p50']:.1f}", f"{seconds['p10']:.1f} to {seconds['p90']:.1f}")
+    kept, size = estimate["rows"], estimate["size_bytes"]["total"]
+    lines = [f"{kept['kept']} of {kept['train']} rows kept, up to {size / 1e6:,.1f} MB stored"]
+    if estimate["aer"] is not None:
+        lines.append(f"projected AER {estimate['aer']:.2f}, against LoRA {estimate['aer_lora']:.2f}")
+    lines += [f"{name}: {text}" for name, text in estimate["basis"].items()]
+    lines += [f"Note: {text}" for text in estimate["warnings"]] + [
+        f"Does not fit: {text}" for text in estimate["misfits"]
+    ]
+    return Group(table, "", *(Text(line) for line in lines))

@@ -159,16 +159,41 @@ class Client:
         Sent again after a cut it still makes one job: the request carries an Idempotency-Key.
         Raises: ServiceProblem with every fault in `errors`.
         """
+        headers = {"Idempotency-Key": idempotency_key or str(uuid.uuid4())}
+        return _job(self._send_job("/jobs", job, base_model, dataset, validation_dataset, mapping, headers))
+
+    def estimate(
+        self,
+        job: JobConfig | Mapping[str, Any],
+        *,
+        base_model: str | None = None,
+        dataset: Path | str,
+        validation_dataset: Path | str | None = None,
+        mapping: Mapping[str, str] | None = None,
+    ) -> Mapping[str, Any]:
+        """What a job would take, as POST /estimates answers: seconds as intervals, bytes, AER; nothing is made or stored."""
+        found = self._send_job("/estimates", job, base_model, dataset, validation_dataset, mapping, {})
+        return dict(found)
+
+    def _send_job(
+        self,
+        path: str,
+        job: JobConfig | Mapping[str, Any],
+        base_model: str | None,
+        dataset: Path | str,
+        validation_dataset: Path | str | None,
+        mapping: Mapping[str, str] | None,
+        headers: dict[str, str],
+    ) -> Any:
         body = without_defaults(job) if isinstance(job, JobConfig) else dict(job)
         body |= {} if base_model is None else {"base_model": base_model}
         body |= {"mapping": dict(mapping)} if mapping else {}
         given = {"dataset": dataset, "validation_dataset": validation_dataset}
         files = {name: value for name, value in given.items() if isinstance(value, Path)}
         body |= {name: value for name, value in given.items() if isinstance(value, str)}
-        headers = {"Idempotency-Key": idempotency_key or str(uuid.uuid4())}
         if not files:
-            return _job(self._json("POST", "/jobs", headers=headers, json=body))
-        return _job(self._upload("/jobs", files, {"job": json.dumps(body)}, headers))
+            return self._json("POST", path, headers=headers, json=body)
+        return self._upload(path, files, {"job": json.dumps(body)}, headers)
 
     def upload(self, dataset: Path, *, mapping: Mapping[str, str] | None = None) -> str:
         """Store and check a dataset; returns its id. `mapping` as for `submit`.

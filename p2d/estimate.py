@@ -1,11 +1,10 @@
 """How long each step will take, said before it runs: operations by `p2d.flops`, over a speed measured in 0.2 s.
 
-An estimate, not a promise: other work on the machine is not foreseen. The arithmetic needs no torch; `calibrate` does.
+An estimate, not a promise: other work on the machine is not foreseen. No torch here: `p2d.calibration` measures the speed.
 """
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, replace
 
 from p2d.arch.spec import every_head
@@ -66,25 +65,6 @@ class Speed:
     """What the device multiplies, in floating point operations per second, at the width of the model."""
 
     flop_per_s: float
-
-
-def calibrate(info: ModelInfo, *, device: str, dtype: str) -> Speed:
-    """Time one matrix product of the model's own width."""
-    import torch
-
-    where, kind = torch.device(device), torch.bfloat16 if dtype == "bf16" else torch.float32
-    x = torch.randn(512, info.hidden_size, device=where).to(kind)
-    weight = torch.randn(info.intermediate_size, info.hidden_size, device=where).to(kind)
-    times: list[float] = []
-    ends = time.perf_counter() + 0.2
-    while len(times) < 5 or (time.perf_counter() < ends and len(times) < 1000):
-        started = time.perf_counter()
-        torch.nn.functional.linear(x, weight)
-        if where.type == "cuda":
-            torch.cuda.synchronize(where)
-        times.append(time.perf_counter() - started)
-    typical = sorted(times)[len(times) // 2]
-    return Speed(2 * x.shape[0] * weight.numel() / typical)
 
 
 def estimate_seconds(

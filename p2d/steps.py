@@ -87,8 +87,9 @@ def validate(call: StepCall, progress: Progress, models: ModelCache, on_checkpoi
     """Set held-out rows apart, count tokens, decide what `"auto"` stands for, and say how long it will take."""
     import torch
 
+    from p2d.calibration import calibrate
     from p2d.device import pick_device, pick_dtype
-    from p2d.estimate import calibrate, estimate_seconds
+    from p2d.estimate import estimate_seconds
     from p2d.rendering import load_renderer
 
     meter = _Meter(call)

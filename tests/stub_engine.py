@@ -57,6 +57,7 @@ def run_step(call: StepCall, *, progress: Progress, models: ModelCache, on_check
         "parts": {},
         "tokens": 10,
         "rows": 1,
+        "flops": 10**9 if call.step in ("heads", "respond", "train") else 0,
     }
     write_json(call.out / f"{name}.json", cost | {"peak_memory_bytes": 1, "device": "stub"})
 

@@ -156,6 +156,7 @@ def read_facts(lease: Lease, out: Path) -> StepFacts:
                 "versions": versions(),  # of the machine that decided; the child runs on the same packages
             },
             estimate_s=plan.estimate_s,
+            train=plan.train,
             warnings=tuple(plan.warnings),
         )
     if lease.step == "select":

@@ -153,7 +153,12 @@ def _counters(found: Measures) -> Iterator[Metric]:
         tried.add_metric(labels, number)
     yield tried
     yield CounterMetricFamily("p2d_uploaded_bytes", "Bytes of datasets as uploaded.", found.uploaded_bytes)
-    yield _histogram("p2d_step_seconds", "Seconds of finished steps.", SECONDS, found.step_seconds)
+    yield _histogram(
+        "p2d_step_seconds",
+        "Seconds of finished steps, without those whose outputs an earlier job had.",
+        SECONDS,
+        found.step_seconds,
+    )
     yield _histogram(
         "p2d_estimate_ratio", "Actual over estimated seconds of finished steps.", RATIOS, found.estimate_ratios
     )

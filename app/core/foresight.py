@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from app.db.engine import Json
 from app.db.estimates import DEFAULT, Error
 from app.db.steps import Work
+from p2d.plans import RowCounts
 
 PACE_FROM = 0.05
 """Share of a job after which its own pace says more about its middle than the errors of other jobs."""
@@ -36,9 +37,10 @@ def stretched(seconds: Mapping[str, float], errors: Mapping[str, Error]) -> Inte
     return Interval(p10=sums[0], p50=sums[1], p90=sums[2])
 
 
-def estimate_json(seconds: Mapping[str, float], errors: Mapping[str, Error]) -> Json:
-    """What a job keeps of its estimate."""
+def estimate_json(seconds: Mapping[str, float], errors: Mapping[str, Error], rows: RowCounts | None = None) -> Json:
+    """What a job keeps of its estimate; `rows` are its training rows, for estimates of later jobs."""
     return {
+        **({"rows": asdict(rows)} if rows else {}),
         "total_s": sum(seconds.values()),
         "steps": dict(seconds),
         "interval_s": stretched(seconds, errors).json(),

@@ -33,6 +33,11 @@ class Candidate:
         return self.report.rows
 
     @property
+    def stored_bytes(self) -> int:
+        """Size of the normalised rows."""
+        return self.normalised.stat().st_size
+
+    @property
     def content_hash(self) -> str:
         """Sha256 over prompts and answers."""
         return self.report.content_hash

@@ -30,6 +30,7 @@ from app.db.selections import insert_selection
 from app.errors import LeaseLost, LimitReached, WorkerLost
 from p2d.errors import P2DError
 from p2d.pipeline import STEPS
+from p2d.plans import RowCounts
 
 STAGES: tuple[Stage, ...] = get_args(Stage)
 
@@ -61,6 +62,8 @@ class StepFacts:
     """`validate`: the config without "auto" and the reasons."""
     estimate_s: Mapping[str, float] = field(default_factory=dict)
     """`validate`: estimated seconds per step, all shards together."""
+    train: RowCounts | None = None
+    """`validate`: the training rows."""
     warnings: tuple[str, ...] = ()
     rows: int = 0
     """`select`: rows that were scored."""
@@ -332,7 +335,7 @@ def _apply_plan(conn: Connection, job: Job, facts: StepFacts) -> Job:
         job = jobs.update_job(conn, job.id, resolved=facts.resolved)
     if facts.estimate_s:
         steps.set_weights(conn, job.id, facts.estimate_s)
-        estimate = estimate_json(facts.estimate_s, past_errors(conn))
+        estimate = estimate_json(facts.estimate_s, past_errors(conn), facts.train)
         job = jobs.update_job(conn, job.id, estimate=estimate)
         append_event(conn, job.id, "estimate", estimate)
     return job

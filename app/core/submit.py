@@ -19,7 +19,7 @@ from app.db.jobs import Job, get_job, insert_job
 from app.db.selections import SelectionRecord, get_selection
 from app.db.steps import insert_steps
 from app.errors import DatasetNotFound, HeadMapMismatch, HeadMapNotFound, SelectionMismatch, SelectionNotFound
-from p2d.config import JobConfig, check, check_rank, config_json, least_proxy_rows
+from p2d.config import JobConfig, Resolution, check, check_rank, config_json, least_proxy_rows, resolve
 from p2d.errors import ConfigError, DatasetTooSmall, ErrorDetail, P2DError
 from p2d.model_info import ModelInfo
 from p2d.plans import held_out_count
@@ -81,8 +81,29 @@ class Content(Protocol):
         """Number of rows."""
 
     @property
+    def stored_bytes(self) -> int:
+        """Size of the normalised rows."""
+
+    @property
     def content_hash(self) -> str:
         """Sha256 over prompts and answers."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FirstResolution:
+    """What "auto" means before any row was read, and how the rows will be set apart."""
+
+    resolution: Resolution
+    train_rows: int
+    held_out: int
+
+
+def resolution_of(config: JobConfig, model: ModelInfo, rows: int, validation_rows: int | None) -> FirstResolution:
+    """Resolve a config that was checked. The validate step does it again, from the rows themselves."""
+    held_out = held_out_count(rows, validation_rows, proxy_rows=0)
+    train_rows = rows - held_out if validation_rows is None else rows
+    resolution = resolve(config, rows=train_rows, context_length=model.context_length)
+    return FirstResolution(resolution=resolution, train_rows=train_rows, held_out=held_out)
 
 
 def refusals(

@@ -1,14 +1,17 @@
-"""How wrong estimates were: actual over estimated seconds of finished steps, as the ledger has them."""
+"""What finished jobs tell about new ones: how wrong estimates were, how fast steps ran, how many tokens rows have."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from sqlalchemy import ColumnElement, and_, func, select
+from sqlalchemy import ColumnElement, Double, and_, column, func, select
+from sqlalchemy.dialects.postgresql import JSONB
 
 from app.db.engine import Connection, Json
-from app.db.tables import jobs, steps
+from app.db.tables import datasets, jobs, steps
+from p2d.estimate import EFFICIENCY
+from p2d.plans import RowCounts
 
 RECENT = 200
 """Finished steps of one name that are looked at: the newest."""
@@ -51,6 +54,47 @@ def past_errors(conn: Connection) -> dict[str, Error]:
         .having(func.count() >= FEWEST)
     )
     return {row[0]: Error(p10=row[1], p50=row[2], p90=row[3], runs=row[4]) for row in rows}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MeasuredSpeed:
+    """Floating point operations per second as earlier steps reached them, by p2d.flops' count."""
+
+    flop_per_s: float
+    """At a step's full efficiency (`p2d.estimate.Speed`)."""
+    runs: int
+    same_model: bool
+    """Whether all of them ran this model; else they ran others."""
+
+
+def measured_speed(conn: Connection, *, model_digest: str) -> MeasuredSpeed | None:
+    """The median speed of the newest finished steps: of this model if it ran, else of all. None where nothing has run."""
+    accounting = func.jsonb_each(steps.c.facts).table_valued("key", column("value", JSONB), joins_implicitly=True)
+    flops, work_s = (accounting.c.value[name].astext.cast(Double) for name in ("flops", "work_s"))
+    query = select((flops / work_s).label("flop_per_s"), steps.c.model_digest).select_from(steps)
+    query = query.where(steps.c.status == "done", func.jsonb_typeof(steps.c.facts) == "object", flops > 0, work_s > 0)
+    for same_model in (True, False):
+        newest = query.where(steps.c.model_digest == model_digest) if same_model else query
+        recent = newest.order_by(steps.c.finished_at.desc()).limit(RECENT).subquery()
+        median = func.percentile_cont(0.5).within_group(recent.c.flop_per_s)
+        found, runs = conn.execute(select(median, func.count()).select_from(recent)).one()
+        if runs:
+            return MeasuredSpeed(flop_per_s=found / EFFICIENCY, runs=runs, same_model=same_model)
+    return None
+
+
+def measured_rows(conn: Connection, *, content_hash: str, model_digest: str) -> RowCounts | None:
+    """Training rows of an earlier job over the same content with the same model, in rows and tokens."""
+    query = (
+        select(jobs.c.estimate["rows"])
+        .join(datasets, datasets.c.id == jobs.c.dataset_id)
+        .where(datasets.c.content_hash == content_hash, jobs.c.model_digest == model_digest)
+        .where(jobs.c.estimate.has_key("rows"))
+        .order_by(jobs.c.id.desc())
+        .limit(1)
+    )
+    row = conn.execute(query).first()
+    return RowCounts(**row[0]) if row else None
 
 
 def ratio() -> ColumnElement[Any]:

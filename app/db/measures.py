@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from sqlalchemy import ColumnElement, Integer, Select, cast, func, literal, select, union_all
+from sqlalchemy import ColumnElement, Integer, Select, and_, cast, func, literal, select, union_all
 from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.dialects.postgresql import insert as upsert
 from sqlalchemy.types import Double
@@ -126,7 +126,7 @@ def _counts(which: ColumnElement[bool]) -> list[Select[Any]]:
         .group_by(steps.c.step, attempts.c.outcome, code)
     )
     found = [tried]
-    judged = {"step_seconds": steps.c.status == "done", "estimate_ratio": is_judged()}
+    judged = {"step_seconds": and_(steps.c.status == "done", steps.c.reused.is_(None)), "estimate_ratio": is_judged()}
     for name, edges, value in (("step_seconds", SECONDS, steps.c.seconds), ("estimate_ratio", RATIOS, ratio())):
         bucket = func.width_bucket(cast(value, Double), cast(list(edges), ARRAY(Double)), type_=Integer)
         found.append(

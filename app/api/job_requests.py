@@ -1,0 +1,165 @@
+"""A request for a job, before anything is made of it: what it asks, and everything that is wrong with it, at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
+
+from app.api.bodies import Received, read_json
+from app.api.context import Services
+from app.core.ingest import Candidate, inspect
+from app.core.submit import Content, find_dataset, refusals
+from app.errors import (
+    HeadMapMismatch,
+    HeadMapNotFound,
+    RequestError,
+    RequestInvalid,
+    RequestTooLarge,
+    SelectionMismatch,
+    SelectionNotFound,
+    UnsupportedMediaType,
+)
+from app.problems import invalid
+from app.schemas import JobBody
+from p2d.columns import mapped
+from p2d.config import check
+from p2d.errors import (
+    ConfigError,
+    DatasetEmpty,
+    DatasetError,
+    DatasetTooLarge,
+    DatasetTooSmall,
+    ErrorDetail,
+    MappingInvalid,
+    ModelError,
+    ModelNotFound,
+    ModelUnsupported,
+    P2DError,
+)
+from p2d.model_info import ModelInfo, find_model, read_model_info
+from p2d.wording import counted
+
+FILES = ("dataset", "validation_dataset")
+"""Names of the files that may be sent along."""
+
+REFUSALS: tuple[type[P2DError], ...] = (
+    *(RequestError, RequestInvalid, RequestTooLarge, UnsupportedMediaType),
+    *(ConfigError, DatasetError, DatasetEmpty, DatasetTooSmall, DatasetTooLarge, MappingInvalid),
+    *(ModelError, ModelNotFound, ModelUnsupported),
+    *(HeadMapNotFound, HeadMapMismatch, SelectionNotFound, SelectionMismatch),
+)
+"""What a request for a job may be refused with."""
+
+
+def parse_job(received: Received) -> JobBody:
+    """The job of a request. Raises RequestInvalid with all that is wrong with its fields."""
+    if received.json is None:
+        text = "The part 'job' with the job's JSON is missing."
+        raise RequestInvalid(text, errors=[ErrorDetail(code="field.missing", message=text, pointer="/job")])
+    body = read_json(JobBody, received.json)
+    faults = []
+    for name in FILES:
+        named, sent = getattr(body, name) is not None, name in received.files
+        if named and sent:
+            faults.append(
+                ErrorDetail(code="field.given_twice", message="Given as an id and as a file.", pointer=f"/{name}")
+            )
+        if name == "dataset" and not (named or sent):
+            faults.append(
+                ErrorDetail(code="field.missing", message="Give a dataset's id, or send its file.", pointer="/dataset")
+            )
+    if body.mapping and not received.files:
+        text = "A mapping is for files that are sent along; a stored dataset was read already."
+        faults.append(ErrorDetail(code="field.without_file", message=text, pointer="/mapping"))
+    if faults:
+        raise invalid(faults)
+    return body
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckedJob:
+    """A job that can be made."""
+
+    model: ModelInfo
+    candidates: Mapping[str, Candidate]
+    """The files that were sent along."""
+    dataset: Content
+    validation: Content | None
+
+
+def check_job(services: Services, body: JobBody, received: Received) -> CheckedJob:
+    """Check everything that can be checked without a model's weights, and raise all that is wrong at once."""
+    faults, config, settings = _Faults(), body.config(), services.settings
+    faults.catch(lambda: check(config))
+    model = faults.catch(lambda: _model(services, body))
+    contents: dict[str, Content | None] = {}
+    candidates: dict[str, Candidate] = {}
+    if (columns := faults.catch(lambda: mapped(body.mapping))) is not None:
+        for name, file in received.files.items():
+            found = faults.catch(partial(inspect, file.path, file.name, settings, columns, pointer=f"/{name}"))
+            contents[name] = found
+            if found is not None:
+                candidates[name] = found
+    with services.engine.connect() as conn:
+        for name in FILES:
+            if (dataset_id := getattr(body, name)) is not None:
+                contents[name] = faults.catch(lambda name=name, id=dataset_id: find_dataset(conn, id, f"/{name}"))  # type: ignore[misc]
+        dataset = contents.get("dataset")
+        if model is not None and dataset is not None:
+            faults.add(*refusals(conn, config, model, dataset, contents.get("validation_dataset")))
+    faults.raise_all()
+    assert model is not None
+    assert dataset is not None
+    return CheckedJob(
+        model=model, candidates=candidates, dataset=dataset, validation=contents.get("validation_dataset")
+    )
+
+
+def _model(services: Services, body: JobBody) -> ModelInfo:
+    info = read_model_info(find_model(services.settings.models_dir, body.base_model))
+    if body.revision is not None and body.revision != info.digest:
+        text = f"The model {info.name!r} has another digest: {info.digest}."
+        raise ModelNotFound(text, errors=[ErrorDetail(code=ModelNotFound.code, message=text, pointer="/revision")])
+    return info
+
+
+Found = TypeVar("Found")
+
+
+class _Faults:
+    """Collects errors, so that a user mends all of them at once."""
+
+    def __init__(self) -> None:
+        self._errors: list[P2DError] = []
+
+    def catch(self, find: Callable[[], Found]) -> Found | None:
+        try:
+            return find()
+        except P2DError as error:
+            if error.fault != "user":
+                raise
+            self.add(error)
+            return None
+
+    def add(self, *errors: P2DError) -> None:
+        self._errors += errors
+
+    def raise_all(self) -> None:
+        """Raise the one error as it is, several as one `request.invalid`."""
+        if len(self._errors) == 1:
+            raise self._errors[0]
+        if self._errors:
+            total = sum(max(error.errors_total, 1) for error in self._errors)
+            # The text of a ConfigError only counts its own faults, which stand in the list.
+            texts = [error.text for error in self._errors if not isinstance(error, ConfigError)]
+            raise RequestInvalid(
+                " ".join([f"The job has {counted(total, 'fault', 'faults')}.", *texts]),
+                errors=[detail for error in self._errors for detail in _details(error)],
+                errors_total=total,
+            )
+
+
+def _details(error: P2DError) -> Iterator[ErrorDetail]:
+    yield from error.errors or (ErrorDetail(code=error.code, message=error.text),)
