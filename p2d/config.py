@@ -91,7 +91,7 @@ POOL_FACTOR = 3
 
 FAST_ANSWER_TOKENS = 32
 """Tokens of an answer that `alignment` reads in fast mode: joined with the likelihood they tell clean from bad rows about as well
-as whole answers of some 100 tokens (AUROC 0.90 and 0.92), at six tenths of the operations (docs/LOG.md)."""
+as whole answers of some 100 tokens (AUROC 0.90 and 0.92), at half of the operations (docs/LOG.md)."""
 
 FAST_DEMOS = 20
 """Most demonstrations of an `icl` group in fast mode, where there are rows enough: a query's cost is shared by as many."""

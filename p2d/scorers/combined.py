@@ -18,9 +18,6 @@ from p2d.scorers import ScorerInput
 COMBINED: tuple[Projection, ...] = ("q", "k", "v")
 """What the combined weights are made of; o is never read."""
 
-TEMPERATURE = 1.0
-"""tau of ALPS Eq. 6."""
-
 
 @dataclass(frozen=True, slots=True)
 class Combined:
@@ -75,17 +72,22 @@ def scores_of(given: ScorerInput, score: Callable[[Combined], Tensor]) -> Tensor
 
 @dataclass(frozen=True, slots=True)
 class Distributions:
-    """`P = softmax(W / tau)` before and `P'` after, in fp64, kept so that a tiny change of P loses no digits."""
+    """`P = softmax(W)` before and `P'` after (tau = 1), kept so that a tiny change of P loses no digits."""
 
     P_SC: Tensor
     growth_SC: Tensor
-    """`exp((W' - W) / tau) - 1`."""
+    """`exp(W' - W) - 1`."""
     mean_growth_S: Tensor
     """Its mean under P, so that `P' - P = P (growth - mean_growth) / (1 + mean_growth)`."""
 
 
-def distributions(combined: Combined) -> Distributions:
-    """The distributions of ALPS Eq. 6. P' - P is near 1e-10: as a difference of two softmaxes, fp32 would hold nothing of it."""
-    P_SC = torch.softmax(combined.base_SC / TEMPERATURE, dim=1, dtype=torch.float64)
-    growth_SC = combined.change_SC.double().div_(TEMPERATURE).expm1_()
+def distributions(combined: Combined, dtype: torch.dtype) -> Distributions:
+    """The distributions of ALPS Eq. 6. P' - P is near 1e-10: as a difference of two softmaxes, fp32 would hold nothing of it.
+
+    In fp32 they take the place of `combined`: memory for a copy costs more time than the arithmetic.
+    """
+    P_SC = combined.base_SC.to(dtype)
+    P_SC.sub_(P_SC.amax(1, keepdim=True)).exp_()
+    P_SC.div_(P_SC.sum(1, keepdim=True))
+    growth_SC = combined.change_SC.to(dtype).expm1_()
     return Distributions(P_SC, growth_SC, torch.linalg.vecdot(P_SC, growth_SC))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from p2d.scorers import ScorerInput
-from p2d.scorers.combined import TEMPERATURE, Combined, distributions, scores_of
+from p2d.scorers.combined import Combined, distributions, scores_of
 
 
 def kl(given: ScorerInput) -> Tensor:
@@ -22,9 +22,9 @@ def kl(given: ScorerInput) -> Tensor:
 
 def _divergence(combined: Combined) -> Tensor:
     """`sum of P (P'/P - 1 - log(P'/P))`: the same sum, as `P' - P` adds to 0, but every term is >= 0 and none cancels."""
-    at = distributions(combined)
+    at = distributions(combined, torch.float64)
     mean_S1 = at.mean_growth_S[:, None]
-    log_ratio_SC = combined.change_SC.double().div_(TEMPERATURE).sub_(mean_S1.log1p())
+    log_ratio_SC = combined.change_SC.double().sub_(mean_S1.log1p())
     ratio_minus_1_SC = at.growth_SC.sub_(mean_S1).div_(1 + mean_S1)
     divergence_S: Tensor = torch.linalg.vecdot(at.P_SC, ratio_minus_1_SC.sub_(log_ratio_SC))
     return divergence_S

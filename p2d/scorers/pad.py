@@ -23,7 +23,7 @@ def pad(given: ScorerInput) -> Tensor:
 
 
 def _distance(combined: Combined) -> Tensor:
-    at = distributions(combined)
+    at = distributions(combined, torch.float32)  # a sum of terms that are all good to 1e-7
     difference_SC = at.growth_SC.sub_(at.mean_growth_S[:, None]).mul_(at.P_SC)
     running_SC = torch.cumsum(difference_SC, dim=1, out=difference_SC)
     return running_SC.abs_().mean(dim=1) / (1 + at.mean_growth_S)
