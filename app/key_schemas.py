@@ -1,4 +1,4 @@
-"""The wire of who may and who did: API keys, audit log, receipts. Shapes and types only, as app.schemas."""
+"""The wire of who may and who did: API keys, quotas, audit log, receipts. Shapes and types only, as app.schemas."""
 
 from __future__ import annotations
 
@@ -63,3 +63,15 @@ class ReceiptView(View):
     deleted_at: datetime
     sha256: list[str] = Field(description="Of every stored file that it had.")
     audit_id: str = Field(description="The entry of the audit log that says so.")
+
+
+class UsageView(View):
+    """What a project has, and the most that it may have."""
+
+    unfinished_jobs: int
+    unfinished_jobs_quota: int
+    stored_bytes: int = Field(description="Of datasets, open uploads and jobs' files; equal ones count each time.")
+    stored_bytes_quota: int
+    rows: int = Field(description="Of all datasets.")
+    rows_quota: int
+    requests_per_minute: int = Field(description="The most that are answered, once the service has keys.")

@@ -32,6 +32,7 @@ from app.api import (
     ops,
     selections,
     uploads,
+    usage,
 )
 from app.api.bodies import sweep
 from app.api.context import CLOSED, Services, Wake
@@ -113,6 +114,7 @@ def create_app(settings: Settings, *, waker: Wake | None = None) -> FastAPI:
         models,
         keys,
         audit,
+        usage,
     )
     for room in rooms:
         app.include_router(room.router, dependencies=CLOSED)

@@ -22,6 +22,9 @@ from app.settings import Settings
 READING = ("GET", "HEAD")
 """Methods that a key of the scope `read` is enough for; all others need `write`."""
 
+PROXIED = ("forwarded", "x-forwarded-for", "x-forwarded-host", "x-real-ip", "via")
+"""Headers by which a proxy tells that the request comes from elsewhere."""
+
 
 class Door:
     """Admits requests. One for each process."""
@@ -71,8 +74,8 @@ class Door:
 def _refuse_strangers(request: Request) -> None:
     """Without keys, whoever can connect could do everything: so only who connects from this machine to loopback may.
 
-    A browser on this machine could be a stranger's hand: its pages are told by Host (a name that now points here) and by
-    Sec-Fetch-Site.
+    A proxy or a browser on this machine could be a stranger's hand. The proxy is told by its headers, of the browser the pages
+    by Host (a name that now points here) and by Sec-Fetch-Site.
     """
     client, server = request.client, request.scope.get("server")
     if not (client and server and is_loopback(client.host) and is_loopback(server[0])):
@@ -80,6 +83,8 @@ def _refuse_strangers(request: Request) -> None:
     host = re.sub(r":\d+$", "", request.headers.get("host", ""))
     if not (host == "localhost" or is_loopback(host)):
         raise KeyRefused("The service has no API keys yet, so it answers to localhost, 127.0.0.1 and [::1] only.")
+    if any(name in request.headers for name in PROXIED):
+        raise KeyRefused("The service has no API keys yet, so it does not answer through a proxy.")
     if request.headers.get("sec-fetch-site") in ("cross-site", "same-site"):
         raise KeyRefused("The service has no API keys yet, so it does not answer to pages of other sites.")
 

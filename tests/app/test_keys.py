@@ -69,6 +69,8 @@ def test_without_keys_this_machine_may_do_everything(keyless: Api) -> None:
         a_request(host="rebound.example"),
         a_request(host="127.0.0.1.example:8321"),
         a_request(sec_fetch_site="cross-site"),
+        a_request(x_forwarded_for="127.0.0.1"),
+        a_request(forwarded="for=192.0.2.7"),
     ],
 )
 def test_without_keys_strangers_are_refused(request_: Request) -> None:

@@ -121,3 +121,24 @@ def test_bytes_above_the_quota_are_refused_before_they_are_sent(lab: Api) -> Non
 
     assert lab.http.delete(f"/uploads/{begun.json()['id']}").is_success
     assert lab.upload(rows(60)).status_code == 201
+
+
+def test_usage_says_what_the_project_has_of_what_it_may(lab: Api) -> None:
+    assert lab.post(a_job(dataset=lab.dataset(50))).status_code == 202
+    assert lab.http.post("/uploads", json={"size_bytes": 1000}).status_code == 201
+
+    usage = lab.http.get("/usage").json()
+
+    stored = lab.http.get("/datasets").json()["data"][0]
+    with lab.engine.connect() as conn:
+        query = "select stored_bytes from datasets where id = %s"
+        size = conn.exec_driver_sql(query, (stored["id"],)).scalar_one()
+    assert usage == {
+        "unfinished_jobs": 1,
+        "unfinished_jobs_quota": 2,
+        "stored_bytes": size + 1000,
+        "stored_bytes_quota": 40_000,
+        "rows": 50,
+        "rows_quota": 200,
+        "requests_per_minute": 40,
+    }

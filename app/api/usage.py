@@ -1,0 +1,27 @@
+"""What the caller's project has, and the most that it may have."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter
+
+from app.api.context import Context
+from app.db.usage import open_jobs, stored_bytes, stored_rows
+from app.key_schemas import UsageView
+
+router = APIRouter(tags=["service"])
+
+
+@router.get("/usage")
+def get_usage(services: Context) -> UsageView:
+    """Unfinished jobs, stored bytes and dataset rows of the project, each with its quota; and its rate."""
+    settings = services.settings
+    with services.engine.connect() as conn:
+        return UsageView(
+            unfinished_jobs=open_jobs(conn),
+            unfinished_jobs_quota=settings.quota_jobs,
+            stored_bytes=stored_bytes(conn),
+            stored_bytes_quota=settings.quota_bytes,
+            rows=stored_rows(conn),
+            rows_quota=settings.quota_rows,
+            requests_per_minute=settings.rate_per_minute,
+        )
