@@ -19,10 +19,8 @@ CACHED_SHAPES = "128"
 """Entries of each. Packed lines have many lengths, so a bf16 job on a CPU filled both: 700 MiB, bit by bit. A micro-batch
 needs some 60 shapes, again in every layer: SmolLM2's training steps took as long with 64 and 128 as with 1,024 (docs/LOG.md)."""
 
-for (
-    name
-) in SHAPE_CACHES:  # read at the first product, so after torch is loaded is early enough; a user's own number stays
-    os.environ.setdefault(name, CACHED_SHAPES)
+for _name in SHAPE_CACHES:  # read at the first product, so this is early enough; a user's own number stays
+    os.environ.setdefault(_name, CACHED_SHAPES)
 
 
 def pick_device(name: str = "auto") -> torch.device:
