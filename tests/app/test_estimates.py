@@ -135,7 +135,12 @@ def test_an_estimate_learns_from_the_jobs_before_it(api: Api) -> None:
     guessed = estimate(api, dataset=dataset)
     assert guessed["basis"]["tokens"].startswith("guessed")
     assert guessed["seconds"]["p90"] == pytest.approx(WIDE.p90 * guessed["seconds"]["p50"], rel=0.01)
-    api.finish(*(api.http.post("/jobs", json=a_job(dataset=dataset, reuse="never")).json()["id"] for _ in range(5)))
+    api.finish(
+        *(
+            api.http.post("/jobs", json=a_job(dataset=dataset, kind="identify_heads", reuse="never")).json()["id"]
+            for _ in range(5)
+        )
+    )
 
     found = estimate(api, dataset=dataset)
 

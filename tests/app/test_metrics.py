@@ -15,7 +15,6 @@ from app.core.keys import make_key
 from app.db.projects import open_project
 from app.settings import Settings
 from tests.app.conftest import Api, serving
-from tests.s3_server import free_ports
 
 HTTP = "p2d_http_"
 
@@ -146,12 +145,3 @@ def test_who_administers_another_project_does_not_see_the_sum_of_all(second: Api
     assert {name: answer.status_code for name, answer in answers.items()} == {"default": 200, "another": 403}
     assert "p2d_jobs" in answers["default"].text
     assert answers["another"].json()["code"] == "auth.not_allowed"
-
-
-def test_without_a_database_there_is_no_answer(api: Api) -> None:
-    nobody = f"postgresql://p2d:x@127.0.0.1:{free_ports(1)[0]}/p2d"
-    settings = Settings.model_validate({**api.settings.model_dump(), "database_url": nobody})
-    with serving(settings) as lonely:
-        answer = lonely.http.get("/metrics")
-
-    assert (answer.status_code, answer.json()["code"]) == (503, "database.unavailable")

@@ -201,7 +201,7 @@ def test_writers_of_the_same_few_bytes_race_two_collectors_and_lose_nothing(
         rng = random.Random(seed + number)
         folder = tmp_path / str(number)
         folder.mkdir()
-        for turn in range(40):
+        for turn in range(25):
             name = f"{number}-{turn}"
             content = rng.choice("abc")
             while True:
@@ -367,6 +367,6 @@ def test_no_order_of_steps_loses_a_live_object(rig: Rig, tmp_path: Path) -> None
     store = BlobStore.open((folder / "store").as_uri(), ObjectBook(rig.db))
     values = {"db": rig.db, "store": store, "folder": folder, "job_id": job_id, "step_id": rig.steps(job_id)[0].id}
     case = type("Case", (Interleavings,), values)
-    case.TestCase.settings = hypothesis_settings(max_examples=40, stateful_step_count=20, deadline=None)  # type: ignore[attr-defined]
+    case.TestCase.settings = hypothesis_settings(max_examples=25, stateful_step_count=20, deadline=None)  # type: ignore[attr-defined]
 
     case.TestCase().runTest()  # type: ignore[attr-defined]
