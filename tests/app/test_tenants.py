@@ -297,6 +297,15 @@ def test_a_project_cannot_write_a_row_of_another(tenants: Tenants) -> None:
             )
 
 
+@pytest.mark.parametrize("table", ["events", "attempts"])
+def test_a_page_of_a_jobs_rows_looks_at_no_other_jobs(tenants: Tenants, table: str) -> None:
+    with for_project(tenants.api.engine, NOBODY).connect() as conn:
+        plan = conn.exec_driver_sql(f"explain select * from {table} where job_id = 'x' limit 200").scalars().all()
+
+    assert any("SubPlan" in line for line in plan)
+    assert not any("hashed" in line for line in plan), "\n".join(plan)
+
+
 def test_a_user_who_may_make_no_role_is_told_what_an_administrator_runs(servers: Servers) -> None:
     admin = servers.database_url
     with psycopg.connect(admin, autocommit=True) as conn:
