@@ -21,6 +21,7 @@ from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import app.access_errors as access_errors
+import app.dataset_errors as dataset_errors
 import app.errors as service_errors
 from app.db.engine import DatabaseUnavailable, PoolTimeout
 from app.db.ids import new_id
@@ -40,6 +41,8 @@ STATUS = {
     "dataset.too_small": 422,
     "dataset.too_large": 413,
     "dataset.row_too_long": 422,
+    "dataset.too_costly": 422,
+    "dataset.reader_died": 422,
     "dataset.not_found": 404,
     "dataset.in_use": 409,
     "upload.not_found": 404,
@@ -128,6 +131,7 @@ def catalogue() -> dict[str, type[P2DError]]:
     """Every error class by its code, engine's and service's. Where classes share a code the most general stands for it."""
     assert service_errors  # imported, so that its subclasses are known
     assert access_errors
+    assert dataset_errors
     found: dict[str, type[P2DError]] = {}
     todo: list[type[P2DError]] = [P2DError]
     while todo:

@@ -66,6 +66,12 @@ class Settings(BaseSettings):
     """Longest row, in bytes."""
     max_json_bytes: int = Field(default=1 * MiB, ge=1024)
     """Largest JSON body, in bytes."""
+    check_max_s: float = Field(default=300.0, gt=0)
+    """Seconds, of the clock and of the processor, that the process may take which checks a dataset file."""
+    check_memory_bytes: int = Field(default=2048 * MiB, ge=256 * MiB)
+    """Address space of that process, in bytes (Linux); Python and pyarrow alone take 0.6 GiB of it."""
+    check_file_bytes: int = Field(default=4096 * MiB, ge=1 * MiB)
+    """Largest file that that process may write, in bytes: an unpacked file, or the rows in their stored form."""
 
     shard_rows: int = Field(default=SHARD_ROWS, ge=1)
     """Most rows of one shard of the response pass. A part of the result: only the default gives what `p2d run` gives."""

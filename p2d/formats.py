@@ -145,6 +145,8 @@ def _parquet_fields(path: Path, max_row_bytes: int, wanted: Collection[str]) -> 
             for index in range(batch.num_rows):
                 number += 1
                 yield number, {name: batch.column(name)[index].as_py() for name in columns}
+    except MemoryError:  # pyarrow's own is an ArrowException too, but says nothing about the file
+        raise
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DatasetError(
             "The file is not readable as Parquet.",

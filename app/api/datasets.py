@@ -13,6 +13,7 @@ from app.api.documentation import DATASET_BODY, DATASET_KNOWN, errors
 from app.api.idempotency import Once
 from app.api.receipts import receipt
 from app.core.ingest import inspect, record, store
+from app.dataset_errors import DatasetReaderDied, DatasetTooCostly
 from app.db.datasets import Dataset, delete_dataset, get_dataset, is_needed, list_datasets
 from app.db.engine import Connection
 from app.errors import (
@@ -33,7 +34,7 @@ router = APIRouter(tags=["datasets"])
 
 DATASET_ERRORS = (
     *(RequestError, RequestInvalid, UnsupportedMediaType, IdempotencyInFlight, IdempotencyMismatch),
-    *(DatasetError, DatasetEmpty, DatasetTooLarge, MappingInvalid, StorageFull),
+    *(DatasetError, DatasetEmpty, DatasetTooLarge, DatasetTooCostly, DatasetReaderDied, MappingInvalid, StorageFull),
 )
 """What can be wrong with a request that makes a dataset."""
 

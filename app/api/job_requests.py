@@ -11,6 +11,7 @@ from app.api.bodies import Received, read_json
 from app.api.context import Services
 from app.core.ingest import Candidate, inspect
 from app.core.submit import Content, find_dataset, refusals
+from app.dataset_errors import DatasetReaderDied, DatasetTooCostly
 from app.errors import (
     HeadMapMismatch,
     HeadMapNotFound,
@@ -47,6 +48,7 @@ FILES = ("dataset", "validation_dataset")
 REFUSALS: tuple[type[P2DError], ...] = (
     *(RequestError, RequestInvalid, RequestTooLarge, UnsupportedMediaType),
     *(ConfigError, DatasetError, DatasetEmpty, DatasetTooSmall, DatasetTooLarge, MappingInvalid),
+    *(DatasetTooCostly, DatasetReaderDied),
     *(ModelError, ModelNotFound, ModelUnsupported),
     *(HeadMapNotFound, HeadMapMismatch, SelectionNotFound, SelectionMismatch),
 )

@@ -1,7 +1,7 @@
 """From an uploaded file to a dataset: check all of it, normalise, store the bytes, record the row. Nothing is half-stored.
 
 `inspect` and `store` touch no database, `record` nothing else, so that no transaction spans reading or storing. How the
-bytes arrived is app.api's business; how a row is read is p2d.rows'.
+bytes arrived is app.api's business; how a row is read is p2d.rows'; in which process, app.core.reader's.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ from pathlib import Path
 
 from app.blobs import Blob, BlobStore
 from app.core.quotas import allow_storage
+from app.core.reader import check_apart
 from app.db.datasets import Dataset, insert_dataset, same_dataset
 from app.db.engine import Connection
 from app.settings import Settings
 from p2d.columns import Columns
 from p2d.errors import DatasetError, ErrorDetail
-from p2d.validation import DatasetLimits, DatasetReport, check_file
+from p2d.validation import DatasetReport
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,14 +49,12 @@ def inspect(path: Path, file_name: str, settings: Settings, columns: Columns, *,
 
     Args:   columns: where the rows stand.
             pointer: put before the pointers of bad lines, where a request holds more than one file.
-    Raises: DatasetError with all bad lines, DatasetEmpty, DatasetTooLarge, MappingInvalid.
+    Raises: DatasetError with all bad lines, DatasetEmpty, DatasetTooLarge, DatasetTooCostly, DatasetReaderDied,
+            MappingInvalid, DiskFull.
     """
-    limits = DatasetLimits(
-        max_bytes=settings.max_upload_bytes, max_rows=settings.max_rows, max_row_bytes=settings.max_row_bytes
-    )
     normalised = path.with_name(path.name + ".rows")
     try:
-        report = check_file(path, file_name, limits, normalised=normalised, columns=columns)
+        report = check_apart(path, file_name, settings, normalised=normalised, columns=columns)
     except DatasetError as error:
         if pointer:
             error.errors = tuple(replace(detail, pointer=pointer + (detail.pointer or "")) for detail in error.errors)

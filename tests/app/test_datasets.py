@@ -15,7 +15,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.app.conftest import Api, memory_bytes, rows, serving
+from tests.app.conftest import Api, a_job, memory_bytes, rows, serving
 from tests.rig import wait_for
 
 
@@ -138,6 +138,17 @@ def test_all_bad_lines_of_a_large_file_are_listed(api: Api) -> None:
     expected = [("row.missing_field", "/answer", number) for number in bad]
     assert [(one["code"], one["pointer"], one["line"]) for one in answer.json()["errors"]] == expected
     assert answer.json()["errors_total"] == len(bad) == 50
+
+
+def test_a_file_that_costs_too_much_is_refused_and_the_service_stays_well(api: Api) -> None:
+    limits = {"check_max_s": 0.01}  # Python alone takes longer to start
+    with serving(api.settings.model_copy(update=limits)) as hurried:
+        for answer in (hurried.upload(rows(40)), hurried.send(a_job(), rows(40))):
+            problem = answer.json()
+            assert (answer.status_code, problem["code"], problem["fault"]) == (422, "dataset.too_costly", "user")
+            assert "P2D_CHECK_MAX_S" in problem["hint"]
+        assert hurried.uploading() == []
+        assert hurried.http.get("/readyz").status_code == 200
 
 
 def test_a_deleted_dataset_is_gone_and_can_come_back(api: Api) -> None:
