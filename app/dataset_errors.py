@@ -1,8 +1,12 @@
-"""Errors of dataset files that the service meets while it reads them apart. A branch of the tree in p2d.errors."""
+"""Errors of dataset files that the service meets while it fetches them or reads them apart. A branch of the tree in
+p2d.errors."""
 
 from __future__ import annotations
 
-from p2d.errors import DatasetError
+from typing import ClassVar
+
+from app.errors import ServiceError
+from p2d.errors import DatasetError, Fault
 
 
 class DatasetTooCostly(DatasetError):
@@ -22,3 +26,31 @@ class DatasetReaderDied(DatasetError):
 
     def __init__(self, *, signal: str) -> None:
         super().__init__(f"The process that read the file ended with {signal}.", signal=signal)
+
+
+class EgressOff(DatasetError):
+    """Data by reference, where the operator lets the service fetch nothing."""
+
+    code, hint = "source.egress_off", "Send the file itself, or ask the operator to set P2D_EGRESS."
+
+    def __init__(self) -> None:
+        super().__init__("This service fetches no data from elsewhere.")
+
+
+class SourceInvalid(DatasetError):
+    """A source that names no file that could be fetched."""
+
+    code, hint = "source.invalid", "Give an https URL without credentials, or a file of a repository at a commit."
+
+
+class SourceRefused(DatasetError):
+    """A host that is not allowed, or that is not on the open Internet; also where a redirect leads."""
+
+    code, hint = "source.refused", "Send the file itself, or ask the operator to allow the host in P2D_EGRESS."
+
+
+class SourceFailed(ServiceError):
+    """A host that does not answer, or not with the file, in time."""
+
+    code, hint = "source.failed", "Check the URL and that it is public; try again later, or send the file itself."
+    fault: ClassVar[Fault] = "dependency"

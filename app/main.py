@@ -39,6 +39,7 @@ from app.api.context import CLOSED, Services, Wake
 from app.api.door import Door, is_loopback
 from app.api.event_hub import EventHub
 from app.blobs import BlobStore
+from app.core.egress import Egress, egress_of
 from app.core.garbage import ObjectBook
 from app.core.wake import Waker
 from app.db.api_keys import any_key
@@ -49,11 +50,12 @@ from app.settings import Settings
 DESCRIPTION = "Adapt a language model by training about 10 % of its attention heads on about 10 % of the data."
 
 
-def create_app(settings: Settings, *, waker: Wake | None = None) -> FastAPI:
+def create_app(settings: Settings, *, waker: Wake | None = None, egress: Egress | None = None) -> FastAPI:
     """Build the application on servers that run already.
 
     Args:   settings: with all three server URLs set.
             waker: what tells workers of new work; the broker of the settings without one.
+            egress: what fetches data by reference; that of the settings without one.
     """
     registry = CollectorRegistry()  # of this app: a process may run several
 
@@ -73,6 +75,7 @@ def create_app(settings: Settings, *, waker: Wake | None = None) -> FastAPI:
             waker=own or waker,  # type: ignore[arg-type]
             hub=hub,
             door=Door(settings, engine),
+            egress=egress or egress_of(settings),
         )
         sweep(settings)
         polling = asyncio.create_task(hub.run())

@@ -393,6 +393,9 @@ class DatasetReportView(View):
         default=None, description="How the file came; lines are those of the unpacked file."
     )
     mapping: dict[str, str] = Field(default={}, description="What was said of its columns: field -> column.")
+    source: dict[str, Any] | None = Field(
+        default=None, description="Where it was fetched, when, and the bytes' sha256."
+    )
 
 
 class EventView(View):

@@ -6,10 +6,10 @@ A server URL that is absent means the embedded part: `app.embedded` starts it an
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import Field, SecretStr, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import Field, SecretStr, field_validator, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from p2d.pipeline import SHARD_ROWS
 
@@ -66,6 +66,11 @@ class Settings(BaseSettings):
     """Longest row, in bytes."""
     max_json_bytes: int = Field(default=1 * MiB, ge=1024)
     """Largest JSON body, in bytes."""
+    egress: Annotated[tuple[str, ...], NoDecode] = ()
+    """Hosts that datasets may be fetched from, with commas between: `data.example.org`, `*.example.org` for all below a name,
+    `*` for every public host. Empty: nothing is fetched. The Hugging Face Hub needs `huggingface.co,*.hf.co`."""
+    fetch_max_s: float = Field(default=300.0, gt=0)
+    """Seconds that fetching one dataset file may take."""
     check_max_s: float = Field(default=300.0, gt=0)
     """Seconds, of the clock and of the processor, that the process may take which checks a dataset file."""
     check_memory_bytes: int = Field(default=2048 * MiB, ge=256 * MiB)
@@ -113,6 +118,11 @@ class Settings(BaseSettings):
     """Seconds between two comment lines on a silent stream, so that proxies keep it open."""
     max_streams: int = Field(default=2000, ge=1)
     """Event streams open at once in one process; more are answered with 503."""
+
+    @field_validator("egress", mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        return tuple(one.strip() for one in value.split(",") if one.strip()) if isinstance(value, str) else value
 
     @model_validator(mode="before")
     @classmethod

@@ -54,6 +54,8 @@ class Received:
 
     files: dict[str, ReceivedFile] = field(default_factory=dict)
     json: bytes | None = None
+    plain: bool = False
+    """Whether the body is the JSON alone."""
 
 
 @contextlib.asynccontextmanager
@@ -68,9 +70,9 @@ async def receive(
     """
     media_type, options = parse_options_header(request.headers.get("content-type"))
     if json and media_type == b"application/json":
-        yield Received(json=await _read_json(request, settings.max_json_bytes))
+        yield Received(json=await _read_json(request, settings.max_json_bytes), plain=True)
     elif media_type == b"multipart/form-data" and options.get(b"boundary"):
-        async with _folder(settings) as folder:
+        async with work_folder(settings) as folder:
             form = _Form(folder, settings, files, json_part)
             yield await _read_form(request, form, options[b"boundary"])
     else:
@@ -96,7 +98,7 @@ async def receive_bytes(request: Request, settings: Settings, expect: Callable[[
     stream = request.stream()
     try:
         size = await run_in_threadpool(expect)
-        async with _folder(settings) as folder:
+        async with work_folder(settings) as folder:
             yield await _read_bytes(stream, folder / "part", size)
     except P2DError:
         await drain(stream)
@@ -127,7 +129,8 @@ async def _read_bytes(stream: AsyncIterator[bytes], path: Path, size: int) -> Re
 
 
 @contextlib.asynccontextmanager
-async def _folder(settings: Settings) -> AsyncIterator[Path]:
+async def work_folder(settings: Settings) -> AsyncIterator[Path]:
+    """A folder of its own until the block is left. Raises DiskFull."""
     uploads = settings.work_dir / "uploads"
     try:
         await run_in_threadpool(uploads.mkdir, parents=True, exist_ok=True)

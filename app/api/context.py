@@ -13,6 +13,7 @@ from app.api.cursors import read_cursor, write_cursor
 from app.api.door import Door
 from app.api.event_hub import EventHub
 from app.blobs import BlobStore
+from app.core.egress import Egress
 from app.core.keys import Caller
 from app.db.audit import Action, Entry, append_entry
 from app.db.engine import Connection, Engine, Json, for_project
@@ -52,6 +53,7 @@ class Services:
     waker: Wake
     hub: EventHub
     door: Door
+    egress: Egress
     caller: Caller | None = None
     request_id: str = ""
 

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from fastapi import APIRouter, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse
 
 from app.access_errors import StorageFull
-from app.api.bodies import Received, read_json, receive
+from app.api.bodies import Received, read_json, receive, work_folder
 from app.api.context import Context, Cursor, DatasetId, IdempotencyKey, Limit, Services, page_after, page_of
 from app.api.documentation import DATASET_BODY, DATASET_KNOWN, errors
 from app.api.idempotency import Once
 from app.api.receipts import receipt
-from app.core.ingest import inspect, record, store
-from app.dataset_errors import DatasetReaderDied, DatasetTooCostly
+from app.core.ingest import Candidate, inspect, record, store
+from app.core.sources import fetch_source
+from app.dataset_errors import (
+    DatasetReaderDied,
+    DatasetTooCostly,
+    EgressOff,
+    SourceFailed,
+    SourceInvalid,
+    SourceRefused,
+)
 from app.db.datasets import Dataset, delete_dataset, get_dataset, is_needed, list_datasets
 from app.db.engine import Connection
 from app.errors import (
@@ -23,10 +33,12 @@ from app.errors import (
     IdempotencyMismatch,
     RequestError,
     RequestInvalid,
+    RequestTooLarge,
     UnsupportedMediaType,
 )
 from app.key_schemas import ReceiptView
 from app.schemas import DatasetReportView, DatasetView, Mapping, Page
+from app.source_schemas import DatasetBody
 from p2d.columns import mapped
 from p2d.errors import DatasetEmpty, DatasetError, DatasetTooLarge, ErrorDetail, MappingInvalid
 
@@ -38,21 +50,30 @@ DATASET_ERRORS = (
 )
 """What can be wrong with a request that makes a dataset."""
 
+SOURCE_ERRORS = (RequestTooLarge, EgressOff, SourceInvalid, SourceRefused, SourceFailed)
+"""And with one that names it."""
+
 
 @router.post(
     "/datasets",
     status_code=201,
     response_model=DatasetView,
-    responses={**DATASET_KNOWN, **errors(*DATASET_ERRORS)},
+    responses={**DATASET_KNOWN, **errors(*DATASET_ERRORS, *SOURCE_ERRORS)},
     openapi_extra=DATASET_BODY,
 )
 async def create_dataset(request: Request, services: Context, key: IdempotencyKey) -> Response:
-    """Upload a dataset as the part `file`, with the part `mapping` where its columns have other names.
+    """Upload a dataset as the part `file`, with the part `mapping` where its columns have other names; or name it as JSON.
+
+    `{"source": {"type": "https", "url": ...}}` or `{"type": "hf", "repo", "path", "revision"}`, of hosts that are allowed.
 
     All of it is checked; one bad line refuses it, and all bad lines are listed.
     """
-    async with receive(request, services.settings, files=("file",), json_part="mapping") as received:
-        return await run_in_threadpool(_create, services, received, key)
+    async with receive(request, services.settings, files=("file",), json_part="mapping", json=True) as received:
+        if not received.plain:
+            return await run_in_threadpool(_create, services, received, key)
+        body = read_json(DatasetBody, received.json or b"")
+        async with work_folder(services.settings) as folder:
+            return await run_in_threadpool(_fetch, services, body, folder, key)
 
 
 @router.get("/datasets")
@@ -102,7 +123,20 @@ def _create(services: Services, received: Received, key: str | None) -> Response
     once = Once.of("POST /datasets", key, mapping, received)
     if (replay := once.earlier(services.engine)) is not None:
         return replay
-    candidate = inspect(file.path, file.name, services.settings, mapped(mapping))
+    return _make(services, once, inspect(file.path, file.name, services.settings, mapped(mapping)))
+
+
+def _fetch(services: Services, body: DatasetBody, folder: Path, key: str | None) -> Response:
+    once = Once.of("POST /datasets", key, body.model_dump(mode="json"))
+    if (replay := once.earlier(services.engine)) is not None:
+        return replay
+    columns = mapped(body.mapping)
+    found = fetch_source(services.egress, body.source.model_dump(), folder / "file")
+    candidate = inspect(found.path, found.name, services.settings, columns, provenance=found.provenance)
+    return _make(services, once, candidate)
+
+
+def _make(services: Services, once: Once, candidate: Candidate) -> Response:
     blob = store(services.blobs, candidate)
     with services.engine.begin() as conn:
         if (replay := once.take(conn)) is not None:

@@ -20,6 +20,7 @@ from app.schemas import (
     Problem,
     UploadBody,
 )
+from app.source_schemas import DatasetBody
 from p2d.errors import P2DError
 
 _PROBLEM = {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}
@@ -105,6 +106,7 @@ DATASET_BODY = {
     "requestBody": {
         "required": True,
         "content": {
+            "application/json": {"schema": {"$ref": "#/components/schemas/DatasetBody"}},
             "multipart/form-data": {
                 "schema": {
                     "type": "object",
@@ -113,7 +115,7 @@ DATASET_BODY = {
                     "additionalProperties": False,
                 },
                 "encoding": {"mapping": {"contentType": "application/json"}},
-            }
+            },
         },
     }
 }
@@ -154,7 +156,7 @@ def install(app: FastAPI) -> None:
                 tags=app.openapi_tags,
             )
             schemas = document.setdefault("components", {}).setdefault("schemas", {})
-            for model in (JobBody, JobPatch, UploadBody, KeyBody, CompleteBody, ModelCheckBody, Problem):
+            for model in (JobBody, JobPatch, UploadBody, KeyBody, CompleteBody, DatasetBody, ModelCheckBody, Problem):
                 schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
                 schemas.update(schema.pop("$defs", {}))
                 schemas[model.__name__] = schema

@@ -12,6 +12,7 @@ from pathlib import Path
 from app.blobs import Blob, BlobStore
 from app.core.quotas import allow_storage
 from app.core.reader import check_apart
+from app.core.sources import Provenance
 from app.db.datasets import Dataset, insert_dataset, same_dataset
 from app.db.engine import Connection
 from app.settings import Settings
@@ -27,6 +28,7 @@ class Candidate:
     name: str
     report: DatasetReport
     normalised: Path
+    provenance: Provenance | None = None
 
     @property
     def rows(self) -> int:
@@ -44,10 +46,19 @@ class Candidate:
         return self.report.content_hash
 
 
-def inspect(path: Path, file_name: str, settings: Settings, columns: Columns, *, pointer: str = "") -> Candidate:
+def inspect(
+    path: Path,
+    file_name: str,
+    settings: Settings,
+    columns: Columns,
+    *,
+    pointer: str = "",
+    provenance: Provenance | None = None,
+) -> Candidate:
     """Check every row and write the normalised form beside `path`.
 
     Args:   columns: where the rows stand.
+            provenance: where the file was fetched.
             pointer: put before the pointers of bad lines, where a request holds more than one file.
     Raises: DatasetError with all bad lines, DatasetEmpty, DatasetTooLarge, DatasetTooCostly, DatasetReaderDied,
             MappingInvalid, DiskFull.
@@ -62,7 +73,7 @@ def inspect(path: Path, file_name: str, settings: Settings, columns: Columns, *,
             error.errors = (ErrorDetail(code=error.code, message=error.text, pointer=pointer),)
             error.errors_total = 1
         raise
-    return Candidate(name=file_name, report=report, normalised=normalised)
+    return Candidate(name=file_name, report=report, normalised=normalised, provenance=provenance)
 
 
 def store(blobs: BlobStore, candidate: Candidate) -> Blob:
@@ -86,6 +97,6 @@ def record(conn: Connection, candidate: Candidate, blob: Blob, settings: Setting
         content_hash=report.content_hash,
         sha256=blob.sha256,
         stored_bytes=blob.size_bytes,
-        report=asdict(report),
+        report={**asdict(report), "source": asdict(candidate.provenance) if candidate.provenance else None},
     )
     return dataset, True

@@ -17,6 +17,7 @@ import pytest
 import uvicorn
 
 from app.blobs import BlobStore
+from app.core.egress import Egress
 from app.db.engine import Engine, make_engine
 from app.main import create_app
 from app.settings import Settings
@@ -109,12 +110,12 @@ def rows(count: int, *, start: int = 0) -> bytes:
 
 
 @contextlib.contextmanager
-def serving(settings: Settings) -> Iterator[Api]:
+def serving(settings: Settings, egress: Egress | None = None) -> Iterator[Api]:
     """The service on a free port, in a thread."""
     write_stub_model_once(settings.models_dir / MODEL)
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
-    app = create_app(settings)
+    app = create_app(settings, egress=egress)
     config = uvicorn.Config(app, log_config=None, ws="none", timeout_graceful_shutdown=3, access_log=False)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name="uvicorn")

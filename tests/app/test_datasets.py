@@ -204,7 +204,8 @@ BAD_FORMS = {
     "a part sent twice": (form(FILE, FILE), 400),
     "a header without an end": (form(b"Content-Disposition: " + b"x" * 100_000), 400),
     "no boundary": ({"content": b"", "headers": {"Content-Type": "multipart/form-data"}}, 415),
-    "no multipart at all": ({"content": b"{}", "headers": {"Content-Type": "application/json"}}, 415),
+    "no multipart at all": ({"content": b"{}", "headers": {"Content-Type": "application/json"}}, 422),
+    "another type": ({"content": b"{}", "headers": {"Content-Type": "text/csv"}}, 415),
     "a body of another boundary": ({**form(FILE), "headers": {"Content-Type": "multipart/form-data; boundary=c"}}, 400),
     "a body that is cut off": ({**form(FILE), "content": b"--b\r\n" + FILE[:80]}, 400),
 }

@@ -1,0 +1,171 @@
+"""Laws of data by reference over HTTP: off by default, checked like a file that is sent, and its origin is kept."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+
+from app.settings import Settings
+from tests.app.conftest import Api, rows, serving
+from tests.tls_server import World, tls_world
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture(scope="module")
+def world() -> Iterator[World]:
+    with tls_world() as world:
+        yield world
+
+
+@pytest.fixture(scope="module")
+def fetching(module_settings: Settings, world: World) -> Iterator[Api]:
+    """A service that may ask the hosts of the test."""
+    with serving(module_settings, world.egress("data.example", "huggingface.co", "cdn.example")) as api:
+        yield api
+
+
+def refer(api: Api, source: dict[str, Any], **more: Any) -> httpx.Response:
+    headers = {"Idempotency-Key": more.pop("key")} if "key" in more else {}
+    return api.http.post("/datasets", json={"source": source, **more}, headers=headers)
+
+
+def https(path: str) -> dict[str, Any]:
+    return {"type": "https", "url": f"https://data.example{path}"}
+
+
+def test_nothing_is_fetched_by_default(api: Api) -> None:
+    answer = refer(api, https("/rows.jsonl"))
+
+    assert (answer.status_code, answer.json()["code"], answer.json()["fault"]) == (403, "source.egress_off", "user")
+    assert "P2D_EGRESS" in answer.json()["hint"]
+
+
+def test_a_file_behind_a_url_becomes_a_dataset_that_says_where_it_came_from(fetching: Api, world: World) -> None:
+    content = rows(30, start=9000)
+    world.serve("/sets/sums.jsonl", content)
+
+    answer = refer(fetching, https("/sets/sums.jsonl?signature=canary"))
+
+    assert answer.status_code == 201, answer.text
+    dataset = answer.json()
+    assert (dataset["name"], dataset["rows"]) == ("sums.jsonl", 30)
+    source = fetching.http.get(f"/datasets/{dataset['id']}/report").json()["source"]
+    assert (source["type"], source["url"]) == ("https", "https://data.example/sets/sums.jsonl")
+    assert (source["sha256"], source["size_bytes"]) == (hashlib.sha256(content).hexdigest(), len(content))
+    assert fetching.upload(content).json()["id"] == dataset["id"]
+    assert fetching.uploading() == []
+
+
+def test_a_file_of_the_hub_is_fetched_at_its_commit(fetching: Api, world: World) -> None:
+    world.serve("/blob", rows(12, start=9100))
+    world.redirect(
+        f"/datasets/owner/sums/resolve/{COMMIT}/data/train.jsonl", "https://cdn.example/blob?signature=canary"
+    )
+    source = {"type": "hf", "repo": "owner/sums", "path": "data/train.jsonl", "revision": COMMIT}
+
+    answer = refer(fetching, source)
+
+    assert answer.status_code == 201, answer.text
+    kept = fetching.http.get(f"/datasets/{answer.json()['id']}/report").json()["source"]
+    assert (kept["type"], kept["revision"]) == ("hf", COMMIT)
+    assert kept["url"] == f"https://huggingface.co/datasets/owner/sums/resolve/{COMMIT}/data/train.jsonl"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"revision": "main"},
+        {"repo": "../sums"},
+        {"repo": "sums"},
+        {"path": "../../api/x"},
+        {"path": "a?b"},
+        {"path": ""},
+    ],
+)
+def test_a_hub_file_is_a_plain_path_at_a_commit(fetching: Api, world: World, change: dict[str, str]) -> None:
+    before = len(world.asked)
+
+    answer = refer(fetching, {"type": "hf", "repo": "owner/sums", "path": "train.jsonl", "revision": COMMIT, **change})
+
+    assert (answer.status_code, answer.json()["code"]) == (422, "source.invalid")
+    assert len(world.asked) == before
+
+
+def test_bad_lines_of_a_fetched_file_are_listed_and_nothing_stays(fetching: Api, world: World) -> None:
+    world.serve("/bad.jsonl", b'{"question": "q"}\n' + rows(3))
+
+    answer = refer(fetching, https("/bad.jsonl"))
+
+    assert (answer.status_code, answer.json()["errors"][0]["line"]) == (422, 1)
+    assert fetching.uploading() == []
+
+
+def test_a_mapping_holds_for_a_fetched_file(fetching: Api, world: World) -> None:
+    world.serve("/german.csv", b"Frage,Antwort\n1 + 1?,2\n2 + 2?,4\n")
+
+    answer = refer(fetching, https("/german.csv"), mapping={"prompt": "Frage", "completion": "Antwort"})
+
+    assert answer.status_code == 201, answer.text
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("https://127.0.0.1/x", "https://169.254.169.254/latest", "https://[::1]/", "https://2130706433/"),
+        *("https://inside.example/x", "https://data.example/inside", "https://elsewhere.org/"),
+    ],
+)
+def test_what_is_not_public_or_not_allowed_is_refused(fetching: Api, world: World, url: str) -> None:
+    world.redirect("/inside", "https://169.254.169.254/latest/meta-data/")
+
+    answer = refer(fetching, {"type": "https", "url": url})
+
+    assert (answer.status_code, answer.json()["code"]) == (403, "source.refused")
+
+
+def test_a_source_that_fails_says_whose_fault_it_is(fetching: Api) -> None:
+    answer = refer(fetching, https("/missing"))
+
+    assert (answer.status_code, answer.json()["code"], answer.json()["fault"]) == (502, "source.failed", "dependency")
+    assert answer.json()["retryable"]
+
+
+def test_a_request_that_comes_again_is_not_fetched_again(fetching: Api, world: World) -> None:
+    world.serve("/once.jsonl", rows(5, start=9200))
+    first = refer(fetching, https("/once.jsonl"), key="a-key")
+    asked = len(world.asked)
+
+    again = refer(fetching, https("/once.jsonl"), key="a-key")
+
+    assert (again.json(), again.headers["Idempotency-Replayed"]) == (first.json(), "true")
+    assert len(world.asked) == asked
+    assert refer(fetching, https("/other.jsonl"), key="a-key").json()["code"] == "idempotency.mismatch"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {},
+        {"source": None},
+        {"source": {"type": "ftp"}},
+        {"source": {"type": "https"}},
+        {"source": https("/x"), "more": 1},
+    ],
+)
+def test_a_body_that_names_no_source_is_refused(fetching: Api, body: dict[str, Any]) -> None:
+    answer = fetching.http.post("/datasets", json=body)
+
+    assert (answer.status_code, answer.json()["code"]) == (422, "request.invalid")
+
+
+def test_hosts_are_set_with_commas(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("P2D_EGRESS", "data.example, *.hf.co")
+
+    assert Settings().egress == ("data.example", "*.hf.co")
+    monkeypatch.setenv("P2D_EGRESS", "")
+    assert Settings().egress == ()
