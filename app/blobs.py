@@ -71,22 +71,7 @@ class BlobStore:
         if parts.scheme == "file":
             return cls(LocalStore(Path(unquote(parts.path)), automatic_cleanup=False, mkdir=True), book)
         if parts.scheme == "s3" and parts.netloc:
-            options = dict(parse_qsl(parts.query, strict_parsing=True)) if parts.query else {}
-            unknown = set(options) - {"endpoint", "region"}
-            if unknown:
-                raise ValueError(f"the store URL has options that are not known: {', '.join(sorted(unknown))}")
-            endpoint = options.get("endpoint", "")
-            return cls(
-                S3Store(
-                    parts.netloc,
-                    prefix=parts.path.strip("/") or None,
-                    region=options.get("region", "us-east-1"),
-                    client_options={"allow_http": endpoint.startswith("http://")},
-                    retry_config={"max_retries": 5},
-                    endpoint=endpoint or None,
-                ),
-                book,
-            )
+            return cls(_s3(url), book)
         raise ValueError("a store URL is file:///path or s3://bucket/prefix?endpoint=...")
 
     def put_file(self, path: Path) -> Blob:
@@ -210,6 +195,36 @@ class BlobStore:
         if size is not None and size != blob.size_bytes:
             raise BlobCorrupt(sha256=blob.sha256)
         return size is not None
+
+
+def stream_object(bucket_url: str, path: str) -> Iterator[bytes]:
+    """Yield the bytes of an object that is not ours, below the prefix of a URL as `BlobStore.open` takes it.
+
+    Raises: FileNotFoundError before the first chunk, StoreUnavailable.
+    """
+    try:
+        for chunk in obstore.get(_s3(bucket_url), path).stream(min_chunk_size=CHUNK_BYTES):
+            yield bytes(chunk)
+    except FileNotFoundError:
+        raise
+    except (BaseError, OSError) as error:
+        raise StoreUnavailable() from error
+
+
+def _s3(url: str) -> S3Store:
+    parts = urlsplit(url)
+    options = dict(parse_qsl(parts.query, strict_parsing=True)) if parts.query else {}
+    if unknown := set(options) - {"endpoint", "region"}:
+        raise ValueError(f"the store URL has options that are not known: {', '.join(sorted(unknown))}")
+    endpoint = options.get("endpoint", "")
+    return S3Store(
+        parts.netloc,
+        prefix=parts.path.strip("/") or None,
+        region=options.get("region", "us-east-1"),
+        client_options={"allow_http": endpoint.startswith("http://")},
+        retry_config={"max_retries": 5},
+        endpoint=endpoint or None,
+    )
 
 
 def key(sha256: str) -> str:

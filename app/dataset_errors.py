@@ -31,7 +31,10 @@ class DatasetReaderDied(DatasetError):
 class EgressOff(DatasetError):
     """Data by reference, where the operator lets the service fetch nothing."""
 
-    code, hint = "source.egress_off", "Send the file itself, or ask the operator to set P2D_EGRESS."
+    code, hint = (
+        "source.egress_off",
+        "Send the file itself, or ask the operator to set P2D_EGRESS (or P2D_SOURCE_BUCKETS).",
+    )
 
     def __init__(self) -> None:
         super().__init__("This service fetches no data from elsewhere.")
@@ -44,9 +47,12 @@ class SourceInvalid(DatasetError):
 
 
 class SourceRefused(DatasetError):
-    """A host that is not allowed, or that is not on the open Internet; also where a redirect leads."""
+    """A host or bucket that is not allowed, or not on the open Internet; also where a redirect leads."""
 
-    code, hint = "source.refused", "Send the file itself, or ask the operator to allow the host in P2D_EGRESS."
+    code, hint = (
+        "source.refused",
+        "Send the file itself, or ask the operator to allow it in P2D_EGRESS or P2D_SOURCE_BUCKETS.",
+    )
 
 
 class SourceFailed(ServiceError):

@@ -69,6 +69,9 @@ class Settings(BaseSettings):
     egress: Annotated[tuple[str, ...], NoDecode] = ()
     """Hosts that datasets may be fetched from, with commas between: `data.example.org`, `*.example.org` for all below a name,
     `*` for every public host. Empty: nothing is fetched. The Hugging Face Hub needs `huggingface.co,*.hf.co`."""
+    source_buckets: Annotated[tuple[str, ...], NoDecode] = ()
+    """Buckets that every project may take datasets from, with the service's own S3 credentials: URLs like that of the store,
+    with commas between; a prefix there bounds what is open. The store's own bucket is never one of them."""
     fetch_max_s: float = Field(default=300.0, gt=0)
     """Seconds that fetching one dataset file may take."""
     check_max_s: float = Field(default=300.0, gt=0)
@@ -119,7 +122,7 @@ class Settings(BaseSettings):
     max_streams: int = Field(default=2000, ge=1)
     """Event streams open at once in one process; more are answered with 503."""
 
-    @field_validator("egress", mode="before")
+    @field_validator("egress", "source_buckets", mode="before")
     @classmethod
     def _listed(cls, value: Any) -> Any:
         return tuple(one.strip() for one in value.split(",") if one.strip()) if isinstance(value, str) else value

@@ -18,6 +18,15 @@ class HttpsSource(Body):
     )
 
 
+class S3Source(Body):
+    """An object in a bucket that the operator opened."""
+
+    type: Literal["s3"]
+    url: Annotated[Text, Field(min_length=6, max_length=1500)] = Field(
+        description="`s3://bucket/key`, of a bucket in `P2D_SOURCE_BUCKETS`."
+    )
+
+
 class HubSource(Body):
     """A file of a dataset repository on the Hugging Face Hub, at one commit."""
 
@@ -27,7 +36,7 @@ class HubSource(Body):
     revision: Annotated[Text, Field(max_length=40)] = Field(description="A commit, 40 hexadecimal digits.")
 
 
-Source = Annotated[HttpsSource | HubSource, Field(discriminator="type")]
+Source = Annotated[HttpsSource | S3Source | HubSource, Field(discriminator="type")]
 
 
 class DatasetBody(Body):

@@ -64,7 +64,8 @@ SOURCE_ERRORS = (RequestTooLarge, EgressOff, SourceInvalid, SourceRefused, Sourc
 async def create_dataset(request: Request, services: Context, key: IdempotencyKey) -> Response:
     """Upload a dataset as the part `file`, with the part `mapping` where its columns have other names; or name it as JSON.
 
-    `{"source": {"type": "https", "url": ...}}` or `{"type": "hf", "repo", "path", "revision"}`, of hosts that are allowed.
+    `{"source": {"type": "https", "url": ...}}` `{"type": "hf", "repo", "path", "revision"}`, `{"type": "s3", "url"}`:
+    where the operator lets it.
 
     All of it is checked; one bad line refuses it, and all bad lines are listed.
     """
@@ -131,7 +132,7 @@ def _fetch(services: Services, body: DatasetBody, folder: Path, key: str | None)
     if (replay := once.earlier(services.engine)) is not None:
         return replay
     columns = mapped(body.mapping)
-    found = fetch_source(services.egress, body.source.model_dump(), folder / "file")
+    found = fetch_source(services.settings, services.egress, body.source.model_dump(), folder / "file")
     candidate = inspect(found.path, found.name, services.settings, columns, provenance=found.provenance)
     return _make(services, once, candidate)
 

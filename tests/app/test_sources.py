@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
+import obstore
 import pytest
+from obstore.store import S3Store
+from pydantic import SecretStr
 
+from app.core.sources import fetch_object
+from app.dataset_errors import SourceRefused
 from app.settings import Settings
 from tests.app.conftest import Api, rows, serving
+from tests.s3_server import KEYS
 from tests.tls_server import World, tls_world
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -161,6 +168,57 @@ def test_a_body_that_names_no_source_is_refused(fetching: Api, body: dict[str, A
     answer = fetching.http.post("/datasets", json=body)
 
     assert (answer.status_code, answer.json()["code"]) == (422, "request.invalid")
+
+
+@pytest.fixture
+def bucket(s3_url: str, module_settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[Api]:
+    """A service that may read below one prefix of a bucket; its store is elsewhere."""
+    for name, value in KEYS.items():
+        monkeypatch.setenv(name, value)
+    query = s3_url.partition("?")[2]
+    store = S3Store("p2d", endpoint=query.partition("=")[2].partition("&")[0], client_options={"allow_http": True})
+    for key, start in (("open/sums.jsonl", 9300), ("closed/sums.jsonl", 9400), ("opened.jsonl", 9500)):
+        obstore.put(store, key, rows(10, start=start))
+    obstore.put(store, "open/large", b"x" * (module_settings.max_upload_bytes + 1))
+    with serving(module_settings.model_copy(update={"source_buckets": (f"s3://p2d/open?{query}",)})) as api:
+        yield api
+
+
+def test_an_object_of_an_open_bucket_becomes_a_dataset_and_no_other_does(bucket: Api, s3_url: str) -> None:
+    answer = refer(bucket, {"type": "s3", "url": "s3://p2d/open/sums.jsonl"})
+
+    assert answer.status_code == 201, answer.text
+    source = bucket.http.get(f"/datasets/{answer.json()['id']}/report").json()["source"]
+    assert (source["url"], source["sha256"]) == (
+        "s3://p2d/open/sums.jsonl",
+        hashlib.sha256(rows(10, start=9300)).hexdigest(),
+    )
+    refusals = {
+        "s3://p2d/closed/sums.jsonl": "source.refused",
+        "s3://p2d/opened.jsonl": "source.refused",
+        "s3://other/open/sums.jsonl": "source.refused",
+        "s3://p2d/open/../closed/sums.jsonl": "source.invalid",
+        "s3://p2d/open//sums.jsonl": "source.invalid",
+        "s3://p2d/open/sums.jsonl?endpoint=http://127.0.0.1": "source.invalid",
+        "s3://user@p2d/open/sums.jsonl": "source.refused",
+        "https://p2d/open/sums.jsonl": "source.invalid",
+        "s3://p2d/open/missing": "source.failed",
+        "s3://p2d/open/large": "dataset.too_large",
+    }
+    found = {url: refer(bucket, {"type": "s3", "url": url}).json()["code"] for url in refusals}
+    assert found == refusals
+    assert bucket.uploading() == []
+
+
+def test_the_stores_own_bucket_is_never_a_source(s3_url: str, module_settings: Settings, tmp_path: Path) -> None:
+    own = module_settings.model_copy(update={"store_url": SecretStr(s3_url), "source_buckets": (s3_url,)})
+
+    with pytest.raises(SourceRefused):
+        fetch_object(own, "s3://p2d/some/prefix/sha256/aa/x", tmp_path / "file")
+
+
+def test_a_bucket_is_closed_by_default(api: Api) -> None:
+    assert refer(api, {"type": "s3", "url": "s3://p2d/open/sums.jsonl"}).json()["code"] == "source.egress_off"
 
 
 def test_hosts_are_set_with_commas(monkeypatch: pytest.MonkeyPatch) -> None:
