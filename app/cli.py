@@ -49,9 +49,7 @@ Url = Annotated[str, typer.Option(envvar="P2D_URL", help="Address of the service
 DEFAULT_URL = "http://127.0.0.1:8321"
 
 Data = Annotated[str, typer.Option(help="Dataset file, or the id of one that the service has.")]
-Validation = Annotated[
-    str, typer.Option(help="Held-out rows likewise; without them, rows are held out of the dataset.")
-]
+Validation = Annotated[str, typer.Option(help="Held-out rows likewise; without them, some of the dataset's.")]
 Kind = Annotated[str, typer.Option(help="identify_heads, select_data or adapt.")]
 Recipe = Annotated[str, typer.Option(help="default, or paper as published.")]
 Map = Annotated[
@@ -393,6 +391,15 @@ def bench(context: typer.Context) -> None:
 
     raise_on_term()
     raise typer.Exit(benchmark(Settings(), context.args, lambda line: err.print(line, markup=False)))
+
+
+@cli.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)
+def load(context: typer.Context) -> None:
+    """Measure what the service bears (six minutes); `--help` lists options."""
+    from app.demo import run_benchmarks
+
+    raise_on_term()
+    raise typer.Exit(run_benchmarks("benchmarks.service", context.args))
 
 
 @cli.command()

@@ -155,16 +155,21 @@ def benchmark(settings: Settings, arguments: Sequence[str], say: Callable[[str],
 
     Returns: its exit status. Raises: ProcessFailed without a checkout.
     """
-    root = package_root()
-    if not (root / "benchmarks").is_dir():
-        raise ProcessFailed(f"The benchmark is not at {root}: run it from a checkout.")
     given = list(arguments)
     if not any(word.startswith(("--model", "--help", "-h")) for word in given):
         fetch_model(settings, say)
         given += ["--model", str((settings.models_dir / MODEL).absolute())]
+    return run_benchmarks("benchmarks", given)
+
+
+def run_benchmarks(module: str, arguments: Sequence[str]) -> int:
+    """Run a module of the benchmarks in a process of its own; its exit status. Raises ProcessFailed without a checkout."""
+    root = package_root()
+    if not (root / "benchmarks").is_dir():
+        raise ProcessFailed(f"The benchmark is not at {root}: run it from a checkout.")
     # Not from `root` as working directory: paths that the user gave are relative to the user's.
     env = os.environ | {"PYTHONPATH": str(root)}
-    return subprocess.run([sys.executable, "-m", "benchmarks", *given], check=False, env=env).returncode
+    return subprocess.run([sys.executable, "-m", module, *arguments], check=False, env=env).returncode
 
 
 def where_next(out: Path, settings: Settings) -> str:
