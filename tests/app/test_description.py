@@ -1,0 +1,103 @@
+"""What /openapi.json promises holds: no answer that it does not describe, no 5xx, whatever is sent and in whatever order.
+
+schemathesis makes requests from the description itself, right and wrong ones, and follows what one answer gives into the
+next request. `P2D_TEST_SEED=N` repeats a run; `P2D_TEST_DEEP=200 pytest tests/app/test_description.py` goes on for minutes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from app.core.keys import make_key
+from app.db.projects import DEFAULT_PROJECT
+from app.settings import Settings
+from tests.app.conftest import Api, a_job, serving
+from tests.rig import ROOT
+
+OPERATIONS_THAT_MUST_GO_WELL = 30
+"""Of 45: a run that only meets closed doors proves nothing. What can go well depends a little on the seed; 42 did."""
+
+CHECKS = (
+    "not_a_server_error",
+    "status_code_conformance",
+    "content_type_conformance",
+    "response_headers_conformance",
+    "response_schema_conformance",
+    "unsupported_method",
+    "use_after_free",
+    "negative_data_rejection",
+)
+
+
+@pytest.fixture(scope="module")
+def api(module_settings: Settings) -> Iterator[Api]:
+    """A service that has no limit in the way."""
+    open_door = {"rate_per_minute": 1_000_000, "quota_jobs": 100_000}
+    with serving(module_settings.model_copy(update=open_door)) as api:
+        yield api
+
+
+CONFIG = """
+[phases.coverage]
+unexpected-methods = ["PUT", "TRACE"]
+[phases.fuzzing.generation]
+max-examples = {examples}
+[phases.stateful]
+max-steps = 12
+[phases.stateful.generation]
+max-examples = {examples}
+"""
+
+
+def explore(api: Api, folder: Path, seed: int, *, examples: int) -> Counter[str]:
+    """Let schemathesis loose on the service: how often each operation gave what; its own report is the failure's message."""
+    dataset = api.dataset()
+    job_id = str(api.post(a_job(dataset=dataset)).json()["id"])
+    api.finish(job_id)  # something of every kind is there to be found
+    job, files = api.http.get(f"/jobs/{job_id}").json(), api.http.get(f"/jobs/{job_id}/artifacts").json()["data"]
+    with api.engine.begin() as conn:
+        key, text = make_key(conn, api.settings, project_id=DEFAULT_PROJECT, scope="admin")
+    ids = [dataset, job_id, job["head_map"], job["selection"], *(file["id"] for file in files)]
+    answers = folder / "answers"
+    here = {"seed": seed, "answers": str(answers), "dataset": dataset, "key": key.id, "ids": ids}
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "SCHEMATHESIS_HOOKS": "tests.app.requests_that_fit"}
+    (folder / "schemathesis.toml").write_text(CONFIG.format(examples=examples))
+    command = [sys.executable, "-m", "schemathesis.cli", "run", f"{api.url}/openapi.json"]
+    command += [
+        "--phases",
+        "coverage,fuzzing,stateful",
+        "--checks",
+        ",".join(CHECKS),
+        "-H",
+        f"Authorization: Bearer {text}",
+    ]
+    command += ["--seed", str(seed), "--generation-database", "none", "--continue-on-failure", "--no-color"]
+    command += ["--suppress-health-check", "all", "--warnings", "off", "--request-timeout", "20"]
+    env["P2D_TEST_HERE"] = json.dumps(here)
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False)
+    print(done.stdout)
+    assert done.returncode == 0, f"P2D_TEST_SEED={seed}\n{done.stdout[-30_000:]}\n{done.stderr[-5_000:]}"
+    return Counter(answers.read_text().splitlines())
+
+
+def test_no_answer_is_outside_of_the_description(api: Api, tmp_path: Path, seed: int) -> None:
+    answers = explore(api, tmp_path, seed, examples=4)
+
+    assert len({answer[4:] for answer in answers if answer.startswith("2")}) >= OPERATIONS_THAT_MUST_GO_WELL, answers
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.skipif(
+    "P2D_TEST_DEEP" not in os.environ, reason="P2D_TEST_DEEP=N asks N examples of every operation: minutes"
+)
+def test_no_answer_is_outside_of_the_description_in_depth(api: Api, tmp_path: Path, seed: int) -> None:
+    explore(api, tmp_path, seed, examples=int(os.environ["P2D_TEST_DEEP"]))
