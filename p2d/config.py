@@ -136,7 +136,7 @@ class DataConfig:
     ratio: float | Auto = "auto"
     """Share of rows kept, (0, 1]. `auto` = 10 %, but never fewer than MIN_ROWS rows."""
     mode: Mode = "faithful"
-    """`fast` = the same scorer at a fraction of its cost: fewer rows are scored, and heads of the upper two thirds chosen."""
+    """`fast` = the same scorer at a fraction of its cost: fewer rows are scored, and heads of the lowest sixth left alone."""
     metric: Metric = "log_likelihood"
     """`icl`: how the answers of a group are judged; the last two generate, which costs far more."""
     n_demos: int = 5
@@ -228,11 +228,11 @@ def icl_demos(data: DataConfig, rows: int) -> int:
 
 
 def first_chosen_layer(config: JobConfig, layers: int) -> int:
-    """Shallowest layer whose heads may be chosen: 0, or in fast mode the first of the upper two thirds.
+    """Shallowest layer whose heads may be chosen: 0, or in fast mode the first above the lowest sixth.
 
     Training computes no gradient below the shallowest chosen head, and what comes from there can be cached.
     """
-    return layers // 3 if config.data.mode == "fast" else 0
+    return layers // 6 if config.data.mode == "fast" else 0
 
 
 def least_proxy_rows(heads: HeadsConfig) -> int:
@@ -393,7 +393,7 @@ def resolve(config: JobConfig, *, rows: int, context_length: int) -> Resolution:
     if data.mode == "fast":
         reasons["/data/mode"] = (
             f"as asked: rows are drawn into a pool of {POOL_FACTOR} times those that are kept, only these are scored, and heads "
-            "are chosen of the upper two thirds of the layers (docs/decisions/0012)"
+            "are chosen above the lowest sixth of the layers (docs/decisions/0012)"
         )
     if training.max_length == "auto":
         training = replace(training, max_length=context_length)

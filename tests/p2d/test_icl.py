@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,12 +22,12 @@ from p2d.config import (
 )
 from p2d.generation import generate
 from p2d.metrics import rouge_l
-from p2d.models import BaseModel
+from p2d.models import BaseModel, load_base_model
 from p2d.probe import probe_attention
 from p2d.rendering import RenderedRow
 from p2d.responses import ResponseInput
 from p2d.responses.icl import METRICS, Group, Scene, _Collected, assign_folds, form_groups, icl, read_masses, set_scene
-from tests.factories import some_rows
+from tests.factories import some_rows, tiny_model_dir
 
 ROWS = some_rows(20)
 
@@ -140,13 +141,14 @@ MODES: tuple[Mode, ...] = ("faithful", "fast")
 FAST = DataConfig(mode="fast", ratio=0.2, n_demos=3, n_queries=2)
 
 
-def test_fast_mode_reads_the_masses_of_every_head_that_may_be_chosen(tiny: BaseModel) -> None:
-    whole, fast = (icl(given(tiny, range(20), replace(FAST, mode=mode, ratio=1.0))).shard for mode in MODES)
-    first = first_chosen_layer(JobConfig(data=FAST), tiny.info.n_layers)
+def test_fast_mode_reads_the_masses_of_every_head_that_may_be_chosen(tmp_path: Path) -> None:
+    deep = load_base_model(tiny_model_dir(tmp_path / "deep", n_layers=6), precision="fp32", device="cpu")
+    whole, fast = (icl(given(deep, range(20), replace(FAST, mode=mode, ratio=1.0))).shard for mode in MODES)
+    first = first_chosen_layer(JobConfig(data=FAST), 6)
 
-    assert first > 0
-    assert fast.layers == range(first, tiny.info.n_layers)
-    np.testing.assert_array_equal(fast.response_RN, whole.response_RN[:, first * tiny.info.n_heads :])
+    assert first == 1
+    assert fast.layers == range(first, 6)
+    np.testing.assert_array_equal(fast.response_RN, whole.response_RN[:, first * deep.info.n_heads :])
 
 
 def test_fast_mode_judges_no_answer_and_scores_the_pool_alone(tiny: BaseModel) -> None:

@@ -48,12 +48,12 @@ def test_a_faithful_job_scores_every_row_and_may_choose_every_head() -> None:
     assert first_chosen_layer(JobConfig(), 30) == 0
 
 
-def test_a_fast_job_scores_a_pool_and_chooses_heads_of_the_upper_two_thirds() -> None:
+def test_a_fast_job_scores_a_pool_and_chooses_no_head_of_the_lowest_sixth() -> None:
     fast = DataConfig(ratio=0.1, mode="fast")
 
     assert 100 < pool_count(fast, 1000) <= 300
     assert pool_count(DataConfig(ratio=0.9, mode="fast"), 1000) == 1000
-    assert first_chosen_layer(JobConfig(data=fast), 30) == 10
+    assert first_chosen_layer(JobConfig(data=fast), 30) == 5
 
 
 @pytest.mark.parametrize(
