@@ -75,8 +75,7 @@ class Settings(BaseSettings):
     fetch_max_s: float = Field(default=300.0, gt=0)
     """Seconds that fetching one dataset file may take."""
     check_max_s: float = Field(default=600.0, gt=0)
-    """Seconds, of the clock and of the processor, that the process may take which checks a dataset file; a million rows
-    take about one minute of a processor."""
+    """Seconds, of the clock and of the processor, that the process may take which checks a dataset file."""
     check_memory_bytes: int = Field(default=2048 * MiB, ge=256 * MiB)
     """Address space of that process, in bytes (Linux); Python and pyarrow alone take 0.6 GiB of it."""
     check_file_bytes: int = Field(default=4096 * MiB, ge=1 * MiB)
