@@ -88,6 +88,7 @@ def explore(api: Api, folder: Path, seed: int, *, examples: int) -> Counter[str]
     return Counter(answers.read_text().splitlines())
 
 
+@pytest.mark.timeout(900)
 def test_no_answer_is_outside_of_the_description(api: Api, tmp_path: Path, seed: int) -> None:
     answers = explore(api, tmp_path, seed, examples=4)
 
