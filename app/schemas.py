@@ -91,7 +91,7 @@ class DataBody(Body):
     ratio: Ratio | Auto = Field(
         default="auto", description=f"Share of rows kept; `auto` = {DEFAULT_RATIO:.0%}, but at least {MIN_ROWS} rows."
     )
-    mode: Mode = Field(default="faithful", description="`fast` = the same scorer at a fraction of its cost.")
+    mode: Mode = Field(default="faithful", description="`fast` = a fraction of the cost: fewer rows are scored.")
     metric: Metric = Field(
         default="log_likelihood", description="`icl`: how answers are judged; the last two generate, which costs more."
     )

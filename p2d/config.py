@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from p2d.errors import ConfigError, ErrorDetail, UnknownName
 from p2d.registry import check_name
@@ -136,7 +136,7 @@ class DataConfig:
     ratio: float | Auto = "auto"
     """Share of rows kept, (0, 1]. `auto` = 10 %, but never fewer than MIN_ROWS rows."""
     mode: Mode = "faithful"
-    """`fast` = the same scorer at a fraction of its cost: fewer rows are scored, and heads of the lowest sixth left alone."""
+    """`fast` = a fraction of the cost: fewer rows are scored, by the recipe's scorer for it, and low heads are left alone."""
     metric: Metric = "log_likelihood"
     """`icl`: how the answers of a group are judged; the last two generate, which costs far more."""
     n_demos: int = 5
@@ -275,6 +275,7 @@ def _faults(config: JobConfig) -> Iterator[ErrorDetail]:
             check_name(table, name, what=what, pointer=pointer)
         except UnknownName as error:
             yield from error.errors
+    yield from _unknown_words(config)
     for pointer, ratio in (("/heads/ratio", heads.ratio), ("/data/ratio", data.ratio)):
         if ratio != "auto" and not 0 < ratio <= 1:
             yield ErrorDetail(
@@ -308,6 +309,26 @@ def _faults(config: JobConfig) -> Iterator[ErrorDetail]:
         yield ErrorDetail(
             code="config.slices", message="Expected one or more of q, k, v, o, each once.", pointer="/training/slices"
         )
+
+
+def _unknown_words(config: JobConfig) -> Iterator[ErrorDetail]:
+    """Fields that take one of a few words; types alone do not stop a caller from Python."""
+    slices = () if config.training.slices == "auto" else config.training.slices
+    fields: list[tuple[str, Any, Any]] = [
+        ("/kind", Kind, [config.kind]),
+        ("/reuse", Reuse, [config.reuse]),
+        ("/controls", Control, config.controls),
+        ("/data/mode", Mode, [config.data.mode]),
+        ("/data/metric", Metric, [config.data.metric]),
+        ("/training/precision", Precision, [config.training.precision]),
+        ("/training/slices", Projection, slices),
+    ]
+    for pointer, words, given in fields:
+        known = get_args(words)
+        for word in given:
+            if word not in known:
+                text = f"Expected one of {', '.join(known)}, got {word!r}."
+                yield ErrorDetail(code="config.unknown_word", message=text, pointer=pointer)
 
 
 def check_rank(config: JobConfig, *, head_dim: int) -> None:

@@ -20,6 +20,7 @@ from p2d.model_info import ModelInfo
 from p2d.row_files import RowView
 from p2d.row_keys import RowKeys
 from p2d.rows import Row
+from p2d.wording import counted
 
 GUIDE_ROWS = 32
 """Most guide rows: 32 gave the alignment scorer AUROC 0.91 (docs/LOG.md)."""
@@ -97,11 +98,12 @@ def held_out_count(rows: int, validation: int | None, *, proxy_rows: int) -> int
     held = min(HELD_OUT_ROWS, rows // 5) if validation is None else validation
     train = rows if validation is not None else rows - held
     if train < proxy_rows:
-        text = f"The dataset leaves {train} rows for training; the proxy needs at least {proxy_rows}."
+        left = counted(train, "row", "rows")
+        text = f"The dataset leaves {left} for training; the proxy needs at least {proxy_rows}."
         detail = ErrorDetail(code=DatasetTooSmall.code, message=text, pointer="/heads/proxy_rows")
         raise DatasetTooSmall(text, errors=[detail], rows=train, needed=proxy_rows)
     if held < 3:
-        text = f"Only {held} rows are held out; at least 3 are needed."
+        text = f"Only {counted(held, 'row is', 'rows are')} held out; at least 3 are needed."
         pointer = "/dataset" if validation is None else "/validation_dataset"
         detail = ErrorDetail(code=DatasetTooSmall.code, message=text, pointer=pointer)
         raise DatasetTooSmall(text, errors=[detail], rows=held, needed=3)

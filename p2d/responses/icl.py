@@ -42,6 +42,9 @@ from p2d.response_matrix import ResponseShard
 from p2d.responses import ResponseInput, Responses
 from p2d.rows import Row
 
+SLOT_ROWS = 8
+"""Fewest rows whose mean a row's mass is divided by. A guess: a mean over 8 is good to a third of the spread."""
+
 Floats = npt.NDArray[np.float64]
 
 FOLDS = 2
@@ -230,13 +233,31 @@ class _Collected:
 
     def finish(self) -> tuple[npt.NDArray[np.float32], Floats]:
         """Response [R, N], each divided by its slot's mean per head; and quality [R]."""
-        for slot, (sum_N, times) in enumerate(zip(self._sum_SN, self._times_S, strict=True)):
-            mean_N = (sum_N / times).astype(np.float32)
-            rows = self._slot_R == slot
+        for slots in share_means(self._times_S):
+            times = sum(self._times_S[slot] for slot in slots)
+            mean_N = (np.sum([self._sum_SN[slot] for slot in slots], axis=0) / times).astype(np.float32)
+            rows = np.isin(self._slot_R, slots)
             self._mass_RN[rows] = np.divide(
                 self._mass_RN[rows], mean_N, out=np.zeros_like(self._mass_RN[rows]), where=mean_N != 0
             )
         return self._mass_RN, self._quality_R
+
+
+def share_means(times_S: Sequence[int]) -> list[list[int]]:
+    """Slots in runs that share a mean, so that each is over SLOT_ROWS rows or more where there are so many.
+
+    Late slots are rare where groups are cut to fit the context. The first slot draws far more mass than any other: it
+    shares with none.
+    """
+    runs: list[list[int]] = []
+    for slot in range(len(times_S) - 1, 0, -1):
+        if runs and sum(times_S[other] for other in runs[-1]) < SLOT_ROWS:
+            runs[-1].append(slot)
+        else:
+            runs.append([slot])
+    if len(runs) > 1 and sum(times_S[other] for other in runs[-1]) < SLOT_ROWS:
+        runs[-2] += runs.pop()
+    return [[0], *runs]
 
 
 # --- metrics ---------------------------------------------------------------------------------------------------------

@@ -26,7 +26,18 @@ from p2d.models import BaseModel, load_base_model
 from p2d.probe import probe_attention
 from p2d.rendering import RenderedRow
 from p2d.responses import ResponseInput
-from p2d.responses.icl import METRICS, Group, Scene, _Collected, assign_folds, form_groups, icl, read_masses, set_scene
+from p2d.responses.icl import (
+    METRICS,
+    Group,
+    Scene,
+    _Collected,
+    assign_folds,
+    form_groups,
+    icl,
+    read_masses,
+    set_scene,
+    share_means,
+)
 from tests.factories import some_rows, tiny_model_dir
 
 ROWS = some_rows(20)
@@ -176,3 +187,11 @@ def test_the_mass_of_a_slot_is_taken_out() -> None:
 
     assert np.corrcoef(response_RN[:, 0], worth[:, 0])[0, 1] > 0.9
     assert (quality_R == 1).all()
+
+
+def test_rare_slots_share_a_mean_and_the_first_shares_none() -> None:
+    assert share_means([9, 9, 9]) == [[0], [2], [1]]
+    assert share_means([30, 30, 20, 5, 2]) == [[0], [4, 3, 2], [1]]
+    assert share_means([3, 3, 3, 2, 2]) == [[0], [4, 3, 2, 1]]
+    assert share_means([1]) == [[0]]
+    assert share_means([20, 3]) == [[0], [1]]

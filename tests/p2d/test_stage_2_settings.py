@@ -3,10 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
-from p2d.config import DATA_SCORERS, DataConfig, JobConfig, Mode, check, first_chosen_layer, pool_count, resolve
+from p2d.config import (
+    DATA_SCORERS,
+    DataConfig,
+    JobConfig,
+    Mode,
+    TrainingConfig,
+    check,
+    first_chosen_layer,
+    pool_count,
+    resolve,
+)
 from p2d.errors import ConfigError
 
 
@@ -71,3 +82,21 @@ def test_each_mode_has_the_recipes_scorer_and_obeys_a_named_one(recipe: str, mod
 
     assert resolved(DataConfig(mode=mode)) == scorer
     assert resolved(DataConfig(mode=mode, scorer="information")) == "information"
+
+
+def test_a_word_that_no_field_knows_is_refused_from_python_too_with_all_the_others() -> None:
+    wrong: Any = JobConfig(
+        kind="adopt",  # type: ignore[arg-type]
+        controls=("random_rows",),  # type: ignore[arg-type]
+        data=DataConfig(mode="quick", scorer="icl", metric="bleu"),  # type: ignore[arg-type]
+        training=TrainingConfig(precision="fp8", slices=("v", "z")),  # type: ignore[arg-type]
+    )
+
+    assert [pointer for code, pointer in refused(wrong) if code == "config.unknown_word"] == [
+        "/kind",
+        "/controls",
+        "/data/mode",
+        "/data/metric",
+        "/training/precision",
+        "/training/slices",
+    ]
