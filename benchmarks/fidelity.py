@@ -35,12 +35,11 @@ from p2d.config import (
     HeadsConfig,
     JobConfig,
     TrainingConfig,
-    first_chosen_layer,
     resolve,
     top_count,
 )
 from p2d.evaluation import row_losses
-from p2d.head_maps import Head, HeadMap, spearman
+from p2d.head_maps import Head, spearman
 from p2d.identify import identify_heads
 from p2d.models import BaseModel, load_base_model
 from p2d.registry import load
@@ -137,30 +136,23 @@ def measure(
             _config(options, mode, len(rows), base.info.context_length, seed) for mode in ("faithful", "fast")
         )
         head_map = identify_heads(base, texts, guide, faithful, _silent)
-        chosen = {mode: _heads(head_map, config) for mode, config in (("faithful", faithful), ("fast", fast))}
-        say(
-            f"seed {seed}: of {len(chosen['faithful'])} heads in both modes {len(set(chosen['faithful']) & set(chosen['fast']))}"
-        )
+        heads = head_map.top(faithful.heads.ratio)
         whole, seconds = _respond(base, texts, guide, faithful)
         pool.faithful_s.append(seconds)
         pool.faithful_flops.append(whole.flops)
         part, seconds = _respond(base, texts, guide, fast)
         pool.fast_s.append(seconds)
         pool.fast_flops.append(part.flops)
-        picked = select_rows([whole.shard], chosen["faithful"], options.ratio)
-        quick = select_rows([part.shard], chosen["fast"], options.ratio)
+        picked = select_rows([whole.shard], heads, options.ratio)
+        quick = select_rows([part.shard], heads, options.ratio)
         _compare(pool, picked, quick)
         say(
             f"seed {seed}: {quick.scored} of {len(rows)} rows scored fast, rank correlation {pool.rank_correlation[-1]:.3f}"
         )
         drawn = sorted(random.Random(seed).sample(range(len(rows)), kept))  # noqa: S311 - not a secret
-        arms = {
-            "faithful": (picked.kept_rows, chosen["faithful"]),
-            "fast": (quick.kept_rows, chosen["fast"]),
-            "random": (drawn, chosen["faithful"]),
-        }
+        arms = {"faithful": picked.kept_rows, "fast": quick.kept_rows, "random": drawn}
         for name in ARMS[seed % 3 :] + ARMS[: seed % 3]:
-            indices, heads = arms[name]
+            indices = arms[name]
             arm = _train(
                 base, name, [texts[i] for i in indices], heads, faithful, rendered, float(junk_R[indices].mean())
             )
@@ -266,10 +258,6 @@ def _config(options: argparse.Namespace, mode: Any, rows: int, context_length: i
         training=TrainingConfig(epochs=options.epochs, learning_rate=options.learning_rate, seed=seed),
     )
     return resolve(config, rows=rows, context_length=context_length).config
-
-
-def _heads(head_map: HeadMap, config: JobConfig) -> list[Head]:
-    return head_map.top(config.heads.ratio, from_layer=first_chosen_layer(config, head_map.n_layers))
 
 
 def _silent(done: int, total: int, metrics: Mapping[str, float], /) -> None:

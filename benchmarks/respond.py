@@ -119,7 +119,7 @@ def _against_data_whisperer(bench: Workbench, score: _Scoring) -> tuple[Times, R
     operations = group_flops(base.info, prompt=prompt, steps=steps, layer=peer.layer)
     tokens = prompt * (1 + (peer.layer + 1) / base.info.n_layers) + steps - 1  # in passes through all layers
     twin = {
-        "FLOP per row, theirs / ours": operations / scene.flops(base.info, range(base.info.n_layers), judged=True),
+        "FLOP per row, theirs / ours": operations / scene.flops(base.info, judged=True),
         "decode steps per row, theirs": theirs.decode_steps / DEMOS,
         "decode steps per row, ours": 0,
         "tokens per row, theirs": tokens / DEMOS,
@@ -190,7 +190,7 @@ def _against_a_forward_pass(bench: Workbench, score: _Scoring) -> Iterator[Ratio
     last = every[-LAYERS_READ:]
     times = bench.take_turns({"all heads": lambda: ours(every), "a tenth": lambda: ours(last), "forward": plain})
     forward = flops.forward(base.info, Work(tokens=tokens, pairs=causal_pairs(tokens), logits=answers))
-    probe = scene.flops(base.info, every, judged=True)
+    probe = scene.flops(base.info, judged=True)
     yield Ratio(
         name="a group scored with masses of all heads / one plain forward pass of as many tokens",
         rounds=tuple(per_round(times["all heads"], times["forward"])),

@@ -86,7 +86,7 @@ RECIPES = {
 MIN_ROWS = 200
 """Fewest rows that an automatic data ratio leaves. A guess until the learning curve is measured (docs/LOG.md)."""
 
-POOL_FACTOR = 3
+POOL_FACTOR = 2.5
 """Fast mode scores a random pool of this many times the rows that are kept (docs/decisions/0012)."""
 
 FAST_ANSWER_TOKENS = 32
@@ -136,7 +136,7 @@ class DataConfig:
     ratio: float | Auto = "auto"
     """Share of rows kept, (0, 1]. `auto` = 10 %, but never fewer than MIN_ROWS rows."""
     mode: Mode = "faithful"
-    """`fast` = a fraction of the cost: fewer rows are scored, by the recipe's scorer for it, and low heads are left alone."""
+    """`fast` = a fraction of the cost: fewer rows are scored, by the recipe's scorer for it."""
     metric: Metric = "log_likelihood"
     """`icl`: how the answers of a group are judged; the last two generate, which costs far more."""
     n_demos: int = 5
@@ -203,7 +203,7 @@ def pool_count(data: DataConfig, rows: int) -> int:
     if data.mode == "faithful":
         return rows
     assert data.ratio != "auto", "resolve the config first"
-    return min(rows, POOL_FACTOR * top_count(data.ratio, rows))
+    return min(rows, math.ceil(POOL_FACTOR * top_count(data.ratio, rows)))
 
 
 def alignment_layers(layers: int) -> range:
@@ -225,14 +225,6 @@ def icl_demos(data: DataConfig, rows: int) -> int:
     if data.mode == "faithful":
         return data.n_demos
     return max(data.n_demos, min(FAST_DEMOS, rows // FAST_SLOT_ROWS))
-
-
-def first_chosen_layer(config: JobConfig, layers: int) -> int:
-    """Shallowest layer whose heads may be chosen: 0, or in fast mode the first above the lowest sixth.
-
-    Training computes no gradient below the shallowest chosen head, and what comes from there can be cached.
-    """
-    return layers // 6 if config.data.mode == "fast" else 0
 
 
 def least_proxy_rows(heads: HeadsConfig) -> int:
@@ -413,8 +405,8 @@ def resolve(config: JobConfig, *, rows: int, context_length: int) -> Resolution:
         )
     if data.mode == "fast":
         reasons["/data/mode"] = (
-            f"as asked: rows are drawn into a pool of {POOL_FACTOR} times those that are kept, only these are scored, and heads "
-            "are chosen above the lowest sixth of the layers (docs/decisions/0012)"
+            f"as asked: rows are drawn into a pool of {POOL_FACTOR} times those that are kept, and only these are scored "
+            "(docs/decisions/0012)"
         )
     if training.max_length == "auto":
         training = replace(training, max_length=context_length)

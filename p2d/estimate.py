@@ -5,7 +5,7 @@ An estimate, not a promise: other work on the machine is not foreseen. No torch 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from p2d.arch.spec import every_head
 from p2d.config import (
@@ -13,7 +13,6 @@ from p2d.config import (
     JobConfig,
     alignment_layers,
     alignment_projections,
-    first_chosen_layer,
     icl_demos,
     pool_count,
     proxy_count,
@@ -113,14 +112,11 @@ def _train(info: ModelInfo, config: JobConfig, kept: Work, *, rows: float) -> fl
     """All epochs and the search; looks at held-out rows are a part of its trials, see TRIALS."""
     slices = config.training.slices
     assert slices != "auto", "resolve the config first"
-    lowest, heads = first_chosen_layer(config, info.n_layers), every_head(info)
-    # Chosen heads at even distances: somewhere in the lowest layer, as a random choice nearly always has one.
-    upper = heads[lowest * info.n_heads :]
-    chosen = upper[:: max(1, len(upper) // top_count(config.heads.ratio, len(heads)))]
+    heads = every_head(info)
+    # Chosen heads at even distances: the lowest layer has one, as it nearly always has in a random choice.
+    chosen = heads[:: max(1, len(heads) // top_count(config.heads.ratio, len(heads)))]
     passes = config.training.epochs + _search_epochs(config, rows)
-    below = lowest if passes > 1 else 0  # remembered as soon as a row is seen twice
-    trained = slice_training(info, kept.times(passes), heads=chosen, projections=slices, cached=below > 0)
-    return trained + forward(info, replace(kept, logits=0), to_layer=below)
+    return slice_training(info, kept.times(passes), heads=chosen, projections=slices)
 
 
 def _search_epochs(config: JobConfig, rows: float) -> float:
@@ -167,13 +163,8 @@ def _respond(info: ModelInfo, config: JobConfig, train: RowCounts, guide: RowCou
         total += rows * forward(info, work_of([bare] if "alignment" in data.scorer else [bare, row]))
     if data.scorer == "icl":
         demos = icl_demos(data, rows)
-        group = icl_group(
-            info,
-            shown=demos * row[0],
-            queries=[row] * data.n_queries,
-            judged=data.mode == "faithful",
-            from_layer=first_chosen_layer(config, info.n_layers),
-        )
+        judged = data.mode == "faithful"
+        group = icl_group(info, shown=demos * row[0], queries=[row] * data.n_queries, judged=judged)
         total += rows / demos * group + _written(info, config, train)
     return total
 

@@ -229,11 +229,8 @@ def _squares(info: ModelInfo, projection: Projection, tokens: int) -> float:
     return 2 * tokens * units * e * d
 
 
-def icl_group(
-    info: ModelInfo, *, shown: int, queries: Sequence[tuple[int, int]], judged: bool, from_layer: int = 0
-) -> float:
-    """One group of in-context scoring: demonstrations once, then each query after them; masses of all heads
-    of the layers from `from_layer` on.
+def icl_group(info: ModelInfo, *, shown: int, queries: Sequence[tuple[int, int]], judged: bool) -> float:
+    """One group of in-context scoring: demonstrations once, then each query after them; masses of all heads.
 
     Args:   shown: tokens of prefix and demonstrations. queries: (tokens, answer tokens) of each, without the prefix.
             judged: whether logits at the answers are wanted.
@@ -245,6 +242,5 @@ def icl_group(
         logits=answers if judged else 0,
     )
     work = Work(tokens=shown, pairs=causal_pairs(shown), logits=0) + asked
-    layers = info.n_layers - from_layer
     probed = sum(answer * (shown + length) for length, answer in queries)
-    return forward(info, work) + layers * 2 * probed * info.n_heads * info.head_dim
+    return forward(info, work) + info.n_layers * 2 * probed * info.n_heads * info.head_dim

@@ -96,10 +96,9 @@ class HeadMap:
         """All heads, best first; ties by layer, then head."""
         return ranked(self.scores)
 
-    def top(self, ratio: float, *, from_layer: int = 0) -> list[Head]:
-        """The best `ceil(ratio * heads)` heads, best first; of the layers from `from_layer` on, all of these at most."""
-        heads = [head for head in self.ranked() if head[0] >= from_layer]
-        return heads[: top_count(ratio, self.n_layers * self.n_heads)]
+    def top(self, ratio: float) -> list[Head]:
+        """The best `ceil(ratio * heads)` heads, best first."""
+        return self.ranked()[: top_count(ratio, self.n_layers * self.n_heads)]
 
     def agreement(self, ratio: float) -> Reproducibility:
         """How far the half-proxies agree on the heads that a ratio keeps; a map without halves knows its own `k` alone."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from p2d.accounting import Alternatives, Bill, StepCost, attempts_of, bill, reused_of, step_cost
-from p2d.config import config_json, first_chosen_layer
+from p2d.config import config_json
 from p2d.files import read_json, write_json
 from p2d.flops import full_fine_tuning, lora_training, typical_work
 from p2d.head_maps import HeadMap
@@ -68,7 +68,7 @@ def _heads(inputs: Path, plan: Plan, training: Any) -> dict[str, Any] | None:
     if not (inputs / "head_map.json").is_file():
         return None
     head_map = HeadMap.load(inputs / "head_map.json")
-    chosen = head_map.top(plan.config.heads.ratio, from_layer=first_chosen_layer(plan.config, head_map.n_layers))
+    chosen = head_map.top(plan.config.heads.ratio)
     return {
         "scorer": head_map.scorer,
         "projections": list(head_map.projections),

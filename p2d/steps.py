@@ -18,7 +18,6 @@ from p2d.config import (
     JobConfig,
     Precision,
     check_rank,
-    first_chosen_layer,
     least_proxy_rows,
     proxy_count,
     resolve,
@@ -241,7 +240,7 @@ def _chosen_heads(call: StepCall, plan: Plan) -> list[Head]:
     from p2d.head_maps import check_head_map
 
     head_map = check_head_map(call.inputs / "head_map.json", plan.model)
-    return head_map.top(plan.config.heads.ratio, from_layer=first_chosen_layer(plan.config, head_map.n_layers))
+    return head_map.top(plan.config.heads.ratio)
 
 
 # --- train -----------------------------------------------------------------------------------------------------------

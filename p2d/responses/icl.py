@@ -8,8 +8,7 @@ is read inside the same forward pass; demonstrations are computed once, the quer
 - quality: what `data.metric` makes of the queries' answers; the row's score is the product. The default is
   exp(log-likelihood per answer token with the demos, minus without). All metrics: METRICS.
 
-Fast mode reads the masses alone, of the layers whose heads may be chosen: no answer is judged, and a group shows up to
-FAST_DEMOS rows.
+Fast mode reads the masses alone: no answer is judged, and a group shows up to FAST_DEMOS rows.
 
 Legend: B query, L layer, H query head, S slot of a demonstration, R row, N head counted through the layers, T token.
 """
@@ -30,7 +29,7 @@ from torch.nn import functional
 from p2d import flops
 from p2d.batches import answer_nlls
 from p2d.branches import Tree, branching, plant
-from p2d.config import Metric, first_chosen_layer, icl_demos
+from p2d.config import Metric, icl_demos
 from p2d.errors import Diverged
 from p2d.generation import answer_limit, generate
 from p2d.metrics import METRICS as TEXT_METRICS
@@ -62,7 +61,7 @@ def icl(given: ResponseInput) -> Responses:
     """Masses and gains of every row of the span. Raises Diverged if a likelihood or a mass is not finite."""
     base, info, data = given.base, given.base.info, given.config.data
     fast = data.mode == "fast"
-    layers = range(first_chosen_layer(given.config, info.n_layers), info.n_layers)
+    layers = range(info.n_layers)
     render = lru_cache(KEPT_RENDERED)(lambda row: base.renderer.render(given.rows[row]))
     row_R = given.wanted()
     collected = _Collected(row_R, len(layers) * info.n_heads)
@@ -77,7 +76,7 @@ def icl(given: ResponseInput) -> Responses:
                 verdict = judge(scene, [given.rows[query] for query in group.queries], h_TD)
             collected.add(group, mass_SN, verdict.quality)
             tokens += len(scene.ids) + verdict.tokens
-            operations += scene.flops(info, layers, judged=judge is not None) + verdict.flops
+            operations += scene.flops(info, judged=judge is not None) + verdict.flops
             given.progress(collected.rows_seen, collected.rows, {} if fast else {"quality": verdict.quality})
     response_RN, quality_R = collected.finish()
     if not (np.isfinite(response_RN).all() and np.isfinite(quality_R).all()):
@@ -171,10 +170,10 @@ class Scene:
         """What is shown before the queries."""
         return self.ids[: self.tree.trunk]
 
-    def flops(self, info: ModelInfo, layers: range, *, judged: bool) -> float:
-        """Of the pass that reads the masses of these layers, and of the logits at the answers if they are judged."""
+    def flops(self, info: ModelInfo, *, judged: bool) -> float:
+        """Of the pass that reads all masses, and of the logits at the answers if they are judged."""
         sizes = [(len(row.prompt_ids) + len(row.answer_ids), len(row.answer_ids)) for row in self.queries]
-        return flops.icl_group(info, shown=self.tree.trunk, queries=sizes, judged=judged, from_layer=layers.start)
+        return flops.icl_group(info, shown=self.tree.trunk, queries=sizes, judged=judged)
 
 
 def set_scene(base: BaseModel, demos: Sequence[RenderedRow], queries: Sequence[RenderedRow]) -> Scene:
@@ -256,7 +255,8 @@ def share_means(times_S: Sequence[int]) -> list[list[int]]:
         else:
             runs.append([slot])
     if len(runs) > 1 and sum(times_S[other] for other in runs[-1]) < SLOT_ROWS:
-        runs[-2] += runs.pop()
+        last = runs.pop()
+        runs[-1] += last
     return [[0], *runs]
 
 

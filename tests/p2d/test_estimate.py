@@ -49,7 +49,7 @@ def test_a_given_random_scorer_costs_next_to_nothing() -> None:
     assert found["respond"] == 0
 
 
-def test_a_fast_job_foresees_less_scoring_and_training() -> None:
+def test_a_fast_job_foresees_less_scoring() -> None:
     def found(**data: object) -> dict[str, float]:
         config = resolve(JobConfig(data=DataConfig(**data)), rows=5000, context_length=8192).config  # type: ignore[arg-type]
         return estimate_seconds(SMOLLM2, config, Speed(1e11), train=rows(5000), guide=rows(24), evaluation=rows(36))
@@ -57,5 +57,4 @@ def test_a_fast_job_foresees_less_scoring_and_training() -> None:
     for scorer in sorted(set(DATA_SCORERS) - {"random"}):
         faithful, fast = found(scorer=scorer), found(scorer=scorer, mode="fast")
         assert fast["respond"] < 0.35 * faithful["respond"], scorer
-        assert fast["train"] < faithful["train"]
     assert found(scorer="icl", metric="rouge_l")["respond"] > found(scorer="icl")["respond"]

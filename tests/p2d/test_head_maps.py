@@ -48,11 +48,6 @@ def test_a_ratio_takes_the_best_heads_rounded_up_and_ties_go_by_layer_then_head(
     assert len(a_map().top(1.0)) == 6
 
 
-def test_a_view_from_a_layer_on_keeps_as_many_heads_of_the_deeper_layers() -> None:
-    assert a_map().top(0.34, from_layer=1) == [(1, 0), (1, 2), (1, 1)]
-    assert len(a_map().top(1.0, from_layer=1)) == 3
-
-
 def test_a_map_comes_back_from_its_file_equal(tmp_path: Path) -> None:
     a_map().save(tmp_path / "head_map.json")
 
