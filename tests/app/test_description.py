@@ -89,6 +89,9 @@ def explore(api: Api, folder: Path, seed: int, *, examples: int) -> Counter[str]
 
 
 @pytest.mark.timeout(900)
+@pytest.mark.skipif(
+    os.environ.get("P2D_TEST_SERVERS") == "machine", reason="three minutes, and the same code as before"
+)
 def test_no_answer_is_outside_of_the_description(api: Api, tmp_path: Path, seed: int) -> None:
     answers = explore(api, tmp_path, seed, examples=4)
 
