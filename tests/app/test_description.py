@@ -89,9 +89,7 @@ def explore(api: Api, folder: Path, seed: int, *, examples: int, phases: str) ->
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.skipif(
-    os.environ.get("P2D_TEST_SERVERS") == "machine", reason="three minutes, and the same code as before"
-)
+@pytest.mark.skipif(os.environ.get("P2D_TEST_SERVERS") == "machine", reason="the same code as before")
 def test_no_answer_is_outside_of_the_description(api: Api, tmp_path: Path, seed: int) -> None:
     answers = explore(api, tmp_path, seed, examples=4, phases="fuzzing,stateful")
 
