@@ -6,7 +6,6 @@ where the base is loaded in the adapter's type. Training is `p2d.training`.
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -24,7 +23,7 @@ from p2d.arch import ARCHS
 from p2d.arch.spec import ArchSpec, unit_view, units_of
 from p2d.config import JobConfig, Projection
 from p2d.errors import AdapterMismatch, ModelError
-from p2d.files import read_json, write_json
+from p2d.files import read_json, sha256_of, write_json
 from p2d.model_info import DIGEST_CACHE, ModelInfo, read_model_info
 from p2d.models import BaseModel
 from p2d.registry import load
@@ -134,7 +133,7 @@ def save_adapter(
         slices=entries,
         parameters=_parameters(base.info, entries, config.training.rank),
         dtype="bf16" if base.dtype == torch.bfloat16 else "fp32",
-        sha256=_sha256(directory / WEIGHTS),
+        sha256=sha256_of(directory / WEIGHTS),
         learning_rate=learning_rate,
         config=asdict(config),
         p2d_version=__version__,
@@ -147,7 +146,7 @@ def load_adapter(directory: Path) -> Adapter:
     """Read an adapter. Raises ModelError (`model.invalid`) if a file is missing, broken or does not match its manifest."""
     try:
         manifest = _manifest(read_json(directory / MANIFEST))
-        if _sha256(directory / WEIGHTS) != manifest.sha256:
+        if sha256_of(directory / WEIGHTS) != manifest.sha256:
             raise ValueError(f"{WEIGHTS} is not the file that the manifest names")
         tensors = load_file(directory / WEIGHTS)
         if {key: tuple(tensor.shape) for key, tensor in tensors.items()} != {e.key: e.shape for e in manifest.slices}:
@@ -243,8 +242,3 @@ def _manifest(value: dict[str, Any]) -> Manifest:
         for entry in value.pop("slices")
     )
     return Manifest(heads=heads, slices=slices, projections=tuple(value.pop("projections")), **value)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

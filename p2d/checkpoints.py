@@ -5,7 +5,6 @@ What goes into a checkpoint is `p2d.training`'s business; moving one to another 
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import tempfile
@@ -18,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from p2d.files import read_json, write_json
+from p2d.files import read_json, sha256_of, write_json
 
 TENSORS, FACTS = "tensors.safetensors", "checkpoint.json"
 KEPT = 2
@@ -42,7 +41,7 @@ def save_checkpoint(parent: Path, checkpoint: Checkpoint) -> Path:
     part = Path(tempfile.mkdtemp(prefix=".part-", dir=parent))
     try:
         save_file({name: tensor.contiguous() for name, tensor in checkpoint.tensors.items()}, part / TENSORS)
-        digest = _sha256(part / TENSORS)
+        digest = sha256_of(part / TENSORS)
         write_json(part / FACTS, {"step": checkpoint.step, "sha256": digest, "facts": dict(checkpoint.facts)})
         for file in part.iterdir():
             with file.open("rb") as written:
@@ -64,7 +63,7 @@ def load_checkpoint(directory: Path) -> Checkpoint | None:
     for place in [directory, *reversed(_steps(directory))]:
         try:
             value = read_json(place / FACTS)
-            if _sha256(place / TENSORS) == value["sha256"]:
+            if sha256_of(place / TENSORS) == value["sha256"]:
                 return Checkpoint(value["step"], load_file(place / TENSORS), value["facts"])
         except (OSError, ValueError, KeyError, TypeError, SafetensorError):
             continue
@@ -73,8 +72,3 @@ def load_checkpoint(directory: Path) -> Checkpoint | None:
 
 def _steps(parent: Path) -> list[Path]:
     return sorted(parent.glob("step-*"))
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

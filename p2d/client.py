@@ -29,6 +29,7 @@ import httpx
 
 from p2d.config import JobConfig
 from p2d.errors import ErrorDetail
+from p2d.files import sha256_of
 
 FINAL = frozenset({"succeeded", "failed", "cancelled"})
 """Statuses of a job that has ended; only a retry changes them again."""
@@ -321,8 +322,7 @@ class Client:
                 raise ServiceUnreachable(f"The download of {artifact.name} broke {failures} times in a row.") from cause
             if failures:
                 self._sleep(_backoff_s(failures))
-        with partial.open("rb") as handle:
-            sha256 = hashlib.file_digest(handle, "sha256").hexdigest()
+        sha256 = sha256_of(partial)
         if sha256 != artifact.sha256:
             partial.unlink()
             raise DownloadCorrupt(f"{artifact.name} has sha256 {sha256}, registered is {artifact.sha256}.")

@@ -1,7 +1,8 @@
-"""Write and read the small JSON files of a step. A file is whole or absent, never half-written. No torch here."""
+"""The small JSON files of a step, whole or absent, never half-written; and the hash of any file. No torch here."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from dataclasses import asdict, is_dataclass
@@ -21,3 +22,9 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path) -> Any:
     """Read what `write_json` wrote."""
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def sha256_of(path: Path) -> str:
+    """Hash of a file's bytes, in hex; read in blocks, so of any size."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

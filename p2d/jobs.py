@@ -6,7 +6,6 @@ folder in `out` (`p2d.work_folder`), and the same call goes on from there; any o
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from p2d.columns import Columns, mapped
 from p2d.config import JobConfig, check, config_json
 from p2d.errors import ConfigError, DatasetFileMissing, ErrorDetail, P2DError
-from p2d.files import read_json, write_json
+from p2d.files import read_json, sha256_of, write_json
 from p2d.head_maps import check_head_map
 from p2d.model_info import ModelInfo, read_model_info
 from p2d.pipeline import SHARD_ROWS, STEPS, ModelCache, PlannedStep, Progress, StepCall, plan_steps, run_step
@@ -181,10 +180,7 @@ def _with_earlier(config: JobConfig, head_map: Path | str | None, selection: Pat
 
 def _fingerprint_of(config: JobConfig, info: ModelInfo, inputs: Path, device: str) -> str:
     """Of everything that decides the results: what a killed run had finished is used by a run of the same one alone."""
-    files = {}
-    for path in sorted(inputs.iterdir()):
-        with path.open("rb") as file:
-            files[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    files = {path.name: sha256_of(path) for path in sorted(inputs.iterdir())}
     pick_device = import_module("p2d.device").pick_device  # by name: an import statement here would bring torch
     return fingerprint(
         {

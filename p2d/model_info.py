@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from p2d.arch import ARCHS
 from p2d.errors import ErrorDetail, ModelError, ModelNotFound, ModelUnsupported
+from p2d.files import sha256_of
 from p2d.registry import load
 
 if TYPE_CHECKING:
@@ -160,8 +161,7 @@ def model_digest(directory: Path) -> str:
         pass  # absent or broken: compute it
     digest = hashlib.sha256()
     for path in files:
-        with path.open("rb") as file:
-            digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+        digest.update(f"{path.name} {sha256_of(path)}\n".encode())
     _keep(cache, {"digest": digest.hexdigest(), "files": stamps})
     return digest.hexdigest()
 

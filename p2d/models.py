@@ -5,7 +5,6 @@ What a directory *is* (name, digest, sizes, family) is `p2d.model_info`, without
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -27,6 +26,7 @@ from p2d.attention import use_attention
 from p2d.config import Precision, Projection
 from p2d.device import pick_device, pick_dtype
 from p2d.errors import ModelError, ModelNotFound
+from p2d.files import sha256_of
 from p2d.model_info import ModelInfo, read_model_info
 from p2d.registry import load
 from p2d.rendering import Renderer, load_renderer
@@ -148,9 +148,7 @@ def _write_converted(gguf: Path, out: Path) -> None:
     module.save_pretrained(out)
     # The template goes into tokenizer_config.json, so that the model's digest covers it.
     tokenizer.save_pretrained(out, save_jinja_files=False)
-    with gguf.open("rb") as source:
-        digest = hashlib.file_digest(source, "sha256").hexdigest()
-    facts = {"source": gguf.name, "source_sha256": digest, "dtype": "bfloat16"}
+    facts = {"source": gguf.name, "source_sha256": sha256_of(gguf), "dtype": "bfloat16"}
     (out / CONVERSION_FILE).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
 
 
