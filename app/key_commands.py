@@ -14,7 +14,7 @@ from app.db.api_keys import list_keys, revoke_key
 from app.db.audit import OPERATOR, append_entry
 from app.db.projects import open_project
 from app.errors import KeyNotFound
-from app.key_schemas import Scope
+from app.key_schemas import MAX_DAYS, Scope
 from app.settings import Settings
 
 out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 160)
@@ -29,7 +29,7 @@ def create(
     project: Annotated[str, typer.Option(help="Whose data it opens; made with its first key.")] = "default",
     name: Annotated[str, typer.Option(help="A name of your own.")] = "",
     expires: Annotated[
-        float | None, typer.Option(help="Days until it opens nothing any more.", min=0, max=3650)
+        float | None, typer.Option(help="Days until it opens nothing any more.", min=0, max=MAX_DAYS)
     ] = None,
 ) -> None:
     """Make a key and print it, this once. From the first one on, every request needs a key."""

@@ -11,13 +11,16 @@ from app.schemas import Body, Text, View
 
 Scope = Literal["read", "write", "admin"]
 
+MAX_DAYS = 3650
+"""Longest life of a key that expires."""
+
 
 class KeyBody(Body):
     """What `POST /keys` takes."""
 
     scope: Scope = Field(description="`write` includes `read`, and `admin` both.")
     name: Annotated[Text, Field(max_length=200)] = Field(default="", description="A name of your own.")
-    expires_days: Annotated[float, Field(gt=0, le=3650)] | None = Field(
+    expires_days: Annotated[float, Field(gt=0, le=MAX_DAYS)] | None = Field(
         default=None, description="Days until it opens nothing any more; absent = until it is revoked."
     )
 

@@ -32,7 +32,6 @@ from p2d.config import Precision
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZES = (1_000, 10_000, 100_000, 1_000_000)
-SEED = 0
 
 LINEAR, FLAT = (0.95, 1.05), (-1.0, 0.1)
 """Exponents that a cost of every row, and one that no row adds to, may have."""

@@ -28,7 +28,6 @@ KEY_PATTERN = re.compile(r"p2d_([0-9a-hjkmnp-tv-z]{26})_[a-z2-7]{52}")
 """What a key looks like: for us and for secret scanners."""
 
 SECRET_BYTES = 32
-MAX_DAYS = 3650
 
 _RANK: dict[Scope, int] = {"read": 0, "write": 1, "admin": 2}
 
