@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import Field
 
-from app.schemas import View
+from app.views import View
 
 
 class IntervalView(View):

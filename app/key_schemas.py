@@ -7,7 +7,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, JsonValue
 
-from app.schemas import Body, Text, View
+from app.schemas import Body, Text
+from app.views import View
 
 Scope = Literal["read", "write", "admin"]
 

@@ -11,7 +11,7 @@ from app.blobs import Blob
 from app.db.artifacts import Artifact, find_artifact, get_artifact, list_artifacts
 from app.db.jobs import find_job
 from app.errors import ArtifactNotFound, BlobCorrupt, BlobMissing, JobNotFound, RangeNotSatisfiable
-from app.schemas import ArtifactView, Page
+from app.views import ArtifactView, Page
 
 router = APIRouter(tags=["artifacts"])
 

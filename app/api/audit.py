@@ -9,7 +9,7 @@ from fastapi import APIRouter, Query
 from app.api.context import Admin, Context, Cursor, Limit, page_after, page_of
 from app.db.audit import list_entries
 from app.key_schemas import AuditView
-from app.schemas import Page
+from app.views import Page
 
 router = APIRouter(tags=["audit"])
 

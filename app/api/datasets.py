@@ -37,8 +37,9 @@ from app.errors import (
     UnsupportedMediaType,
 )
 from app.key_schemas import ReceiptView
-from app.schemas import DatasetReportView, DatasetView, Mapping, Page
+from app.schemas import Mapping
 from app.source_schemas import DatasetBody
+from app.views import DatasetReportView, DatasetView, Page
 from p2d.columns import mapped
 from p2d.errors import DatasetEmpty, DatasetError, DatasetTooLarge, ErrorDetail, MappingInvalid
 

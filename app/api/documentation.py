@@ -10,17 +10,9 @@ from pydantic import BaseModel, TypeAdapter
 
 from app.key_schemas import KeyBody
 from app.problems import MEDIA_TYPE, STATUS
-from app.schemas import (
-    CompleteBody,
-    DatasetView,
-    JobBody,
-    JobPatch,
-    Mapping,
-    ModelCheckBody,
-    Problem,
-    UploadBody,
-)
+from app.schemas import CompleteBody, JobBody, JobPatch, Mapping, ModelCheckBody, UploadBody
 from app.source_schemas import DatasetBody
+from app.views import DatasetView, Problem
 from p2d.errors import P2DError
 
 _PROBLEM = {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}

@@ -20,7 +20,7 @@ from app.api.documentation import errors
 from app.db.events import Event, list_events
 from app.db.jobs import Job, find_job
 from app.errors import JobNotFound, RequestInvalid
-from app.schemas import EventView, Page
+from app.views import EventView, Page
 from p2d.errors import ErrorDetail
 
 router = APIRouter(tags=["jobs"])

@@ -15,7 +15,7 @@ from app.api.documentation import errors
 from app.blobs import Blob
 from app.db.head_maps import HeadMapRecord, get_head_map
 from app.errors import HeadMapNotFound
-from app.schemas import HeadMapView
+from app.views import HeadMapView
 from p2d.config import DEFAULT_RATIO
 from p2d.head_maps import HeadMap
 

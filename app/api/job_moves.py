@@ -44,7 +44,8 @@ from app.errors import (
 )
 from app.key_schemas import ReceiptView
 from app.problems import invalid
-from app.schemas import MAX_METADATA, JobPatch, JobView
+from app.schemas import MAX_METADATA, JobPatch
+from app.views import JobView
 from p2d.errors import ErrorDetail
 
 router = APIRouter(tags=["jobs"])

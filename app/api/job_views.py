@@ -17,7 +17,7 @@ from app.db.jobs import Job, find_job
 from app.db.selections import selection_of_job
 from app.errors import JobNotFound
 from app.problems import problem_body
-from app.schemas import AttemptView, JobConfigView, JobSummary, JobView, Page
+from app.views import AttemptView, JobConfigView, JobSummary, JobView, Page
 
 router = APIRouter(tags=["jobs"])
 

@@ -28,7 +28,8 @@ from app.db.engine import Connection
 from app.db.jobs import Job, find_job, list_jobs, update_job
 from app.errors import IdempotencyInFlight, IdempotencyMismatch, JobNotFound
 from app.estimate_schemas import EstimateView
-from app.schemas import JobBody, JobSummary, JobView, Page, Status
+from app.schemas import JobBody
+from app.views import JobSummary, JobView, Page, Status
 from p2d.config import Kind, config_json
 from p2d.versions import versions
 

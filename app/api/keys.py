@@ -12,7 +12,7 @@ from app.core.keys import make_key
 from app.db.api_keys import list_keys, revoke_key
 from app.errors import KeyNotFound, RequestError, RequestTooLarge, UnsupportedMediaType
 from app.key_schemas import KeyBody, KeyView, NewKeyView
-from app.schemas import Page
+from app.views import Page
 
 router = APIRouter(tags=["keys"])
 

@@ -13,7 +13,8 @@ from app.api.context import Context
 from app.api.documentation import MODEL_CHECK_BODY, errors
 from app.errors import RequestError, RequestTooLarge, UnsupportedMediaType
 from app.problems import problem_body
-from app.schemas import ModelCheckBody, ModelView, Page
+from app.schemas import ModelCheckBody
+from app.views import ModelView, Page
 from p2d.errors import ModelError, ModelNotFound
 from p2d.model_info import ModelShape, find_model, list_models, read_model_info, shape_of
 

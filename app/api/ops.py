@@ -12,7 +12,7 @@ from app.api.context import OpenContext, Services
 from app.api.documentation import errors
 from app.db.engine import DatabaseUnavailable, PoolTimeout, ping
 from app.errors import StoreUnavailable, Unavailable
-from app.schemas import HealthView, ReadinessView, VersionView
+from app.views import HealthView, ReadinessView, VersionView
 
 router = APIRouter(tags=["service"])
 

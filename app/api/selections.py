@@ -15,7 +15,7 @@ from app.api.documentation import errors
 from app.blobs import BlobStore
 from app.db.selections import SelectionRecord, get_selection
 from app.errors import CursorInvalid, SelectionNotFound
-from app.schemas import Page, SelectionView
+from app.views import Page, SelectionView
 
 router = APIRouter(tags=["selections"])
 

@@ -38,7 +38,8 @@ from app.errors import (
     UploadNotFound,
     UploadWrong,
 )
-from app.schemas import CompleteBody, DatasetView, PartView, UploadBody, UploadView
+from app.schemas import CompleteBody, UploadBody
+from app.views import DatasetView, PartView, UploadView
 from p2d.columns import mapped
 from p2d.errors import DatasetTooLarge, ErrorDetail
 

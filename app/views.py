@@ -1,0 +1,278 @@
+"""The wire, outwards: what JSON the service gives. Views are filled from the rows of app.db by attribute, so nothing
+here knows the database.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any, Generic, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
+
+Status = Literal["queued", "running", "pausing", "paused", "cancelling", "cancelled", "succeeded", "failed"]
+
+
+class View(BaseModel):
+    """Base of what the service answers."""
+
+    model_config = ConfigDict(from_attributes=True, frozen=True)
+
+
+class FaultView(View):
+    """One fault among several."""
+
+    code: str
+    message: str
+    pointer: str | None = Field(default=None, description="JSON pointer into the body or the row.")
+    line: int | None = Field(default=None, description="1-based line of the dataset file.")
+
+
+class Problem(View):
+    """Every error of the service (RFC 9457), and `job.error`. Match on `code`: it never changes its meaning."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    code: str
+    fault: Literal["user", "service", "capacity", "dependency"]
+    retryable: bool = Field(description="Whether the same request can work later.")
+    hint: str = Field(description="What to do next.")
+    errors: list[FaultView] = []
+    errors_total: int = Field(default=0, description="More than the length of errors where that is capped.")
+    facts: dict[str, Any] = {}
+    request_id: str | None = None
+
+
+Item = TypeVar("Item")
+
+
+class Page(View, Generic[Item]):
+    """One page of a list."""
+
+    data: list[Item]
+    has_more: bool
+    next_cursor: str | None = Field(default=None, description="Pass it as `cursor` for the next page.")
+
+
+class JobSummary(View):
+    """A job in a list."""
+
+    id: str
+    kind: str
+    name: str
+    status: Status = Field(description="Match on this; the last three are final.")
+    stage: str | None = Field(description="What it is doing; stages may grow.")
+    progress: float = Field(description="0 to 1; never goes back.")
+    eta_at: datetime | None = Field(default=None, description="When it will have ended, as likely earlier as later.")
+    eta_p10_at: datetime | None = Field(default=None, description="Earlier than this in one of ten cases.")
+    eta_p90_at: datetime | None = Field(default=None, description="Later than this in one of ten cases.")
+    priority: int
+    base_model: str
+    model_digest: str
+    dataset_id: str
+    validation_dataset_id: str | None
+    error: Problem | None = None
+    metadata: dict[str, str]
+    created_at: datetime
+    started_at: datetime | None
+    finished_at: datetime | None
+    cancel_requested_at: datetime | None
+    pause_requested_at: datetime | None = Field(description="Null again once the job was told to go on.")
+    retries: int = Field(description="How often it was queued again after it had ended.")
+
+
+class JobView(JobSummary):
+    """A job in full."""
+
+    config: dict[str, JsonValue] = Field(description="As asked, with the defaults filled in.")
+    resolved: dict[str, JsonValue] | None = Field(description="Without `auto`; grows while the job learns more.")
+    reasons: dict[str, str] = Field(description="Why each `auto` was resolved so: pointer -> reason.")
+    warnings: list[str] = []
+    estimate: dict[str, JsonValue] | None = Field(
+        description="Seconds per step, from the job's own plan; how wrong such plans were before, as actual over estimated "
+        "seconds (`errors`); and `interval_s`, the whole with these errors."
+    )
+    head_map: str | None = Field(default=None, description="Id of the head map that the job made, for later jobs.")
+    selection: str | None = Field(default=None, description="Id of the selection that the job made, for later jobs.")
+
+
+class JobConfigView(View):
+    """What a job is computed from."""
+
+    job_id: str
+    base_model: str
+    model_digest: str = Field(description="Sha256 that the base model's files must have.")
+    dataset_id: str
+    validation_dataset_id: str | None
+    config: dict[str, JsonValue] = Field(description="As asked, with the defaults filled in; never changes.")
+    resolved: dict[str, JsonValue] | None = Field(description="Without `auto`; final once the job has validated.")
+    reasons: dict[str, str] = Field(description="Why each `auto` was resolved so: pointer -> reason.")
+    seed: int
+    versions: dict[str, str] = Field(description="Versions of the code that resolved it: name -> version.")
+
+
+class AttemptView(View):
+    """One try at a step by one worker."""
+
+    id: str
+    job_id: str
+    step: str
+    shard: int
+    attempt: int = Field(description="1, 2, 3 ... of this step and shard.")
+    worker: str
+    outcome: Literal["running", "done", "failed", "lost", "released", "cancelled"] = Field(
+        description="`lost`: its worker or process died; `released`: given back, by a pause or a worker that left."
+    )
+    error: Problem | None = None
+    seconds: float | None = Field(description="Wall time; for `lost` until the loss was noticed.")
+    started_at: datetime
+    finished_at: datetime | None
+
+
+class DatasetView(View):
+    """A dataset, complete and checked."""
+
+    id: str
+    name: str
+    format: str
+    rows: int
+    size_bytes: int
+    content_hash: str = Field(description="Sha256 over prompts and answers; the same for any format.")
+    created_at: datetime
+    deduplicated: bool = Field(default=False, description="The same content was there already; this is that dataset.")
+
+
+class PartView(View):
+    """One part of an upload that is there."""
+
+    number: int = Field(description="From 1.")
+    sha256: str
+
+
+class UploadView(View):
+    """A file that comes in parts, any order, each as often as it takes."""
+
+    id: str
+    status: Literal["open", "completed"]
+    name: str
+    size_bytes: int
+    sha256: str | None
+    part_bytes: int = Field(description="Size of every part but the last, which has the rest.")
+    part_count: int
+    parts: list[PartView] = Field(description="Those that are there, by number.")
+    dataset_id: str | None = Field(description="The dataset that it became.")
+    created_at: datetime
+    expires_at: datetime = Field(description="Given up then; every part puts it off.")
+
+
+class DatasetReportView(View):
+    """What the check of a dataset found."""
+
+    dataset_id: str
+    format: str
+    rows: int
+    size_bytes: int
+    content_hash: str
+    longest_row_chars: int
+    duplicates: int
+    duplicate_lines: list[int]
+    warnings: list[str]
+    compression: Literal["gzip", "zstd"] | None = Field(
+        default=None, description="How the file came; lines are those of the unpacked file."
+    )
+    mapping: dict[str, str] = Field(default={}, description="What was said of its columns: field -> column.")
+    source: dict[str, Any] | None = Field(
+        default=None, description="Where it was fetched, when, and the bytes' sha256."
+    )
+
+
+class EventView(View):
+    """One thing that happened to a job; `end` is the last, unless the job is retried."""
+
+    seq: int = Field(description="1, 2, 3 ... without gaps.")
+    type: str
+    data: dict[str, JsonValue]
+    created_at: datetime
+
+
+class ArtifactView(View):
+    """A file of a job, immutable."""
+
+    id: str
+    job_id: str
+    name: str
+    media_type: str
+    sha256: str
+    size_bytes: int
+    created_at: datetime
+
+
+class HeadMapView(View):
+    """A head map: a score for every head, the recipe that made it and how reproducible it is."""
+
+    id: str
+    job_id: str
+    artifact_id: str
+    base_model: str
+    model_digest: str
+    dataset_id: str
+    scorer: str
+    created_at: datetime
+    map: dict[str, JsonValue] = Field(description="The file `head_map.json`.")
+
+
+class SelectionView(View):
+    """A selection: a score for every row of a dataset."""
+
+    id: str
+    job_id: str
+    artifact_id: str
+    base_model: str
+    model_digest: str
+    dataset_id: str
+    validation_dataset_id: str | None
+    scorer: str
+    rows: int
+    kept: int
+    created_at: datetime
+
+
+class ModelView(View):
+    """A base model, usable or not. What only its files say is absent where there are none."""
+
+    name: str
+    supported: bool
+    digest: str | None = None
+    model_type: str | None = None
+    n_layers: int | None = None
+    n_heads: int | None = None
+    n_kv_groups: int | None = None
+    head_dim: int | None = None
+    hidden_size: int | None = None
+    vocab_size: int | None = None
+    context_length: int | None = Field(default=None, description="Tokens.")
+    parameters: int | None = None
+    dtype: str | None = None
+    error: Problem | None = Field(default=None, description="Why it is not usable.")
+
+
+class HealthView(View):
+    """The process runs."""
+
+    status: Literal["ok"] = "ok"
+
+
+class ReadinessView(View):
+    """The servers behind the service."""
+
+    status: Literal["ok", "degraded"] = Field(
+        description="`degraded`: the broker is away, so jobs start some seconds later."
+    )
+    checks: dict[str, Literal["ok", "unavailable"]]
+
+
+class VersionView(View):
+    """What runs here."""
+
+    version: str
