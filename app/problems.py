@@ -223,7 +223,7 @@ def body_faults(errors: Iterable[ErrorDetails], *, root: str = "") -> list[Error
     autos = {error["loc"][:-1] for error in found if error["loc"] and error["loc"][-1] == _AUTO}
     faults = []
     for error in found:
-        loc, message = error["loc"], error["msg"]
+        loc, message = error["loc"], _expected(error)
         field = next((auto for auto in autos if len(loc) > len(auto) and loc[: len(auto)] == auto), None)
         if field is not None:
             if loc[-1] == _AUTO:
@@ -232,6 +232,10 @@ def body_faults(errors: Iterable[ErrorDetails], *, root: str = "") -> list[Error
             message += ", or 'auto'" if loc == field else ""
         faults.append(ErrorDetail(code=f"field.{error['type']}", message=f"{message}.", pointer=root + _pointer(loc)))
     return faults
+
+
+def _expected(error: ErrorDetails) -> str:
+    return 'Expected a JSON list, as in ["a", "b"]' if error["type"] == "list_type" else error["msg"]
 
 
 def invalid(faults: list[ErrorDetail]) -> service_errors.RequestInvalid:

@@ -24,7 +24,6 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from p2d.depth import first_layers
 from p2d.models import BaseModel
 
 MEMORY_SHARE = 0.25
@@ -99,7 +98,7 @@ class FrozenLayers:
 
         handle = self._first_above.register_forward_pre_hook(note, with_kwargs=True)
         try:
-            with torch.no_grad(), first_layers(self.base, self._layer):  # its hook comes after ours
+            with torch.no_grad(), _first_layers(self.base, self._layer):  # its hook comes after ours
                 self.base.hidden(ids_T[None])
         finally:
             handle.remove()
@@ -121,6 +120,26 @@ class FrozenLayers:
                 yield
         finally:
             handle.remove()
+
+
+class _DeepEnoughError(Exception):
+    """Raised where the pass was to stop."""
+
+
+@contextmanager
+def _first_layers(base: BaseModel, count: int) -> Iterator[None]:
+    """Within the block, a forward pass ends before layer `count`, and the block with it."""
+
+    def stop(*_: object) -> None:
+        raise _DeepEnoughError
+
+    handle = base.module.get_submodule(f"{base.spec.layers}.{count}").register_forward_pre_hook(stop)
+    try:
+        yield
+    except _DeepEnoughError:
+        pass
+    finally:
+        handle.remove()
 
 
 @contextmanager

@@ -135,13 +135,12 @@ def _run(
         rows = _take(data, inputs / "dataset.jsonl", columns)
         if validation is not None:
             _take(validation, inputs / "validation.jsonl", columns)
+        info = read_model_info(Path(model))
         if head_map is not None:
+            check_head_map(Path(head_map), info)
             shutil.copyfile(head_map, inputs / "head_map.json")
         if selection is not None:
             shutil.copyfile(selection, inputs / "selection.jsonl")
-        info = read_model_info(Path(model))
-        if head_map is not None:
-            check_head_map(inputs / "head_map.json", info)
         work.begin(_fingerprint_of(config, info, inputs, device))
         try:
             _run_steps(config, Path(model), work, rows, device, on_progress)

@@ -86,7 +86,7 @@ def test_a_branch_is_the_end_of_its_whole_sequence_in_every_family(directory: Pa
                 h_TD[start:stop], base.hidden(alone_T[None])[0, tree.trunk :], rtol=1e-4, atol=1e-5
             )
             expected_L1HS = eager_mass(directory, alone_T[None], [tokens])
-            torch.testing.assert_close(mass_LNHS[:, branch], expected_L1HS[:, 0], rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(mass_LNHS[:, branch], expected_L1HS[:, 0], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("window", [1, 4, 6, 9, 30])
