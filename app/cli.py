@@ -21,6 +21,7 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
+from app.bench_commands import add_to
 from app.errors import JobFailure, ProcessFailed
 from app.key_commands import keys
 from app.processes import Terminated, raise_on_term
@@ -44,6 +45,7 @@ cli = typer.Typer(
 models = typer.Typer(help="The base models on this machine.", no_args_is_help=True)
 cli.add_typer(models, name="models")
 cli.add_typer(keys, name="keys")
+add_to(cli)
 
 Url = Annotated[str, typer.Option(envvar="P2D_URL", help="Address of the service.")]
 DEFAULT_URL = "http://127.0.0.1:8321"
@@ -382,24 +384,6 @@ def demo(
 
     raise_on_term()
     run_demo(Settings(), to, out, rows=rows)
-
-
-@cli.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)
-def bench(context: typer.Context) -> None:
-    """Measure what the engine costs beside its peers (a quarter of an hour); `--help` lists parts and options."""
-    from app.demo import benchmark
-
-    raise_on_term()
-    raise typer.Exit(benchmark(Settings(), context.args, lambda line: err.print(line, markup=False)))
-
-
-@cli.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)
-def load(context: typer.Context) -> None:
-    """Measure what the service bears (six minutes); `--help` lists options."""
-    from app.demo import run_benchmarks
-
-    raise_on_term()
-    raise typer.Exit(run_benchmarks("benchmarks.service", context.args))
 
 
 @cli.command()

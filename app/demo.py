@@ -150,8 +150,8 @@ def _run(command: list[str], what: str, env: Mapping[str, str] | None) -> None:
         raise ProcessFailed(f"Failed {what}:\n{(done.stderr or done.stdout).strip()[-2000:]}")
 
 
-def benchmark(settings: Settings, arguments: Sequence[str], say: Callable[[str], None]) -> int:
-    """Run the cost benchmark of this checkout in a process of its own, on the demo's model unless another is named.
+def benchmark(settings: Settings, module: str, arguments: Sequence[str], say: Callable[[str], None]) -> int:
+    """Run a benchmark of this checkout that needs a model, in a process of its own; the demo's unless another is named.
 
     Returns: its exit status. Raises: ProcessFailed without a checkout.
     """
@@ -159,7 +159,7 @@ def benchmark(settings: Settings, arguments: Sequence[str], say: Callable[[str],
     if not any(word.startswith(("--model", "--help", "-h")) for word in given):
         fetch_model(settings, say)
         given += ["--model", str((settings.models_dir / MODEL).absolute())]
-    return run_benchmarks("benchmarks", given)
+    return run_benchmarks(module, given)
 
 
 def run_benchmarks(module: str, arguments: Sequence[str]) -> int:

@@ -11,16 +11,16 @@ import random
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from p2d.batches import TOKEN_BUDGET, answer_nll, pack, packed_batches
 from p2d.device import memory_guard
 from p2d.errors import Diverged, OutOfMemory
 from p2d.models import BaseModel
 from p2d.rendering import RenderedRow
-from p2d.slices import HeadSlices
 
 WARM_UP = 0.1
 """Share of steps over which the rate rises (the paper's)."""
@@ -74,13 +74,35 @@ def steps_per_epoch(rows: int, batch_size: int) -> int:
     return math.ceil(rows / batch_size)
 
 
+class Trainable(Protocol):
+    """fp32 parameters that stand for weights of a model: `p2d.slices.HeadSlices`, or what a benchmark compares them with."""
+
+    def parameters(self) -> list[nn.Parameter]:
+        """What AdamW holds."""
+
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """The same by name, in the same order."""
+
+    def zero_grad(self) -> None:
+        """Forget all gradients."""
+
+    def sync(self) -> None:
+        """Round the parameters into the model's weights."""
+
+    def masters(self) -> dict[str, Tensor]:
+        """A copy of all parameters by name."""
+
+    def load_masters(self, values: Mapping[str, Tensor]) -> None:
+        """Set the parameters, and the weights with them."""
+
+
 class SliceTrainer:
-    """Optimizer steps on slices that are installed; which rows a step takes follows from its number alone."""
+    """Optimizer steps on weights that are installed; which rows a step takes follows from its number alone."""
 
     def __init__(
         self,
         base: BaseModel,
-        slices: HeadSlices,
+        slices: Trainable,
         rows: Sequence[RenderedRow],
         *,
         batch_size: int,

@@ -1,0 +1,1 @@
+"""What an adapted model is worth for what it cost: rows, heads and weights chosen in every way, one matrix of arms."""

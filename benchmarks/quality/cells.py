@@ -1,0 +1,237 @@
+"""One cell of the matrix: an arm on a pool with a seed and a rate; computed once, then read from where it was written.
+
+A cell's name is a hash of all that decides it, so a new arm, pool or seed costs itself alone, and a run that was cut goes on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.quality.arms import Arm
+from benchmarks.quality.measures import Measured, Measures
+from benchmarks.quality.pools import Pool, Task
+from benchmarks.quality.stages import StageCost, Stages
+from benchmarks.quality.weights import installed
+from p2d import flops
+from p2d.activation_cache import remember_below
+from p2d.errors import Diverged
+from p2d.model_info import ModelInfo
+from p2d.models import BaseModel
+from p2d.optimization import Schedule, SliceTrainer, steps_per_epoch
+from p2d.slices import Head
+
+FORMAT = 1
+"""Of a cell: raised when the way of computing one changes, so that old ones are computed anew."""
+
+BATCH = 4
+"""Rows of an optimizer step, of every arm."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """What came out."""
+
+    pool: str
+    arm: str
+    seed: int
+    rate: float
+    diverged: bool
+    validation: float | None
+    """Loss on the validation rows, by which rates are chosen; None if it diverged."""
+    rows: int
+    bad: float
+    """Share of the chosen rows that are known to be bad."""
+    heads: int
+    parameters: int
+    train_s: float
+    """Seconds of the processor (of the wall on a GPU)."""
+    train_flops: float
+    stages: list[StageCost]
+    measured: Measured | None
+
+    @property
+    def seconds(self) -> float:
+        """Choosing and training."""
+        return self.train_s + sum(stage.seconds for stage in self.stages)
+
+    @property
+    def flops(self) -> float:
+        """The same in operations."""
+        return self.train_flops + sum(stage.flops for stage in self.stages)
+
+
+class Cells:
+    """The cells that are there, in one JSON file, written after each."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        stored: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        self._cells = {key: _cell(value) for key, value in stored.get("cells", {}).items()}
+        self.facts: dict[str, Any] = stored.get("facts", {})
+        """What a reader needs to know about the run: model, machine, commands."""
+
+    def get(self, key: str) -> Cell | None:
+        """A cell by its name."""
+        return self._cells.get(key)
+
+    def put(self, key: str, cell: Cell) -> None:
+        """Write it down."""
+        self._cells[key] = cell
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(
+            {"facts": self.facts, "cells": {key: asdict(cell) for key, cell in self._cells.items()}}, indent=1
+        )
+        part = self._path.with_suffix(".part")
+        part.write_text(text + "\n", encoding="utf-8")
+        part.replace(self._path)
+
+
+def _cell(value: dict[str, Any]) -> Cell:
+    stages = [StageCost(**stage) for stage in value.pop("stages")]
+    measured = value.pop("measured")
+    return Cell(**value, stages=stages, measured=None if measured is None else Measured(**measured))
+
+
+@dataclass(slots=True)
+class Laboratory:
+    """Everything that computes a cell: model, pool, validation rows, measures."""
+
+    base: BaseModel
+    pool: Pool
+    task: Task
+    stages: Stages
+    measures: Measures
+    cells: Cells
+    say: Callable[[str], None]
+    ends: float = math.inf
+    """No cell is begun after this time (`time.monotonic`)."""
+    skipped: list[str] = field(default_factory=list)
+    """What there was no time for."""
+
+    def key(self, arm: Arm, seed: int, rate: float) -> str:
+        """Hash of all that decides a cell. An arm's name and tables do not."""
+        decides = {name: value for name, value in asdict(arm).items() if name not in ("name", "groups")}
+        facts = [FORMAT, self.base.info.digest, str(self.base.dtype), asdict(self.pool.spec), _rows(self.pool), decides]
+        facts += [seed, rate, BATCH, self.measures.identity, self.stages.identity]
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
+
+    def best(self, arm: Arm, seeds: int) -> list[Cell]:
+        """The arm at its best rate, one cell for each seed; fewer where time ran out.
+
+        From the first rate it walks up, and if that is no better down, while validation loss falls; seed 0 alone. So the
+        best rate has a worse neighbour on both sides, or lies at the border of `Weights.rates`.
+        """
+        rates = list(arm.weights.rates)
+        place = rates.index(arm.weights.first_rate)
+        best = self.cell(arm, 0, rates[place])
+        for way in (1, -1):
+            moved = False
+            while best is not None and 0 <= place + way < len(rates):
+                other = self.cell(arm, 0, rates[place + way])
+                if other is None or _loss(other) >= _loss(best):
+                    break
+                best, place, moved = other, place + way, True
+            if moved:
+                break
+        if best is None or best.diverged:
+            return []
+        more = [self.cell(arm, seed, rates[place]) for seed in range(1, seeds)]
+        return [best, *(cell for cell in more if cell is not None)]
+
+    def cell(self, arm: Arm, seed: int, rate: float) -> Cell | None:
+        """Read or compute one cell; None if there is no time to begin it."""
+        key = self.key(arm, seed, rate)
+        if (known := self.cells.get(key)) is not None:
+            return known
+        if time.monotonic() > self.ends:
+            self.skipped.append(f"{arm.name}, {self.pool.spec.name}, seed {seed}, rate {rate:g}")
+            return None
+        cell = self._compute(arm, seed, rate)
+        self.cells.put(key, cell)
+        shown = "diverged" if cell.measured is None else f"held-out loss {cell.measured.loss:.4f}"
+        self.say(f"{self.pool.spec.name} | {arm.name} | seed {seed}, rate {rate:g}: {shown}, {cell.seconds:.0f} s")
+        return cell
+
+    def _compute(self, arm: Arm, seed: int, rate: float) -> Cell:
+        heads, costs = self.stages.heads(arm, seed)
+        chosen, more = self.stages.rows(arm, heads, seed)
+        rendered = [self.base.renderer.render(self.pool.rows[index]) for index in chosen]
+        steps = steps_per_epoch(len(rendered), BATCH) * arm.epochs
+        below = min(heads)[0] if arm.weights.kind == "slices" and arm.epochs > 1 else 0
+        measured: Measured | None = None
+        validation: float | None = None
+        with installed(self.base, arm.weights, heads, seed=seed) as trained:
+            parameters = sum(parameter.numel() for parameter in trained.parameters())
+            started = clock(self.base)
+            try:
+                with remember_below(self.base, below):
+                    trainer = SliceTrainer(self.base, trained, rendered, batch_size=BATCH, seed=str(seed))
+                    for _ in range(steps):
+                        trainer.advance(Schedule(rate, steps))
+                seconds = clock(self.base) - started
+                validation = self.measures.loss(self.base, self.task.validation)
+                measured = self.measures.all(self.base)
+            except Diverged:
+                seconds = clock(self.base) - started
+        return Cell(
+            pool=self.pool.spec.name,
+            arm=arm.name,
+            seed=seed,
+            rate=rate,
+            diverged=measured is None,
+            validation=validation,
+            rows=len(chosen),
+            bad=len(self.pool.bad.intersection(chosen)) / len(chosen),
+            heads=len(heads),
+            parameters=parameters,
+            train_s=seconds,
+            train_flops=training_flops(
+                self.base.info,
+                arm,
+                [(self.base.renderer.length(row), len(row.answer_ids)) for row in rendered],
+                heads,
+            ),
+            stages=[*costs, *more],
+            measured=measured,
+        )
+
+
+def training_flops(info: ModelInfo, arm: Arm, rows: Sequence[tuple[int, int]], heads: Sequence[Head]) -> float:
+    """Operations of all epochs, the search for the rate left out on every side. rows: (tokens, answer tokens) of each."""
+    work, weights = flops.work_of(rows), arm.weights
+    if weights.kind == "full":
+        return arm.epochs * flops.full_fine_tuning(info, work)
+    if weights.kind == "lora":
+        assert weights.rank is not None
+        return arm.epochs * flops.lora_training(info, work, rank=weights.rank, projections=weights.slices or None)
+    first = flops.slice_training(info, work, heads=heads, projections=weights.slices)
+    later = flops.slice_training(info, work, heads=heads, projections=weights.slices, cached=True)
+    return first + (arm.epochs - 1) * later
+
+
+def clock(base: BaseModel) -> float:
+    """Seconds of this process, which other programs lengthen little; of the wall on a GPU."""
+    if base.device.type == "cuda":
+        torch.cuda.synchronize(base.device)
+        return time.perf_counter()
+    return time.process_time()
+
+
+def _loss(cell: Cell) -> float:
+    return math.inf if cell.validation is None else cell.validation
+
+
+def _rows(pool: Pool) -> str:
+    digest = hashlib.sha256()
+    for row in pool.rows:
+        digest.update(f"{row.prompt}\0{row.answer}\0".encode())
+    return digest.hexdigest()[:16]

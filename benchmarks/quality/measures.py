@@ -1,0 +1,118 @@
+"""What a trained model is worth: loss and accuracy on held-out rows, and what it forgot of another task.
+
+Legend: R row, N answer token, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from p2d.batches import TOKEN_BUDGET, hidden, pack, packed_batches
+from p2d.errors import Diverged
+from p2d.evaluation import row_losses
+from p2d.generation import task_metric
+from p2d.models import BaseModel
+from p2d.rows import Row
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """Of one trained model. Losses are nats per answer token."""
+
+    nll: list[float]
+    """Nats of each held-out row's answer."""
+    tokens: list[int]
+    """Answer tokens of each held-out row."""
+    token_accuracy: float
+    """Share of held-out answer tokens that are the likeliest, given those before."""
+    metric: float | None
+    """Mean of the task's metric over answers that the model wrote; None where it was not asked for."""
+    other_loss: float | None
+    """Loss on rows of the other task; None without one."""
+    other_kl: float | None
+    """KL divergence of the base model's next token from the trained model's on those rows' answers, nats per token."""
+
+    @property
+    def loss(self) -> float:
+        """Over all held-out rows together."""
+        return sum(self.nll) / sum(self.tokens)
+
+
+@dataclass(slots=True)
+class Measures:
+    """Which rows are looked at, and how."""
+
+    held_out: Sequence[Row]
+    other: Sequence[Row] = ()
+    """Of another task."""
+    metric: str | None = None
+    """`exact_match` or `rouge_l`, by generation, which costs some hundred times the loss."""
+    _base: list[Tensor] = field(default_factory=list)
+    """The base model's log-probabilities on `other`, fp16 [N, V] by batch, made once."""
+
+    @property
+    def identity(self) -> str:
+        """Hash of what is looked at."""
+        facts = repr([(row.prompt, row.answer) for row in (*self.held_out, *self.other)] + [self.metric])
+        return hashlib.sha256(facts.encode()).hexdigest()[:16]
+
+    def prepare(self, base: BaseModel) -> None:
+        """Note what the untouched model says of the other task."""
+        self._base = [log_NV.half() for log_NV, _ in _answers(base, self.other)]
+
+    def loss(self, base: BaseModel, rows: Sequence[Row]) -> float:
+        """Mean loss of some rows. Raises Diverged if one is not finite."""
+        return row_losses(base, [base.renderer.render(row) for row in rows]).mean
+
+    def all(self, base: BaseModel) -> Measured:
+        """Look at everything. Raises Diverged if a loss is not finite."""
+        rendered = [base.renderer.render(row) for row in self.held_out]
+        found = row_losses(base, rendered)
+        right = tokens = 0
+        for log_NV, target_N in _answers(base, self.held_out):
+            right += int((log_NV.argmax(-1) == target_N).sum())
+            tokens += len(target_N)
+        other_loss, other_kl = self._forgotten(base) if self.other else (None, None)
+        return Measured(
+            nll=[round(float(nll), 4) for nll in found.nll_R],
+            tokens=[int(count) for count in found.tokens_R],
+            token_accuracy=right / tokens,
+            metric=None
+            if self.metric is None
+            else task_metric(base, self.held_out, metric=self.metric, on_token=_nothing),
+            other_loss=other_loss,
+            other_kl=other_kl,
+        )
+
+    def _forgotten(self, base: BaseModel) -> tuple[float, float]:
+        nll = kl = 0.0
+        tokens = 0
+        for was_NV, (log_NV, target_N) in zip(self._base, _answers(base, self.other), strict=True):
+            was_NV = was_NV.float()
+            kl += float((was_NV.exp() * (was_NV - log_NV)).sum())
+            nll -= float(log_NV.gather(1, target_N[:, None]).sum())
+            tokens += len(target_N)
+        if not (abs(nll) < float("inf") and abs(kl) < float("inf")):
+            raise Diverged("The loss on the other task is not finite.")
+        return nll / tokens, kl / tokens
+
+
+def _nothing() -> None:
+    """Nobody watches single tokens."""
+
+
+def _answers(base: BaseModel, rows: Sequence[Row]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Log-probabilities fp32 [N, V] of answer tokens, and those tokens [N], batch by batch."""
+    rendered = [base.renderer.render(row) for row in rows]
+    lengths = [base.renderer.length(row) for row in rendered]
+    for indices in packed_batches(lengths, TOKEN_BUDGET // 4):  # all logits of a batch are held
+        batch = pack(base.renderer, rendered, indices).to(base.device)
+        mask_BT = batch.answer_mask_BT[:, 1:]
+        with torch.no_grad():
+            logits_NV = base.logits(hidden(base, batch)[:, :-1][mask_BT])
+            yield logits_NV.float().log_softmax(-1), batch.input_ids_BT[:, 1:][mask_BT]

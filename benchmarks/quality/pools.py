@@ -1,0 +1,156 @@
+"""Tasks from files, and pools of training rows of which some are known to be bad. Nothing here looks at a model.
+
+Held-out rows, validation rows and the pool share no row: which rows are clean is known, and is used to judge alone.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from p2d.columns import mapped
+from p2d.rows import Row, read_rows
+
+Junk = str
+"""A kind of bad row: one of MAKERS."""
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """Rows of one task, shuffled once and for all."""
+
+    name: str
+    train: tuple[Row, ...]
+    validation: tuple[Row, ...]
+    """What scorers are guided by and rates are chosen on."""
+    held_out: tuple[Row, ...]
+    """What arms are judged on, and nothing else."""
+
+
+@dataclass(frozen=True, slots=True)
+class PoolSpec:
+    """Which pool, by name."""
+
+    task: str
+    rows: int
+    junk: tuple[Junk, ...] = ()
+    """Kinds of bad rows, in equal parts."""
+    share: float = 0.0
+    """Of bad rows."""
+
+    @property
+    def name(self) -> str:
+        """As tables call it."""
+        kinds = "+".join(self.junk)
+        return f"{self.task}, {self.rows} rows, " + (f"{self.share:.0%} {kinds}" if self.junk else "clean")
+
+
+@dataclass(frozen=True, slots=True)
+class Pool:
+    """Training rows to choose from."""
+
+    spec: PoolSpec
+    rows: tuple[Row, ...]
+    bad: frozenset[int]
+    """Indices of the rows that are known to be bad."""
+
+    @property
+    def clean(self) -> list[int]:
+        """Indices of the others."""
+        return [index for index in range(len(self.rows)) if index not in self.bad]
+
+
+def gsm8k(folder: Path, *, validation: int, held_out: int) -> Task:
+    """GSM8K as `train.json` and `test.json`, or as the `.jsonl` files of the example."""
+    train, test = (_read(folder, name, {}) for name in ("train", "test"))
+    return _task("gsm8k", train, test, validation, held_out)
+
+
+def dialogsum(folder: Path, *, validation: int, held_out: int) -> Task:
+    """DialogSum as `validation.json`: its last rows are held out."""
+    rows = _read(folder, "validation", {"prompt": "dialogue", "completion": "summary"})
+    apart = validation + held_out
+    return _task("dialogsum", rows[:-apart], rows[-apart:], validation, held_out)
+
+
+READERS: dict[str, Callable[..., Task]] = {"gsm8k": gsm8k, "dialogsum": dialogsum}
+
+
+def build(spec: PoolSpec, task: Task, other: Task | None) -> Pool:
+    """The pool of a spec: always the same rows, the same of them bad.
+
+    Raises: ValueError if the task has too few rows, or an off-task row is wanted without another task.
+    """
+    if len(task.train) < spec.rows:
+        raise ValueError(f"{task.name} has {len(task.train)} training rows; the pool wants {spec.rows}")
+    rng = random.Random(spec.name)  # noqa: S311 - not a secret
+    rows = list(task.train[: spec.rows])
+    bad = rng.sample(range(spec.rows), round(spec.share * spec.rows)) if spec.junk else []
+    for place, index in enumerate(bad):
+        kind = spec.junk[place % len(spec.junk)]
+        rows[index] = MAKERS[kind](rows, index, task, other, rng)
+    return Pool(spec, tuple(rows), frozenset(bad))
+
+
+def _another_answer(rows: Sequence[Row], index: int, task: Task, _: Task | None, rng: random.Random) -> Row:
+    unused = task.train[len(rows) :] or task.train
+    return Row(rows[index].prompt, rng.choice(unused).answer, rows[index].line)
+
+
+def _off_task(rows: Sequence[Row], index: int, _: Task, other: Task | None, rng: random.Random) -> Row:
+    if other is None:
+        raise ValueError("off-task rows come from another task, and none was given")
+    row = rng.choice(other.train)
+    return Row(row.prompt, row.answer, rows[index].line)
+
+
+def _echo(rows: Sequence[Row], index: int, *_: object) -> Row:
+    return Row(rows[index].prompt, rows[index].prompt, rows[index].line)
+
+
+def _near_duplicate(rows: Sequence[Row], index: int, task: Task, _: Task | None, rng: random.Random) -> Row:
+    # One of few rows over and over, its answer's last word dropped: right, and soon worth nothing more.
+    row = task.train[rng.randrange(max(1, len(rows) // 50))]
+    return Row(row.prompt, row.answer.rsplit(" ", 1)[0], rows[index].line)
+
+
+def _wrong_number(rows: Sequence[Row], index: int, _: Task, __: Task | None, rng: random.Random) -> Row:
+    row = rows[index]
+    numbers = list(re.finditer(r"\d+", row.answer))
+    if not numbers:
+        raise ValueError(f"row {row.line} has no number that could be made wrong")
+    last = numbers[-1]
+    other = int(last.group()) + rng.randrange(1, 20)
+    return Row(row.prompt, f"{row.answer[: last.start()]}{other}{row.answer[last.end() :]}", row.line)
+
+
+MAKERS: dict[Junk, Callable[..., Row]] = {
+    "another's answer": _another_answer,
+    "off task": _off_task,
+    "echo": _echo,
+    "near duplicate": _near_duplicate,
+    "wrong number": _wrong_number,
+}
+
+
+def _task(name: str, train: list[Row], test: list[Row], validation: int, held_out: int) -> Task:
+    random.Random(f"{name}:train").shuffle(train)  # noqa: S311 - not a secret
+    if len(test) < validation + held_out:
+        raise ValueError(f"{name} has {len(test)} test rows; {validation + held_out} are wanted")
+    seen = {(row.prompt, row.answer) for row in test}
+    unseen = tuple(row for row in train if (row.prompt, row.answer) not in seen)
+    return Task(name, unseen, tuple(test[:validation]), tuple(test[validation : validation + held_out]))
+
+
+def _read(folder: Path, name: str, mapping: Mapping[str, str]) -> list[Row]:
+    path = next((path for path in (folder / f"{name}.json", folder / f"{name}.jsonl") if path.is_file()), None)
+    if path is None:
+        raise ValueError(f"there is no {name}.json or {name}.jsonl in {str(folder)!r}")
+    rows = list(read_rows(path, "json" if path.suffix == ".json" else "jsonl", columns=mapped(mapping)))
+    for row in rows:
+        if not isinstance(row, Row):
+            raise ValueError(f"{path.name}, line {row.line}: {row.message}")
+    return [row for row in rows if isinstance(row, Row)]

@@ -1,0 +1,140 @@
+"""Choosing heads and rows for an arm by the product's own stages; a choice is made once, and counted in every arm that uses it."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from benchmarks.quality.arms import Arm
+from benchmarks.quality.pools import Pool
+from p2d.config import (
+    DATA_SCORERS,
+    DataConfig,
+    HeadsConfig,
+    JobConfig,
+    TrainingConfig,
+    resolve,
+    top_count,
+)
+from p2d.estimate import estimate_flops
+from p2d.evaluation import random_heads
+from p2d.head_maps import Head, HeadMap
+from p2d.identify import identify_heads
+from p2d.models import BaseModel
+from p2d.pipeline import no_progress
+from p2d.plans import RowCounts
+from p2d.registry import load
+from p2d.responses import ResponseInput, Responses
+from p2d.rows import Row
+from p2d.selection import select_rows
+from p2d.slices import HeadSlices, all_heads
+
+
+@dataclass(frozen=True, slots=True)
+class StageCost:
+    """What one stage took."""
+
+    name: str
+    seconds: float
+    flops: float
+
+
+@dataclass(slots=True)
+class Stages:
+    """Head maps and row responses of one pool."""
+
+    base: BaseModel
+    pool: Pool
+    guide: Sequence[Row]
+    clock: Callable[[], float]
+    _maps: dict[str, tuple[HeadMap, StageCost]] = field(default_factory=dict)
+    _responses: dict[str, tuple[Responses, StageCost]] = field(default_factory=dict)
+
+    @property
+    def identity(self) -> str:
+        """Hash of the rows that guide the choices."""
+        return hashlib.sha256(repr([(row.prompt, row.answer) for row in self.guide]).encode()).hexdigest()[:16]
+
+    def heads(self, arm: Arm, seed: int) -> tuple[list[Head], list[StageCost]]:
+        """The arm's heads, and what finding them took."""
+        if arm.weights.kind != "slices" or arm.heads == "all":
+            return all_heads(self.base), []
+        config = self._config(arm, seed)
+        if arm.heads == "random":
+            order = all_heads(self.base)
+            random.Random(f"{seed}:size").shuffle(order)  # noqa: S311 - not a secret
+            some = order[: top_count(arm.heads_ratio, len(order))]
+            size = HeadSlices(self.base, some, arm.weights.slices).n_parameters
+            return random_heads(self.base, config, size, random.Random(f"{seed}:heads")), []  # noqa: S311 - not a secret
+        key = repr((arm.heads, arm.weights.slices, seed))
+        if key not in self._maps:
+            started = self.clock()
+            found = identify_heads(self.base, self.pool.rows, self.guide, config, no_progress)
+            seconds = self.clock() - started
+            self._maps[key] = found, StageCost(f"heads by {arm.heads}", seconds, self._flops(config)["heads"])
+        found, cost = self._maps[key]
+        return found.top(arm.heads_ratio), [cost]
+
+    def rows(self, arm: Arm, heads: Sequence[Head], seed: int) -> tuple[list[int], list[StageCost]]:
+        """Indices of the arm's rows, ascending, and what choosing them took."""
+        every = range(len(self.pool.rows))
+        count = top_count(arm.ratio, len(every))
+        if arm.rows in ("all", "random"):
+            return _drawn(every, count, seed), []
+        if arm.rows == "oracle":
+            return _drawn(self.pool.clean, count, seed), []
+        config = self._config(arm, seed)
+        key = repr((arm.rows, arm.weights.slices, seed))
+        if key not in self._responses:
+            scorer: Any = load(DATA_SCORERS, arm.rows, what="data scorer", pointer="/data/scorer")
+            assert config.training.slices != "auto"
+            given = ResponseInput(
+                base=self.base,
+                rows=self.pool.rows,
+                guide=self.guide,
+                span=every,
+                slices=config.training.slices,
+                config=config,
+            )
+            started = self.clock()
+            found: Responses = scorer(given)
+            cost = StageCost(f"rows by {arm.rows}", self.clock() - started, float(found.flops))
+            self._responses[key] = found, cost
+        responses, cost = self._responses[key]
+        return select_rows([responses.shard], list(heads), arm.ratio).kept_rows, [cost]
+
+    def _config(self, arm: Arm, seed: int) -> JobConfig:
+        scorer = arm.heads if arm.heads not in ("all", "random") else "attribution"
+        config = JobConfig(
+            heads=HeadsConfig(scorer=scorer, ratio=arm.heads_ratio),
+            data=DataConfig(
+                scorer="alignment" if arm.rows in ("all", "random", "oracle") else arm.rows, ratio=arm.ratio
+            ),
+            # LoRA has no slices of its own: rows are scored on those of the default recipe.
+            training=TrainingConfig(
+                slices=arm.weights.slices or ("v", "o"), epochs=arm.epochs, learning_rate=1e-3, seed=seed
+            ),
+        )
+        return resolve(config, rows=len(self.pool.rows), context_length=self.base.info.context_length).config
+
+    def _flops(self, config: JobConfig) -> dict[str, float]:
+        return estimate_flops(
+            self.base.info, config, train=self._counts(self.pool.rows), guide=self._counts(self.guide)
+        )
+
+    def _counts(self, rows: Sequence[Row]) -> RowCounts:
+        rendered = [self.base.renderer.render(row) for row in rows]
+        lengths = [self.base.renderer.length(row) for row in rendered]
+        return RowCounts(
+            rows=len(rows),
+            tokens=sum(lengths),
+            answer_tokens=sum(len(row.answer_ids) for row in rendered),
+            longest=max(lengths),
+        )
+
+
+def _drawn(indices: Sequence[int], count: int, seed: int) -> list[int]:
+    return sorted(random.Random(f"{seed}:rows").sample(list(indices), min(count, len(indices))))  # noqa: S311 - not a secret

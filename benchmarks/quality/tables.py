@@ -1,0 +1,160 @@
+"""From cells to quality.md: what every arm reached, what it cost, and how sure the difference is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
+from typing import Any
+
+import numpy as np
+
+from benchmarks.quality.arms import REFERENCE, Arm
+from benchmarks.quality.cells import Cell
+from p2d.evaluation import Change, RowLosses, paired_bootstrap
+
+FULL = "full fine-tuning, all rows"
+RANDOM = "random"
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """One arm on one pool, at its best rate; a cell for each seed."""
+
+    arm: Arm
+    cells: list[Cell]
+
+    @property
+    def loss(self) -> float:
+        """Mean over seeds."""
+        return fmean(cell.measured.loss for cell in self.cells if cell.measured)
+
+    @property
+    def at_border(self) -> bool:
+        """Whether a better rate may lie outside of what was tried."""
+        return self.cells[0].rate in (self.arm.weights.rates[0], self.arm.weights.rates[-1])
+
+
+def difference(one: Found, other: Found) -> Change:
+    """`one` minus `other`, each row's loss averaged over the seeds that both have; a bootstrap over rows, always in pairs."""
+    seeds = {cell.seed for cell in one.cells} & {cell.seed for cell in other.cells}
+    return paired_bootstrap(_mean(other, seeds), _mean(one, seeds), seed=0)
+
+
+def _mean(found: Found, seeds: set[int]) -> RowLosses:
+    measured = [cell.measured for cell in found.cells if cell.seed in seeds and cell.measured]
+    nll_SR = np.array([one.nll for one in measured])
+    return RowLosses(nll_SR.mean(axis=0), np.array(measured[0].tokens, dtype=np.float64))
+
+
+def page(pools: dict[str, list[Found]], *, base: dict[str, float], facts: dict[str, Any], notes: Sequence[str]) -> str:
+    """All tables as Markdown. base: the untouched model's held-out loss by pool."""
+    lines = ["# What an adapted model is worth, and what it cost", ""]
+    lines += [f"{name}: {value}." for name, value in facts.items()]
+    lines += ["", *[f"* {note}" for note in notes], ""]
+    for pool, found in pools.items():
+        lines += [f"## {pool}", f"Held-out loss before training {base[pool]:.4f}.", ""]
+        lines += _main(found) + _rows(found) + _heads(found)
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _main(found: Sequence[Found]) -> list[str]:
+    reference = _named(found, REFERENCE)
+    full = _named(found, FULL)
+    lines = [
+        "### Each arm against LoRA on all linear layers and all rows",
+        "| arm | rows | bad | trained | rate | seeds | held-out loss | difference (95 %) | aer_lora s | aer_lora FLOP | AER FLOP "
+        "| token accuracy | other task's loss | KL to base |",
+        "| --- " * 14 + "|",
+    ]
+    for one in sorted(found, key=lambda one: one.loss):
+        first = one.cells[0]
+        losses = [cell.measured.loss for cell in one.cells if cell.measured]
+        spread = f" ± {stdev(losses):.4f}" if len(losses) > 1 else ""
+        lines.append(
+            "| "
+            + " | ".join(
+                (
+                    one.arm.name,
+                    str(first.rows),
+                    f"{fmean(cell.bad for cell in one.cells):.0%}",
+                    f"{first.parameters / 1e6:.2f} M",
+                    f"{first.rate:g}{' (border)' if one.at_border else ''}",
+                    str(len(one.cells)),
+                    f"{one.loss:.4f}{spread}",
+                    _change(one, reference),
+                    _over(one, reference, "seconds"),
+                    _over(one, reference, "flops"),
+                    _over(one, full, "flops"),
+                    _average(one, "token_accuracy"),
+                    _average(one, "other_loss"),
+                    _average(one, "other_kl"),
+                )
+            )
+            + " |"
+        )
+    return [*lines, ""]
+
+
+def _rows(found: Sequence[Found]) -> list[str]:
+    """The same weights on rows chosen in every way: against random rows, and what share of the oracle's gain."""
+    arms = [one for one in found if "rows" in one.arm.groups and one.arm.rows != "all"]
+    random, oracle = (next((one for one in arms if one.arm.rows == name), None) for name in (RANDOM, "oracle"))
+    if random is None or len(arms) < 2:
+        return []
+    lines = [
+        "### Rows: the same weights, the same number of rows",
+        "| rows by | bad | held-out loss | against random (95 %) | share of the oracle's gain |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for one in sorted(arms, key=lambda one: one.loss):
+        gain = "" if oracle is None or oracle.loss >= random.loss else f"{_gain(one, random, oracle):.0%}"
+        bad = fmean(cell.bad for cell in one.cells)
+        lines.append(f"| {one.arm.rows} | {bad:.0%} | {one.loss:.4f} | {_change(one, random)} | {gain} |")
+    return [*lines, ""]
+
+
+def _heads(found: Sequence[Found]) -> list[str]:
+    """The same rows with heads chosen in every way, as many parameters as come nearest."""
+    arms = [one for one in found if "heads" in one.arm.groups]
+    random = next((one for one in arms if one.arm.heads == RANDOM), None)
+    if random is None or len(arms) < 2:
+        return []
+    lines = [
+        "### Heads: the same rows, a tenth of the heads",
+        "| heads by | trained | held-out loss | against random heads (95 %) |",
+        "| --- | --- | --- | --- |",
+    ]
+    lines += [
+        f"| {one.arm.heads} | {one.cells[0].parameters / 1e6:.2f} M | {one.loss:.4f} | {_change(one, random)} |"
+        for one in sorted(arms, key=lambda one: one.loss)
+    ]
+    return [*lines, ""]
+
+
+def _gain(one: Found, random: Found, oracle: Found) -> float:
+    return (random.loss - one.loss) / (random.loss - oracle.loss)
+
+
+def _named(found: Sequence[Found], name: str) -> Found | None:
+    return next((one for one in found if one.arm.name == name), None)
+
+
+def _change(one: Found, other: Found | None) -> str:
+    if other is None or one is other:
+        return ""
+    change = difference(one, other)
+    return f"{change.difference:+.4f} ({change.low:+.4f} to {change.high:+.4f})"
+
+
+def _over(one: Found, other: Found | None, what: str) -> str:
+    if other is None:
+        return ""
+    return (
+        f"{fmean(getattr(cell, what) for cell in one.cells) / fmean(getattr(cell, what) for cell in other.cells):.2f}"
+    )
+
+
+def _average(found: Found, what: str) -> str:
+    values = [getattr(cell.measured, what) for cell in found.cells if cell.measured]
+    return "" if any(value is None for value in values) else f"{fmean(values):.4f}"

@@ -1,0 +1,202 @@
+"""The quality matrix: its pools are what they say, its arms train what they say, and no cell is computed twice."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.quality.arms import ARMS, REFERENCE, Arm, Weights
+from benchmarks.quality.cells import Cells, Laboratory
+from benchmarks.quality.matrix import run
+from benchmarks.quality.measures import Measures
+from benchmarks.quality.pools import MAKERS, Pool, PoolSpec, Task, build
+from benchmarks.quality.stages import Stages
+from benchmarks.quality.tables import Found, page
+from benchmarks.quality.weights import installed
+from p2d.batches import mean_answer_nll
+from p2d.models import BaseModel
+from p2d.optimization import Schedule, SliceTrainer
+from p2d.rows import write_rows
+from p2d.slices import all_heads
+from tests.factories import some_rows, tiny_model_dir
+
+TASK = Task("gsm8k", tuple(some_rows(16)), tuple(some_rows(4, first=50)), tuple(some_rows(4, first=60)))
+OTHER = Task("dialogsum", tuple(some_rows(8, first=70)), (), tuple(some_rows(3, first=80)))
+
+EVERY = [
+    Weights(kind="slices", slices=("v", "o")),
+    Weights(kind="slices", slices=("v", "o"), rank=2),
+    Weights(kind="lora", rank=2),
+    Weights(kind="lora", rank=2, slices=("v", "o")),
+    Weights(kind="lora", rank=2, variant="rslora"),
+    Weights(kind="lora", rank=2, variant="dora"),
+    Weights(kind="full"),
+]
+
+
+def laboratory(base: BaseModel, pool: Pool, path: Path, **more: Any) -> Laboratory:
+    measures = Measures(TASK.held_out, OTHER.held_out)
+    measures.prepare(base)
+    stages = Stages(base, pool, TASK.validation, time.process_time)
+    return Laboratory(
+        base=base,
+        pool=pool,
+        task=TASK,
+        stages=stages,
+        measures=measures,
+        cells=Cells(path),
+        say=lambda line: None,
+        **more,
+    )
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_a_pool_has_as_many_bad_rows_as_it_says_and_they_differ_from_the_task_s(kind: str) -> None:
+    rows = tuple(replace(row, answer=f"so it is {row.line} and {row.line + 1}") for row in TASK.train)
+    task = replace(TASK, train=rows)
+
+    pool = build(PoolSpec("gsm8k", 12, (kind,), 0.5), task, OTHER)
+
+    assert len(pool.bad) == 6
+    assert set(pool.clean) | pool.bad == set(range(12))
+    changed = {index for index in range(12) if pool.rows[index] != rows[index]}
+    assert changed == set(pool.bad)
+    assert build(PoolSpec("gsm8k", 12, (kind,), 0.5), task, OTHER) == pool
+
+
+def test_a_pool_that_cannot_be_built_is_refused_in_words() -> None:
+    with pytest.raises(ValueError, match="has 16 training rows; the pool wants 17"):
+        build(PoolSpec("gsm8k", 17), TASK, OTHER)
+    with pytest.raises(ValueError, match="another task"):
+        build(PoolSpec("gsm8k", 8, ("off task",), 0.5), TASK, None)
+
+
+@pytest.mark.parametrize("weights", EVERY, ids=lambda weights: f"{weights.kind}-{weights.rank}-{weights.variant}")
+def test_each_kind_of_weights_learns_and_leaves_the_base_as_it_was(tiny: BaseModel, weights: Weights) -> None:
+    before = {name: value.clone() for name, value in tiny.module.state_dict().items()}
+    rows = [tiny.renderer.render(row) for row in TASK.train[:4]]
+    untrained = mean_answer_nll(tiny, rows)
+
+    with installed(tiny, weights, all_heads(tiny), seed=0) as trained:
+        trainer = SliceTrainer(tiny, trained, rows, batch_size=4, seed="0")
+        for _ in range(4):
+            trainer.advance(Schedule(1e-2, 4))
+        learned = mean_answer_nll(tiny, rows)
+
+    assert learned < untrained
+    after = tiny.module.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_a_cell_is_computed_once_and_a_new_arm_costs_itself_alone(tiny: BaseModel, tmp_path: Path) -> None:
+    pool = build(PoolSpec("gsm8k", 12, ("echo",), 0.5), TASK, OTHER)
+    arm = Arm(name="one", weights=Weights(kind="lora", rank=2), epochs=1)
+    first = laboratory(tiny, pool, tmp_path / "quality.json")
+    cell = first.cell(arm, 0, 1e-3)
+    assert cell is not None
+    assert cell.measured is not None
+
+    later = laboratory(tiny, pool, tmp_path / "quality.json", ends=0.0)  # there is no time to compute anything
+
+    assert later.cell(replace(arm, name="called otherwise"), 0, 1e-3) == cell
+    assert later.cell(arm, 1, 1e-3) is None
+    assert later.cell(replace(arm, rows="random", ratio=0.5), 0, 1e-3) is None
+    assert len(later.skipped) == 2
+    assert later.skipped[0].startswith("one, gsm8k, 12 rows, 50% echo, seed 1")
+
+
+def test_the_best_rate_has_a_worse_one_on_either_side_or_lies_at_the_border(tiny: BaseModel, tmp_path: Path) -> None:
+    pool = build(PoolSpec("gsm8k", 8), TASK, OTHER)
+    made = laboratory(tiny, pool, tmp_path / "quality.json")
+    arm = Arm(name="one", weights=Weights(kind="lora", rank=2), epochs=1)
+
+    best, again = made.best(arm, seeds=2)
+
+    assert (best.seed, again.seed) == (0, 1)
+    assert best.rate == again.rate
+    rates = arm.weights.rates
+    place = rates.index(best.rate)
+    for neighbour in (place - 1, place + 1):
+        if 0 <= neighbour < len(rates):
+            other = made.cell(arm, 0, rates[neighbour])
+            assert other is not None
+            assert (other.validation or 9e9) >= (best.validation or 9e9)
+    assert Found(arm, [best]).at_border == (place in (0, len(rates) - 1))
+
+
+def test_the_oracle_takes_clean_rows_alone_and_random_rows_ignore_what_is_known(
+    tiny: BaseModel, tmp_path: Path
+) -> None:
+    pool = build(PoolSpec("gsm8k", 16, ("echo",), 0.5), TASK, OTHER)
+    made = laboratory(tiny, pool, tmp_path / "quality.json")
+    arm = Arm(name="one", weights=EVERY[1], rows="oracle", ratio=0.25, epochs=1)
+
+    oracle = made.cell(arm, 0, 1e-3)
+    chosen = made.cell(replace(arm, rows="alignment"), 0, 1e-3)
+    heads = made.cell(replace(arm, rows="alignment", heads="attribution", heads_ratio=0.25), 0, 1e-3)
+
+    assert oracle is not None
+    assert (oracle.rows, oracle.bad, oracle.stages) == (4, 0.0, [])
+    assert chosen is not None
+    assert [stage.name for stage in chosen.stages] == ["rows by alignment"]
+    assert chosen.flops > oracle.flops
+    assert heads is not None
+    assert [stage.name for stage in heads.stages] == ["heads by attribution", "rows by alignment"]
+    assert heads.parameters < chosen.parameters * 100
+
+
+def test_a_run_writes_a_page_with_every_arm_and_a_second_run_computes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model_dir(tmp_path / "tiny", n_layers=4)
+    write_rows(tmp_path / "train.jsonl", some_rows(16))
+    write_rows(tmp_path / "test.jsonl", some_rows(8, first=50))
+    options = argparse.Namespace(
+        model=model,
+        task=[f"gsm8k={tmp_path}"],
+        rows=16,
+        junk=("echo",),
+        share=0.5,
+        arm="LoRA rank",
+        max_tokens=200,
+        validation=4,
+        held_out=4,
+        seeds=1,
+        epochs=1,
+        metric=None,
+        minutes=10.0,
+        threads=1,
+        precision="fp32",
+        device="cpu",
+        out=tmp_path / "results",
+    )
+    told: list[str] = []
+    first = run(options, told.append)
+    stored = json.loads((tmp_path / "results/quality.json").read_text())
+
+    monkeypatch.setattr(Laboratory, "_compute", lambda *_: pytest.fail("a cell was computed twice"))
+    assert run(options, told.append) == first
+
+    assert "## gsm8k, 16 rows, clean" in first
+    assert "## gsm8k, 16 rows, 50% echo" in first
+    for arm in ARMS:
+        assert (f"| {arm.name} |" in first) == ("LoRA rank" in arm.name)
+    assert {cell["arm"] for cell in stored["cells"].values()} == {arm.name for arm in ARMS if "LoRA rank" in arm.name}
+
+
+def test_a_page_names_what_there_was_no_time_for(tiny: BaseModel, tmp_path: Path) -> None:
+    pool = build(PoolSpec("gsm8k", 8), TASK, OTHER)
+    made = laboratory(tiny, pool, tmp_path / "quality.json", ends=0.0)
+    reference = next(arm for arm in ARMS if arm.name == REFERENCE)
+
+    assert made.best(reference, seeds=3) == []
+    assert made.skipped == [f"{REFERENCE}, gsm8k, 8 rows, clean, seed 0, rate 0.004"]
+    assert page({}, base={}, facts={}, notes=made.skipped).endswith("rate 0.004\n")
