@@ -20,6 +20,11 @@ ENGINE = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
 
 def versions() -> dict[str, str]:
     """Name -> version of this product, of Python, and of what the engine uses where it is installed."""
+    return dict(_versions())
+
+
+@lru_cache(maxsize=1)  # reading them takes longer than all else that a request for a job computes
+def _versions() -> dict[str, str]:
     found = {"p2d": __version__, "python": platform.python_version()}
     for name in ENGINE:
         with contextlib.suppress(PackageNotFoundError):

@@ -74,18 +74,29 @@ def summary_of(job: Job) -> JobSummary:
 
 def view_of(conn: Connection, job: Job) -> JobView:
     """A job in full."""
-    head_map, selection, resolved = head_map_of_job(conn, job.id), selection_of_job(conn, job.id), job.resolved or {}
+    head_map, selection = head_map_of_job(conn, job.id), selection_of_job(conn, job.id)
+    return _view(job, head_map.id if head_map else None, selection.id if selection else None)
+
+
+def new_view(job: Job) -> JobView:
+    """A job that was just made: nothing can have come of it yet."""
+    return _view(job, None, None)
+
+
+def _view(job: Job, head_map: str | None, selection: str | None) -> JobView:
+    resolved = job.resolved or {}
     return JobView.model_validate(
         _fields(job)
         | {
             "resolved": resolved.get("config"),
             "reasons": resolved.get("reasons", {}),
             "warnings": resolved.get("warnings", []),
-            "head_map": head_map.id if head_map else None,
-            "selection": selection.id if selection else None,
+            "head_map": head_map,
+            "selection": selection,
         }
     )
 
 
 def _fields(job: Job) -> dict[str, Any]:
-    return asdict(job) | {"error": problem_body(job.error) if job.error else None}
+    values = {name: getattr(job, name) for name in job.__slots__}  # `asdict` would copy all JSON, value by value
+    return values | {"error": problem_body(job.error) if job.error else None}

@@ -18,20 +18,19 @@ from app.api.documentation import CLONE_BODY, JOB_BODY, errors
 from app.api.estimates import answer_estimate
 from app.api.idempotency import Once
 from app.api.job_requests import FILES, REFUSALS, check_job, parse_job
-from app.api.job_views import summary_of, view_of
+from app.api.job_views import new_view, summary_of
 from app.api.patches import merge_patch
 from app.blobs import Blob
 from app.core.ingest import Candidate, record, store
 from app.core.quotas import allow_job
-from app.core.submit import JobRequest, find_dataset, resolution_of, submit
+from app.core.submit import JobRequest, submit
 from app.db.engine import Connection
-from app.db.jobs import Job, find_job, list_jobs, update_job
+from app.db.jobs import find_job, list_jobs
 from app.errors import IdempotencyInFlight, IdempotencyMismatch, JobNotFound
 from app.estimate_schemas import EstimateView
 from app.schemas import JobBody
 from app.views import JobSummary, JobView, Page, Status
-from p2d.config import Kind, config_json
-from p2d.versions import versions
+from p2d.config import Kind
 
 router = APIRouter(tags=["jobs"])
 
@@ -135,9 +134,8 @@ def _queue(services: Services, body: JobBody, received: Received, once: Once) ->
             priority=body.priority,
         )
         job = submit(conn, request, shard_rows=services.settings.shard_rows, queue=services.settings.worker_queue)
-        job = _resolve(conn, job, request)
         services.note(conn, "job.create", job.id, {"kind": job.kind, "dataset_id": job.dataset_id})
-        view = view_of(conn, job).model_dump(mode="json")
+        view = new_view(job).model_dump(mode="json")
         headers = {"Location": f"/jobs/{job.id}", "Retry-After": str(POLL_AFTER_S)}
         once.keep(conn, 202, headers, view)
     services.waker.wake(job.queue)  # after the commit, and only a hint
@@ -149,19 +147,3 @@ def _record(services: Services, conn: Connection, candidate: Candidate, blob: Bl
     if new:
         note_dataset(services, conn, dataset)
     return dataset.id
-
-
-def _resolve(conn: Connection, job: Job, request: JobRequest) -> Job:
-    """Say at once what every "auto" means. The validate step says it again, from the rows that are left for training."""
-    validation = None
-    rows = find_dataset(conn, request.dataset_id, "/dataset").rows
-    if request.validation_dataset_id is not None:
-        validation = find_dataset(conn, request.validation_dataset_id, "/validation_dataset").rows
-    found = resolution_of(request.config, request.model, rows, validation).resolution
-    resolved = {
-        "config": config_json(found.config),
-        "reasons": found.reasons,
-        "warnings": list(found.warnings),
-        "versions": versions(),
-    }
-    return update_job(conn, job.id, resolved=resolved)

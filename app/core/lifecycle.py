@@ -22,7 +22,7 @@ from app.db import attempts, jobs, leases, steps
 from app.db.artifacts import Artifact, NewArtifact, insert_artifacts
 from app.db.engine import Connection, Json
 from app.db.estimates import past_errors
-from app.db.events import append_event
+from app.db.events import append_event, open_log
 from app.db.head_maps import insert_head_map
 from app.db.jobs import Job, Stage, Status
 from app.db.leases import Lease, Pulse
@@ -77,7 +77,7 @@ class StepFacts:
 
 def open_job(conn: Connection, job: Job) -> None:
     """Write the first event of a job that was just inserted."""
-    append_event(conn, job.id, "job.status", {"status": job.status})
+    open_log(conn, job.id, "job.status", {"status": job.status})
 
 
 # --- what a worker reports -------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from app.core.lifecycle import open_job
 from app.core.plan import plan_job
 from app.db.datasets import Dataset, get_dataset
-from app.db.engine import Connection
+from app.db.engine import Connection, Json
 from app.db.head_maps import get_head_map
 from app.db.jobs import Job, get_job, insert_job
 from app.db.selections import SelectionRecord, get_selection
@@ -23,6 +23,7 @@ from p2d.config import JobConfig, Resolution, check, check_rank, config_json, le
 from p2d.errors import ConfigError, DatasetTooSmall, ErrorDetail, P2DError
 from p2d.model_info import ModelInfo
 from p2d.plans import held_out_count
+from p2d.versions import versions
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,12 +66,24 @@ def submit(conn: Connection, request: JobRequest, *, shard_rows: int, queue: str
         priority=request.priority,
         max_seconds=config.limits.max_seconds,
         metadata=dict(request.metadata),
+        resolved=_resolved(config, request.model, dataset, validation),
     )
     digest = request.model.digest
     planned = plan_job(config, rows=dataset.rows, shard_rows=shard_rows, queue=queue, model_digest=digest)
     insert_steps(conn, job.id, planned, priority=request.priority)
     open_job(conn, job)
     return job
+
+
+def _resolved(config: JobConfig, model: ModelInfo, dataset: Dataset, validation: Dataset | None) -> Json:
+    """What every "auto" means. The validate step says it again, from the rows that are left for training."""
+    found = resolution_of(config, model, dataset.rows, validation.rows if validation else None).resolution
+    return {
+        "config": config_json(found.config),
+        "reasons": found.reasons,
+        "warnings": list(found.warnings),
+        "versions": versions(),
+    }
 
 
 class Content(Protocol):

@@ -80,8 +80,9 @@ def insert_job(
     priority: int,
     max_seconds: int | None,
     metadata: Json,
+    resolved: Json,
 ) -> Job:
-    """Record a queued job; its steps and first event are written by the caller in the same transaction."""
+    """Record a queued job; its steps and first event (`open_log`) are written by the caller in the same transaction."""
     values = {
         "id": new_id("job"),
         "kind": kind,
@@ -95,6 +96,8 @@ def insert_job(
         "priority": priority,
         "max_seconds": max_seconds,
         "metadata": metadata,
+        "resolved": resolved,
+        "event_seq": 1,
     }
     return Job(**conn.execute(insert(jobs).values(values).returning(jobs)).one()._mapping)
 

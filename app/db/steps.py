@@ -79,7 +79,7 @@ def insert_steps(conn: Connection, job_id: str, new: Sequence[NewStep], *, prior
         }
         for step in new
     ]
-    conn.execute(insert(steps).values(values))
+    conn.execute(insert(steps), values)  # not `values(...)`, which compiles the statement each time
 
 
 def list_steps(conn: Connection, job_id: str) -> list[Step]:
