@@ -120,6 +120,12 @@ RETRY_AFTER_S = {"idempotency.in_flight": 1, "service.too_many_streams": 30}
 _AUTO = "literal['auto']"
 """What pydantic calls the second half of a type such as `int | Auto`."""
 
+_TAG = re.compile(r"<\w+>")
+"""Our names for the types that a field may have, which pydantic puts among the places of a fault."""
+
+_SOURCES = {"https", "s3", "hf"}
+"""And the word by which it tells sources apart."""
+
 BEARER = {
     "auth.key_refused": 'Bearer realm="p2d"',
     "auth.insufficient_scope": 'Bearer realm="p2d", error="insufficient_scope", scope="{needed}"',
@@ -299,4 +305,10 @@ def _allowed(request: Request) -> list[str]:
 
 
 def _pointer(loc: tuple[int | str, ...]) -> str:
-    return "".join("/" + str(part).replace("~", "~0").replace("/", "~1") for part in loc)
+    places = [str(part) for part in loc]
+    real = [
+        place
+        for before, place in zip(["", *places], places, strict=False)
+        if not (_TAG.fullmatch(place) or (before == "source" and place in _SOURCES))
+    ]
+    return "".join("/" + place.replace("~", "~0").replace("/", "~1") for place in real)

@@ -6,9 +6,9 @@ documentation for OpenAPI.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, JsonValue, Tag
 
 from p2d.columns import FIELDS
 from p2d.config import (
@@ -67,6 +67,74 @@ class Body(BaseModel):
     """Base of what clients send: unknown fields are refused, and nothing is guessed ("0.1" is not a number)."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class HttpsSource(Body):
+    """A file behind an https URL."""
+
+    type: Literal["https"]
+    url: Annotated[Text, Field(min_length=9, max_length=2000)] = Field(
+        description="An https URL of a host that `P2D_EGRESS` allows. No credentials."
+    )
+
+
+class S3Source(Body):
+    """An object in a bucket that the operator opened."""
+
+    type: Literal["s3"]
+    url: Annotated[Text, Field(min_length=6, max_length=1500)] = Field(
+        description="`s3://bucket/key`, of a bucket in `P2D_SOURCE_BUCKETS`."
+    )
+
+
+class HubSource(Body):
+    """A file of a dataset repository on the Hugging Face Hub, at one commit."""
+
+    type: Literal["hf"]
+    repo: Annotated[Text, Field(max_length=200)] = Field(description="`owner/name`.")
+    path: Annotated[Text, Field(max_length=500)] = Field(description="The file in the repository.")
+    revision: Annotated[Text, Field(max_length=40)] = Field(description="A commit, 40 hexadecimal digits.")
+
+
+Source = Annotated[HttpsSource | S3Source | HubSource, Field(discriminator="type")]
+
+
+class SourceBody(Body):
+    """A dataset that lies elsewhere."""
+
+    source: Source
+    mapping: Mapping = {}
+
+
+class RowsBody(Body):
+    """A small dataset, written out: bounded by the size of a JSON body."""
+
+    rows: list[JsonValue] = Field(
+        description='Objects such as `{"question": ..., "answer": ...}`, as lines of a file would be.'
+    )
+    mapping: Mapping = {}
+
+
+def _way(given: Any) -> str | None:
+    """How a dataset is given; tags in angle brackets are no part of a pointer (`app.problems`)."""
+    if isinstance(given, str):
+        return "<id>"
+    if isinstance(given, RowsBody) or (isinstance(given, dict) and "rows" in given):
+        return "<rows>"
+    return "<source>" if isinstance(given, SourceBody | dict) else None
+
+
+DatasetBody = Annotated[
+    Annotated[SourceBody, Tag("<source>")] | Annotated[RowsBody, Tag("<rows>")],
+    Discriminator(_way, "dataset_type", "Expected an object with `source` or `rows`"),
+]
+"""What `POST /datasets` takes as JSON."""
+
+DatasetRef = Annotated[
+    Annotated[Id, Tag("<id>")] | Annotated[SourceBody, Tag("<source>")] | Annotated[RowsBody, Tag("<rows>")],
+    Discriminator(_way, "dataset_type", "Expected a dataset's id, or an object with `source` or `rows`"),
+]
+"""A dataset of a job: the id of one that is stored, or what POST /datasets takes."""
 
 
 class HeadsBody(Body):
@@ -138,16 +206,19 @@ class JobBody(Body):
     revision: Text | None = Field(
         default=None, description="Digest that the base model must have; absent = whatever is installed."
     )
-    dataset: Id | None = Field(
-        default=None, description="Id of a dataset; absent in multipart, where the file is sent along."
+    dataset: DatasetRef | None = Field(
+        default=None,
+        description="Id of a dataset, or the JSON that POST /datasets takes; absent in multipart, where the file is sent along.",
     )
-    validation_dataset: Id | None = Field(
-        default=None, description="Id of held-out rows; absent = rows are held out of the dataset."
+    validation_dataset: DatasetRef | None = Field(
+        default=None, description="Held-out rows likewise; absent = rows are held out of the dataset."
     )
     heads: HeadsBody = HeadsBody()
     data: DataBody = DataBody()
     training: TrainingBody = TrainingBody()
-    mapping: Mapping = Field(default={}, description="Columns of the files that are sent along, as in POST /datasets.")
+    mapping: Mapping = Field(
+        default={}, description="Columns of what is sent along or named, but for a dataset with a mapping of its own."
+    )
     controls: list[Control] = Field(
         default=[], max_length=2, description="Arms trained beside the job's own, at equal size."
     )

@@ -12,7 +12,7 @@ import hashlib
 import re
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Collection
+from collections.abc import AsyncIterator, Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TypeVar
@@ -72,7 +72,7 @@ async def receive(
     if json and media_type == b"application/json":
         yield Received(json=await _read_json(request, settings.max_json_bytes), plain=True)
     elif media_type == b"multipart/form-data" and options.get(b"boundary"):
-        async with work_folder(settings) as folder:
+        with work_folder(settings) as folder:
             form = _Form(folder, settings, files, json_part)
             yield await _read_form(request, form, options[b"boundary"])
     else:
@@ -98,7 +98,7 @@ async def receive_bytes(request: Request, settings: Settings, expect: Callable[[
     stream = request.stream()
     try:
         size = await run_in_threadpool(expect)
-        async with work_folder(settings) as folder:
+        with work_folder(settings) as folder:
             yield await _read_bytes(stream, folder / "part", size)
     except P2DError:
         await drain(stream)
@@ -128,12 +128,12 @@ async def _read_bytes(stream: AsyncIterator[bytes], path: Path, size: int) -> Re
     return ReceivedFile(path, "", digest.hexdigest(), total)
 
 
-@contextlib.asynccontextmanager
-async def work_folder(settings: Settings) -> AsyncIterator[Path]:
+@contextlib.contextmanager
+def work_folder(settings: Settings) -> Iterator[Path]:
     """A folder of its own until the block is left. Raises DiskFull."""
     uploads = settings.work_dir / "uploads"
     try:
-        await run_in_threadpool(uploads.mkdir, parents=True, exist_ok=True)
+        uploads.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=uploads) as folder:
             yield Path(folder)
     except OSError as error:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from fastapi import APIRouter, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse
@@ -14,8 +12,7 @@ from app.api.context import Context, Cursor, DatasetId, IdempotencyKey, Limit, S
 from app.api.documentation import DATASET_BODY, DATASET_KNOWN, errors
 from app.api.idempotency import Once
 from app.api.receipts import receipt
-from app.core.ingest import Candidate, inspect, record, store
-from app.core.sources import fetch_source
+from app.core.ingest import Candidate, inspect, inspect_given, record, store
 from app.dataset_errors import (
     DatasetReaderDied,
     DatasetTooCostly,
@@ -37,10 +34,9 @@ from app.errors import (
     UnsupportedMediaType,
 )
 from app.key_schemas import ReceiptView
-from app.schemas import Mapping
-from app.source_schemas import DatasetBody
+from app.schemas import DatasetBody, Mapping, RowsBody, SourceBody
 from app.views import DatasetReportView, DatasetView, Page
-from p2d.columns import mapped
+from p2d.columns import ACCEPTED, mapped
 from p2d.errors import DatasetEmpty, DatasetError, DatasetTooLarge, ErrorDetail, MappingInvalid
 
 router = APIRouter(tags=["datasets"])
@@ -65,8 +61,8 @@ SOURCE_ERRORS = (RequestTooLarge, EgressOff, SourceInvalid, SourceRefused, Sourc
 async def create_dataset(request: Request, services: Context, key: IdempotencyKey) -> Response:
     """Upload a dataset as the part `file`, with the part `mapping` where its columns have other names; or name it as JSON.
 
-    `{"source": {"type": "https", "url": ...}}` `{"type": "hf", "repo", "path", "revision"}`, `{"type": "s3", "url"}`:
-    where the operator lets it.
+    `{"source": {"type": "https", "url": ...}}`, `{"type": "hf", "repo", "path", "revision"}`, `{"type": "s3", "url"}`:
+    where the operator lets it. A small one may be written out: `{"rows": [{"question": ..., "answer": ...}, ...]}`.
 
     All of it is checked; one bad line refuses it, and all bad lines are listed.
     """
@@ -74,8 +70,7 @@ async def create_dataset(request: Request, services: Context, key: IdempotencyKe
         if not received.plain:
             return await run_in_threadpool(_create, services, received, key)
         body = read_json(DatasetBody, received.json or b"")
-        async with work_folder(services.settings) as folder:
-            return await run_in_threadpool(_fetch, services, body, folder, key)
+        return await run_in_threadpool(_take, services, body, key)
 
 
 @router.get("/datasets")
@@ -128,14 +123,13 @@ def _create(services: Services, received: Received, key: str | None) -> Response
     return _make(services, once, inspect(file.path, file.name, services.settings, mapped(mapping)))
 
 
-def _fetch(services: Services, body: DatasetBody, folder: Path, key: str | None) -> Response:
+def _take(services: Services, body: SourceBody | RowsBody, key: str | None) -> Response:
     once = Once.of("POST /datasets", key, body.model_dump(mode="json"))
     if (replay := once.earlier(services.engine)) is not None:
         return replay
-    columns = mapped(body.mapping)
-    found = fetch_source(services.settings, services.egress, body.source.model_dump(), folder / "file")
-    candidate = inspect(found.path, found.name, services.settings, columns, provenance=found.provenance)
-    return _make(services, once, candidate)
+    with work_folder(services.settings) as folder:
+        candidate = inspect_given(body, services.settings, services.egress, folder / "file", ACCEPTED)
+        return _make(services, once, candidate)
 
 
 def _make(services: Services, once: Once, candidate: Candidate) -> Response:

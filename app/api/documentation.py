@@ -10,8 +10,16 @@ from pydantic import BaseModel, TypeAdapter
 
 from app.key_schemas import KeyBody
 from app.problems import MEDIA_TYPE, STATUS
-from app.schemas import CompleteBody, JobBody, JobPatch, Mapping, ModelCheckBody, UploadBody
-from app.source_schemas import DatasetBody
+from app.schemas import (
+    CompleteBody,
+    JobBody,
+    JobPatch,
+    Mapping,
+    ModelCheckBody,
+    RowsBody,
+    SourceBody,
+    UploadBody,
+)
 from app.views import DatasetView, Problem
 from p2d.errors import P2DError
 
@@ -98,7 +106,14 @@ DATASET_BODY = {
     "requestBody": {
         "required": True,
         "content": {
-            "application/json": {"schema": {"$ref": "#/components/schemas/DatasetBody"}},
+            "application/json": {
+                "schema": {
+                    "oneOf": [
+                        {"$ref": "#/components/schemas/SourceBody"},
+                        {"$ref": "#/components/schemas/RowsBody"},
+                    ]
+                }
+            },
             "multipart/form-data": {
                 "schema": {
                     "type": "object",
@@ -116,6 +131,13 @@ DATASET_KNOWN: dict[int | str, dict[str, Any]] = {
     200: {"description": "The same content was there already.", "model": DatasetView}
 }
 """What a request to make a dataset may be answered beside 201."""
+
+
+MODELS: tuple[type[BaseModel], ...] = (
+    *(JobBody, JobPatch, SourceBody, RowsBody, UploadBody, CompleteBody),
+    *(KeyBody, ModelCheckBody, Problem),
+)
+"""Bodies that FastAPI does not parse itself, and the shape of every error."""
 
 
 def _json_body(model: type[BaseModel], *, required: bool) -> dict[str, Any]:
@@ -148,7 +170,7 @@ def install(app: FastAPI) -> None:
                 tags=app.openapi_tags,
             )
             schemas = document.setdefault("components", {}).setdefault("schemas", {})
-            for model in (JobBody, JobPatch, UploadBody, KeyBody, CompleteBody, DatasetBody, ModelCheckBody, Problem):
+            for model in MODELS:
                 schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
                 schemas.update(schema.pop("$defs", {}))
                 schemas[model.__name__] = schema

@@ -8,7 +8,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse
 
-from app.api.bodies import Received, receive
+from app.api.bodies import Received, receive, work_folder
 from app.api.context import Context, Services
 from app.api.documentation import JOB_BODY, errors
 from app.api.job_requests import FILES, REFUSALS, check_job, parse_job
@@ -31,16 +31,17 @@ async def estimate_job(request: Request, services: Context) -> Response:
 def answer_estimate(services: Services, received: Received) -> Response:
     """The answer to a request for a job that is not to be made."""
     body = parse_job(received)
-    checked = check_job(services, body, received)
-    with services.engine.connect() as conn:
-        found = forecast(
-            conn,
-            body.config(),
-            checked.model,
-            checked.dataset,
-            checked.validation,
-            shard_rows=services.settings.shard_rows,
-        )
+    with work_folder(services.settings) as folder:
+        checked = check_job(services, body, received, folder)
+        with services.engine.connect() as conn:
+            found = forecast(
+                conn,
+                body.config(),
+                checked.model,
+                checked.dataset,
+                checked.validation,
+                shard_rows=services.settings.shard_rows,
+            )
     view = EstimateView.model_validate(
         {
             **asdict(found),

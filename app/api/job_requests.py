@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TypeVar
 
 from app.api.bodies import Received, read_json
 from app.api.context import Services
-from app.core.ingest import Candidate, inspect
+from app.api.datasets import SOURCE_ERRORS
+from app.core.ingest import Candidate, inspect, inspect_given
 from app.core.submit import Content, find_dataset, refusals
-from app.dataset_errors import DatasetReaderDied, DatasetTooCostly
+from app.dataset_errors import DatasetReaderDied, DatasetTooCostly, SourceFailed
 from app.errors import (
     HeadMapMismatch,
     HeadMapNotFound,
@@ -23,7 +25,7 @@ from app.errors import (
     UnsupportedMediaType,
 )
 from app.problems import invalid
-from app.schemas import JobBody
+from app.schemas import JobBody, RowsBody, SourceBody
 from p2d.columns import mapped
 from p2d.config import check
 from p2d.errors import (
@@ -48,7 +50,7 @@ FILES = ("dataset", "validation_dataset")
 REFUSALS: tuple[type[P2DError], ...] = (
     *(RequestError, RequestInvalid, RequestTooLarge, UnsupportedMediaType),
     *(ConfigError, DatasetError, DatasetEmpty, DatasetTooSmall, DatasetTooLarge, MappingInvalid),
-    *(DatasetTooCostly, DatasetReaderDied),
+    *(DatasetTooCostly, DatasetReaderDied, *SOURCE_ERRORS),
     *(ModelError, ModelNotFound, ModelUnsupported),
     *(HeadMapNotFound, HeadMapMismatch, SelectionNotFound, SelectionMismatch),
 )
@@ -66,18 +68,23 @@ def parse_job(received: Received) -> JobBody:
         named, sent = getattr(body, name) is not None, name in received.files
         if named and sent:
             faults.append(
-                ErrorDetail(code="field.given_twice", message="Given as an id and as a file.", pointer=f"/{name}")
+                ErrorDetail(code="field.given_twice", message="Given in the job and as a file.", pointer=f"/{name}")
             )
         if name == "dataset" and not (named or sent):
-            faults.append(
-                ErrorDetail(code="field.missing", message="Give a dataset's id, or send its file.", pointer="/dataset")
-            )
-    if body.mapping and not received.files:
-        text = "A mapping is for files that are sent along; a stored dataset was read already."
+            text = "Give a dataset's id, its source or its rows, or send its file."
+            faults.append(ErrorDetail(code="field.missing", message=text, pointer="/dataset"))
+    if body.mapping and not received.files and not _given(body):
+        text = "A mapping is for data that come with the job; a stored dataset was read already."
         faults.append(ErrorDetail(code="field.without_file", message=text, pointer="/mapping"))
     if faults:
         raise invalid(faults)
     return body
+
+
+def _given(body: JobBody) -> dict[str, SourceBody | RowsBody]:
+    """The datasets that the job names by their source, or holds."""
+    values = {name: getattr(body, name) for name in FILES}
+    return {name: value for name, value in values.items() if isinstance(value, SourceBody | RowsBody)}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,13 +93,16 @@ class CheckedJob:
 
     model: ModelInfo
     candidates: Mapping[str, Candidate]
-    """The files that were sent along."""
+    """Datasets that came with the job, as files or in its JSON."""
     dataset: Content
     validation: Content | None
 
 
-def check_job(services: Services, body: JobBody, received: Received) -> CheckedJob:
-    """Check everything that can be checked without a model's weights, and raise all that is wrong at once."""
+def check_job(services: Services, body: JobBody, received: Received, folder: Path) -> CheckedJob:
+    """Check everything that can be checked without a model's weights, and raise all that is wrong at once.
+
+    Args:   folder: where the candidates of data in the job's JSON lie.
+    """
     faults, config, settings = _Faults(), body.config(), services.settings
     faults.catch(lambda: check(config))
     model = faults.catch(lambda: _model(services, body))
@@ -104,9 +114,16 @@ def check_job(services: Services, body: JobBody, received: Received) -> CheckedJ
             contents[name] = found
             if found is not None:
                 candidates[name] = found
+        for name, given in _given(body).items():
+            found = faults.catch(
+                partial(inspect_given, given, settings, services.egress, folder / name, columns, pointer=f"/{name}")
+            )
+            contents[name] = found
+            if found is not None:
+                candidates[name] = found
     with services.engine.connect() as conn:
         for name in FILES:
-            if (dataset_id := getattr(body, name)) is not None:
+            if isinstance(dataset_id := getattr(body, name), str):
                 contents[name] = faults.catch(lambda name=name, id=dataset_id: find_dataset(conn, id, f"/{name}"))  # type: ignore[misc]
         dataset = contents.get("dataset")
         if model is not None and dataset is not None:
@@ -140,7 +157,7 @@ class _Faults:
         try:
             return find()
         except P2DError as error:
-            if error.fault != "user":
+            if error.fault != "user" and not isinstance(error, SourceFailed):
                 raise
             self.add(error)
             return None
@@ -152,6 +169,9 @@ class _Faults:
         """Raise the one error as it is, several as one `request.invalid`."""
         if len(self._errors) == 1:
             raise self._errors[0]
+        if self._errors and all(isinstance(error, SourceFailed) for error in self._errors):
+            text = " ".join(error.text for error in self._errors)
+            raise SourceFailed(text, errors=[detail for error in self._errors for detail in _details(error)])
         if self._errors:
             total = sum(max(error.errors_total, 1) for error in self._errors)
             # The text of a ConfigError only counts its own faults, which stand in the list.

@@ -11,7 +11,7 @@ from fastapi.responses import JSONResponse
 from pydantic import JsonValue
 
 from app.access_errors import StorageFull, TooManyJobs
-from app.api.bodies import Received, read_json, receive, receive_json
+from app.api.bodies import Received, read_json, receive, receive_json, work_folder
 from app.api.context import Context, Cursor, IdempotencyKey, JobId, Limit, Services, page_after, page_of
 from app.api.datasets import note_dataset
 from app.api.documentation import CLONE_BODY, JOB_BODY, errors
@@ -49,7 +49,7 @@ async def create_job(
     key: IdempotencyKey,
     dry_run: Annotated[bool, Query(description="Make and store nothing: answer as POST /estimates does.")] = False,
 ) -> Response:
-    """Queue a job: JSON that names a dataset, or multipart with the dataset's file and the same JSON as the part `job`.
+    """Queue a job: JSON that names or holds a dataset, or multipart with its file and the same JSON as the part `job`.
 
     Refused before any model is loaded, with all faults listed.
     """
@@ -115,20 +115,20 @@ def _clone(services: Services, job_id: str, body: bytes, key: str | None) -> Res
 def _queue(services: Services, body: JobBody, received: Received, once: Once) -> Response:
     if (replay := once.earlier(services.engine)) is not None:
         return replay
-    checked = check_job(services, body, received)
-    blobs = {name: store(services.blobs, candidate) for name, candidate in checked.candidates.items()}
+    with work_folder(services.settings) as folder:
+        checked = check_job(services, body, received, folder)
+        blobs = {name: store(services.blobs, candidate) for name, candidate in checked.candidates.items()}
     with services.engine.begin() as conn:
         if (replay := once.take(conn)) is not None:
             return replay
         allow_job(conn, services.settings)
         ids = {name: _record(services, conn, candidate, blobs[name]) for name, candidate in checked.candidates.items()}
-        dataset_id = ids.get("dataset", body.dataset)
-        assert dataset_id is not None
+        ids |= {name: value for name in FILES if isinstance(value := getattr(body, name), str)}
         request = JobRequest(
             config=body.config(),
             model=checked.model,
-            dataset_id=dataset_id,
-            validation_dataset_id=ids.get("validation_dataset", body.validation_dataset),
+            dataset_id=ids["dataset"],
+            validation_dataset_id=ids.get("validation_dataset"),
             name=body.name,
             metadata=body.metadata,
             priority=body.priority,

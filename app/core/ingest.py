@@ -6,18 +6,24 @@ bytes arrived is app.api's business; how a row is read is p2d.rows'; in which pr
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from pydantic import JsonValue
+
 from app.blobs import Blob, BlobStore
+from app.core.egress import Egress
 from app.core.quotas import allow_storage
 from app.core.reader import check_apart
-from app.core.sources import Provenance
+from app.core.sources import Provenance, fetch_source
 from app.db.datasets import Dataset, insert_dataset, same_dataset
 from app.db.engine import Connection
+from app.schemas import RowsBody, SourceBody
 from app.settings import Settings
-from p2d.columns import Columns
-from p2d.errors import DatasetError, ErrorDetail
+from p2d.columns import Columns, mapped
+from p2d.errors import DatasetError, ErrorDetail, P2DError
 from p2d.validation import DatasetReport
 
 
@@ -67,13 +73,66 @@ def inspect(
     try:
         report = check_apart(path, file_name, settings, normalised=normalised, columns=columns)
     except DatasetError as error:
-        if pointer:
-            error.errors = tuple(replace(detail, pointer=pointer + (detail.pointer or "")) for detail in error.errors)
-        if pointer and not error.errors:
-            error.errors = (ErrorDetail(code=error.code, message=error.text, pointer=pointer),)
-            error.errors_total = 1
+        _move(error, pointer)
         raise
     return Candidate(name=file_name, report=report, normalised=normalised, provenance=provenance)
+
+
+def inspect_given(
+    given: SourceBody | RowsBody, settings: Settings, egress: Egress, to: Path, columns: Columns, *, pointer: str = ""
+) -> Candidate:
+    """`inspect` for data that a request's JSON names, or holds.
+
+    Args:   to: a file to be written; the normalised form lies beside it.
+            columns: where the rows stand, unless the data come with a mapping of their own.
+            pointer: where they stand in the request. Bad rows in it are named by their place there, without a line.
+    Raises: as `inspect` and `fetch_source`.
+    """
+    if given.mapping:
+        columns = _pointed(pointer, given.mapping)
+    if isinstance(given, RowsBody):
+        return _inspect_rows(given.rows, settings, to, columns, pointer)
+    try:
+        found = fetch_source(settings, egress, given.source.model_dump(), to)
+    except P2DError as error:
+        _move(error, f"{pointer}/source")
+        raise
+    return inspect(found.path, found.name, settings, columns, pointer=pointer, provenance=found.provenance)
+
+
+def _pointed(pointer: str, mapping: Mapping[str, str]) -> Columns:
+    try:
+        return mapped(mapping)
+    except DatasetError as error:
+        _move(error, pointer)
+        raise
+
+
+def _inspect_rows(
+    rows: Sequence[JsonValue], settings: Settings, to: Path, columns: Columns, pointer: str
+) -> Candidate:
+    # Half a surrogate pair has no UTF-8; the reader finds its bytes and says so.
+    lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    to.write_bytes(f"[{lines}]".encode("utf-8", "surrogatepass"))
+    try:
+        return inspect(to, "rows", settings, columns)
+    except DatasetError as error:
+        error.errors = tuple(
+            replace(detail, pointer=f"/{detail.line - 1}{detail.pointer or ''}", line=None) if detail.line else detail
+            for detail in error.errors
+        )
+        _move(error, f"{pointer}/rows")
+        raise
+
+
+def _move(error: P2DError, pointer: str) -> None:
+    """Put `pointer` before the pointers of an error's faults; an error that lists none is itself the fault there."""
+    if not pointer:
+        return
+    error.errors = tuple(replace(detail, pointer=pointer + (detail.pointer or "")) for detail in error.errors)
+    if not error.errors:
+        error.errors = (ErrorDetail(code=error.code, message=error.text, pointer=pointer),)
+        error.errors_total = 1
 
 
 def store(blobs: BlobStore, candidate: Candidate) -> Blob:

@@ -22,6 +22,7 @@ from app.db.engine import Engine, make_engine
 from app.main import create_app
 from app.settings import Settings
 from tests.rig import FAST, wait_for, write_stub_model
+from tests.tls_server import World, tls_world
 from workers.loop import Worker
 
 MODEL = "stub"
@@ -160,6 +161,20 @@ def module_settings(
 def api(module_settings: Settings) -> Iterator[Api]:
     """The module's service."""
     with serving(module_settings) as api:
+        yield api
+
+
+@pytest.fixture(scope="module")
+def world() -> Iterator[World]:
+    """Hosts that a service may be allowed to ask."""
+    with tls_world() as world:
+        yield world
+
+
+@pytest.fixture(scope="module")
+def fetching(module_settings: Settings, world: World) -> Iterator[Api]:
+    """A service that may ask some of them."""
+    with serving(module_settings, world.egress("data.example", "huggingface.co", "cdn.example")) as api:
         yield api
 
 

@@ -18,22 +18,9 @@ from app.dataset_errors import SourceRefused
 from app.settings import Settings
 from tests.app.conftest import Api, rows, serving
 from tests.s3_server import KEYS
-from tests.tls_server import World, tls_world
+from tests.tls_server import World
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
-
-
-@pytest.fixture(scope="module")
-def world() -> Iterator[World]:
-    with tls_world() as world:
-        yield world
-
-
-@pytest.fixture(scope="module")
-def fetching(module_settings: Settings, world: World) -> Iterator[Api]:
-    """A service that may ask the hosts of the test."""
-    with serving(module_settings, world.egress("data.example", "huggingface.co", "cdn.example")) as api:
-        yield api
 
 
 def refer(api: Api, source: dict[str, Any], **more: Any) -> httpx.Response:
