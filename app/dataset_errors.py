@@ -43,7 +43,10 @@ class EgressOff(DatasetError):
 class SourceInvalid(DatasetError):
     """A source that names no file that could be fetched."""
 
-    code, hint = "source.invalid", "Give an https URL without credentials, or a file of a repository at a commit."
+    code, hint = (
+        "source.invalid",
+        "Give an https URL without credentials, or a config and split or a file that the repository has.",
+    )
 
 
 class SourceRefused(DatasetError):

@@ -88,12 +88,23 @@ class S3Source(Body):
 
 
 class HubSource(Body):
-    """A file of a dataset repository on the Hugging Face Hub, at one commit."""
+    """Files of a dataset repository on the Hugging Face Hub: those of a config and split, or one by its path."""
 
     type: Literal["hf"]
     repo: Annotated[Text, Field(max_length=200)] = Field(description="`owner/name`.")
-    path: Annotated[Text, Field(max_length=500)] = Field(description="The file in the repository.")
-    revision: Annotated[Text, Field(max_length=40)] = Field(description="A commit, 40 hexadecimal digits.")
+    config: Annotated[Text, Field(min_length=1, max_length=200)] | None = Field(
+        default=None, description="Of the dataset card, or a folder; absent = the default one."
+    )
+    split: Annotated[Text, Field(min_length=1, max_length=200)] | None = Field(
+        default=None, description="Absent = the only one that there is."
+    )
+    path: Annotated[Text, Field(max_length=500)] | None = Field(
+        default=None, description="One file in the repository, instead of config and split."
+    )
+    revision: Annotated[Text, Field(max_length=200)] = Field(
+        default="main",
+        description="A commit, or a branch or tag: the commit that it is now is what is fetched, and kept in the report.",
+    )
 
 
 Source = Annotated[HttpsSource | S3Source | HubSource, Field(discriminator="type")]

@@ -16,7 +16,7 @@ import resource
 import signal
 import sys
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -24,7 +24,7 @@ from typing import Any
 
 from p2d.columns import mapped
 from p2d.errors import DatasetEmpty, DatasetError, DatasetTooLarge, ErrorDetail, MappingInvalid
-from p2d.validation import DatasetLimits, DatasetReport, check_file
+from p2d.validation import DataFile, DatasetLimits, DatasetReport, check_files
 
 OUT_OF_MEMORY, DISK_FULL = 71, 72
 """How it ends where it cannot write a result; any other end without one is a crash."""
@@ -34,7 +34,7 @@ OPEN_FILES = 64
 ERRORS: dict[str, type[DatasetError]] = {
     error.code: error for error in (DatasetError, DatasetEmpty, DatasetTooLarge, MappingInvalid)
 }
-"""What `check_file` raises."""
+"""What `check_files` raises."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,10 +51,10 @@ class Bounds:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CheckRequest:
-    """What is to be checked, as `p2d.validation.check_file` takes it, and how far it may go."""
+    """What is to be checked, as `p2d.validation.check_files` takes it, and how far it may go."""
 
-    path: str
-    file_name: str
+    files: Sequence[tuple[str, str]]
+    """Path and name of each."""
     limits: DatasetLimits
     normalised: str
     mapping: Mapping[str, str]
@@ -73,7 +73,7 @@ class CheckRequest:
 
 
 def read_result(path: Path) -> tuple[DatasetReport, int]:
-    """The report and the peak of memory in bytes. Raises what `check_file` raised."""
+    """The report and the peak of memory in bytes. Raises what `check_files` raised."""
     found = json.loads(path.read_text(encoding="utf-8"))
     if (error := found.get("error")) is not None:
         details = [ErrorDetail(**detail) for detail in error["errors"]]
@@ -86,7 +86,7 @@ def read_result(path: Path) -> tuple[DatasetReport, int]:
 
 
 def main() -> None:
-    """Check one file."""
+    """Check the files of one dataset."""
     sys.excepthook = _say_where
     request = CheckRequest.from_json(sys.stdin.read())
     _limit(request.bounds)
@@ -107,9 +107,8 @@ def main() -> None:
 def _check(request: CheckRequest) -> dict[str, Any]:
     try:
         try:
-            report = check_file(
-                Path(request.path),
-                request.file_name,
+            report = check_files(
+                [DataFile(path=Path(path), name=name) for path, name in request.files],
                 request.limits,
                 normalised=Path(request.normalised),
                 columns=mapped(request.mapping),

@@ -22,7 +22,7 @@ from p2d.head_maps import check_head_map
 from p2d.model_info import ModelInfo, read_model_info
 from p2d.pipeline import SHARD_ROWS, STEPS, ModelCache, PlannedStep, Progress, StepCall, plan_steps, run_step
 from p2d.row_files import open_rows
-from p2d.validation import check_file
+from p2d.validation import DataFile, check_files
 from p2d.versions import fingerprint
 from p2d.work_folder import WorkFolder, work_folder
 
@@ -214,7 +214,7 @@ def _take(data: Path | str | Dataset, normalised: Path, columns: Columns) -> int
     else:  # through a file, so that a table gets the same checks and the same messages
         path = normalised.with_suffix(".table.jsonl")
         data.to_json(path)
-    return check_file(path, path.name, normalised=normalised, columns=columns).rows
+    return check_files([DataFile(path=path, name=path.name)], normalised=normalised, columns=columns).rows
 
 
 def _run_steps(

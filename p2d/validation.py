@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -54,29 +54,38 @@ class DatasetReport:
     """What the user said of its columns: field -> column."""
 
 
-def check_file(
-    path: Path,
-    file_name: str,
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataFile:
+    """A file as its user sent it."""
+
+    path: Path
+    name: str
+    """As the user calls it, which tells CSV from the rest."""
+
+
+def check_files(
+    files: Sequence[DataFile],
     limits: DatasetLimits | None = None,
     *,
     normalised: Path,
     columns: Columns = ACCEPTED,
 ) -> DatasetReport:
-    """`validate_file` for a file as users send it: of any format, plain or compressed. Limits hold for the unpacked bytes.
+    """`validate_file` for files as users send them: of any format, plain or compressed. Limits hold for the unpacked bytes.
 
-    Args:   file_name: as its user calls it, which tells CSV from the rest. normalised: see `validate_file`; what is
-            unpacked lies beside it for so long.
-    Raises: as `validate_file`; DatasetError for a stream that cannot be unpacked; MappingInvalid where mapped columns are
-            in none of the first hundred rows.
+    Several files are one dataset, in their order: lines count on from file to file, but a bad line is told as that of its own
+    file, which the message names.
+
+    Args:   normalised: see `validate_file`; what is unpacked lies beside it for so long.
+    Raises: as `validate_file`; DatasetError for a stream that cannot be unpacked, or for files of several formats;
+            MappingInvalid where mapped columns are in none of the first hundred rows.
     """
-    limits = limits or DatasetLimits()
-    scratch = normalised.with_name(normalised.name + ".unpacked")
-    with unpacked(path, scratch, max_bytes=limits.max_bytes) as (plain, compression):
-        format = sniff_format(plain, plain_name(file_name))
-        if columns.mapping and (names := column_names(plain, format, limits.max_row_bytes, rows=100)):
-            columns.check(names)  # where there is no name at all, the rows say what is wrong
-        report = validate_file(plain, format, limits, normalised=normalised, columns=columns)
-    return replace(report, size_bytes=path.stat().st_size, compression=compression, mapping=columns.mapping)
+    reading = _Reading(limits or DatasetLimits())
+    found = _Found(tuple(files), columns, normalised.with_name(normalised.name + ".unpacked"))
+    write_rows(normalised, found.rows(reading))
+    assert found.format is not None
+    size_bytes = sum(file.path.stat().st_size for file in files)
+    report = reading.report(found.format, size_bytes, found.extra)
+    return replace(report, compression=found.compression, mapping=columns.mapping)
 
 
 def validate_file(
@@ -91,55 +100,92 @@ def validate_file(
 
     Raises: DatasetEmpty, DatasetTooLarge, or DatasetError (`dataset.invalid`) with every bad line in errors[].
     """
-    limits = limits or DatasetLimits()
-    size_bytes = path.stat().st_size
-    if size_bytes > limits.max_bytes:
-        raise DatasetTooLarge(
-            f"The file has {size_bytes} bytes; the limit is {limits.max_bytes}.",
-            size_bytes=size_bytes,
-            limit=limits.max_bytes,
-        )
-    reading = _Reading(limits)
-    rows = reading.good(read_rows(path, format, max_row_bytes=limits.max_row_bytes, columns=columns))
+    reading = _Reading(limits or DatasetLimits())
+    rows = reading.good(read_plain(path, format, reading, columns))
     if normalised is None:
         for _ in rows:
             pass
     else:
         write_rows(normalised, rows)
-    reading.raise_if_bad()
-    warnings = []
-    if reading.duplicates:
-        warnings.append(counted(reading.duplicates, "row repeats an earlier row.", "rows repeat an earlier row."))
-    if extra := extra_fields(path, format, columns):
-        warnings.append(f"Fields that are not used: {', '.join(extra[:20])}.")
-    return DatasetReport(
-        format=format,
-        rows=reading.rows,
-        size_bytes=size_bytes,
-        content_hash=reading.digest.hexdigest(),
-        longest_row_chars=reading.longest_row_chars,
-        duplicates=reading.duplicates,
-        duplicate_lines=tuple(reading.duplicate_lines),
-        warnings=tuple(warnings),
-    )
+    return reading.report(format, path.stat().st_size, extra_fields(path, format, columns))
+
+
+def read_plain(path: Path, format: Format, reading: _Reading, columns: Columns) -> Iterator[Row | ErrorDetail]:
+    """The rows of a file that is not compressed, within the limit on bytes. Raises DatasetTooLarge."""
+    reading.take_bytes(path.stat().st_size)
+    return read_rows(path, format, max_row_bytes=reading.limits.max_row_bytes, columns=columns)
+
+
+class _Found:
+    """What is met while files are read one after the other."""
+
+    def __init__(self, files: Sequence[DataFile], columns: Columns, scratch: Path) -> None:
+        self._files, self._columns, self._scratch = files, columns, scratch
+        self.format: Format | None = None
+        self.compression: Compression | None = None
+        self.extra: list[str] = []
+
+    def rows(self, reading: _Reading) -> Iterator[Row]:
+        """The good rows of all files, each under a line of its own."""
+        last = 0
+        for file in self._files:
+            with unpacked(file.path, self._scratch, max_bytes=reading.bytes_left) as (plain, compression):
+                format = self._open(plain, file, reading.limits, compression)
+                read = read_plain(plain, format, reading, self._columns)
+                for row in reading.good(self._told(read, file, last)):
+                    last = row.line
+                    yield row
+                if reading.rows and file is self._files[0]:
+                    self.extra = extra_fields(plain, format, self._columns)
+
+    def _open(self, plain: Path, file: DataFile, limits: DatasetLimits, compression: Compression | None) -> Format:
+        format = sniff_format(plain, plain_name(file.name))
+        if self._columns.mapping and (names := column_names(plain, format, limits.max_row_bytes, rows=100)):
+            self._columns.check(names)  # where there is no name at all, the rows say what is wrong
+        if self.format is None:
+            self.format, self.compression = format, compression
+        elif format != self.format:
+            text = f"The files are of several formats: {file.name} is {format}, those before it are {self.format}."
+            raise DatasetError(text, errors=[ErrorDetail(code="dataset.formats", message=text)])
+        return format
+
+    def _told(self, rows: Iterator[Row | ErrorDetail], file: DataFile, before: int) -> Iterator[Row | ErrorDetail]:
+        """The rows of one file of several: good ones counted on, bad ones with the file's name."""
+        for row in rows:
+            if isinstance(row, ErrorDetail) and len(self._files) > 1:
+                yield replace(row, message=f"{file.name}: {row.message}")
+            elif isinstance(row, Row) and before:
+                yield replace(row, line=before + row.line)
+            else:
+                yield row
 
 
 class _Reading:
     """What is counted while the rows go by."""
 
     def __init__(self, limits: DatasetLimits) -> None:
-        self.limits = limits
+        self.limits, self.bytes_left = limits, limits.max_bytes
         self.digest = hashlib.sha256()
         self.rows = self.longest_row_chars = self.duplicates = 0
+        self._read = 0
         self.duplicate_lines: list[int] = []
         self._seen = RowKeys()
         self._errors: list[ErrorDetail] = []
         self._by_code: Counter[str] = Counter()
 
+    def take_bytes(self, size_bytes: int) -> None:
+        """Count the bytes of a file that is about to be read. Raises DatasetTooLarge."""
+        self.bytes_left -= size_bytes
+        if self.bytes_left < 0:
+            limit = self.limits.max_bytes
+            text = f"The file has {limit - self.bytes_left} bytes; the limit is {limit}."
+            raise DatasetTooLarge(text, size_bytes=limit - self.bytes_left, limit=limit)
+
     def good(self, rows: Iterator[Row | ErrorDetail]) -> Iterator[Row]:
         """Pass the good rows on, keep the bad ones."""
-        for number, row in enumerate(rows, start=1):
-            if number > self.limits.max_rows:  # bad ones count too: a file of commas has a million bad rows a megabyte
+        for row in rows:
+            self._read += 1
+            if self._read > self.limits.max_rows:  # bad ones count too: a file of commas has a million bad rows a megabyte
                 raise DatasetTooLarge(
                     f"The file has more than {self.limits.max_rows} rows.", limit=self.limits.max_rows
                 )
@@ -152,8 +198,26 @@ class _Reading:
             self._count(row)
             yield row
 
-    def raise_if_bad(self) -> None:
-        """Raise DatasetError with all faults, or DatasetEmpty."""
+    def report(self, format: Format, size_bytes: int, extra: Sequence[str]) -> DatasetReport:
+        """What was read, once all of it was. Raises DatasetError with all faults, or DatasetEmpty."""
+        self._raise_if_bad()
+        warnings = []
+        if self.duplicates:
+            warnings.append(counted(self.duplicates, "row repeats an earlier row.", "rows repeat an earlier row."))
+        if extra:
+            warnings.append(f"Fields that are not used: {', '.join(extra[:20])}.")
+        return DatasetReport(
+            format=format,
+            rows=self.rows,
+            size_bytes=size_bytes,
+            content_hash=self.digest.hexdigest(),
+            longest_row_chars=self.longest_row_chars,
+            duplicates=self.duplicates,
+            duplicate_lines=tuple(self.duplicate_lines),
+            warnings=tuple(warnings),
+        )
+
+    def _raise_if_bad(self) -> None:
         total = self._by_code.total()
         if total:
             text = counted(total, "line of the dataset cannot be used.", "lines of the dataset cannot be used.")

@@ -27,6 +27,7 @@ from app.errors import DiskFull, PartWrong, RequestError, RequestTooLarge, Unsup
 from app.problems import body_faults, invalid
 from app.settings import Settings
 from p2d.errors import DatasetTooLarge, ErrorDetail, P2DError
+from p2d.validation import DataFile
 
 BUFFER_BYTES = 1 << 20
 """Bytes gathered before they are parsed and written, in a thread."""
@@ -46,6 +47,10 @@ class ReceivedFile:
     """As the client calls it: a label, never a path."""
     sha256: str
     size_bytes: int
+
+    def data(self) -> DataFile:
+        """The same as one whose rows are to be checked."""
+        return DataFile(path=self.path, name=self.name)
 
 
 @dataclass(frozen=True, slots=True)

@@ -120,7 +120,7 @@ def _create(services: Services, received: Received, key: str | None) -> Response
     once = Once.of("POST /datasets", key, mapping, received)
     if (replay := once.earlier(services.engine)) is not None:
         return replay
-    return _make(services, once, inspect(file.path, file.name, services.settings, mapped(mapping)))
+    return _make(services, once, inspect([file.data()], file.name, services.settings, mapped(mapping)))
 
 
 def _take(services: Services, body: SourceBody | RowsBody, key: str | None) -> Response:

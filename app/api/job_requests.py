@@ -110,7 +110,7 @@ def check_job(services: Services, body: JobBody, received: Received, folder: Pat
     candidates: dict[str, Candidate] = {}
     if (columns := faults.catch(lambda: mapped(body.mapping))) is not None:
         for name, file in received.files.items():
-            found = faults.catch(partial(inspect, file.path, file.name, settings, columns, pointer=f"/{name}"))
+            found = faults.catch(partial(inspect, [file.data()], file.name, settings, columns, pointer=f"/{name}"))
             contents[name] = found
             if found is not None:
                 candidates[name] = found

@@ -42,6 +42,7 @@ from app.schemas import CompleteBody, UploadBody
 from app.views import DatasetView, PartView, UploadView
 from p2d.columns import mapped
 from p2d.errors import DatasetTooLarge, ErrorDetail
+from p2d.validation import DataFile
 
 router = APIRouter(tags=["uploads"])
 
@@ -170,7 +171,8 @@ def _complete(services: Services, upload_id: str, body: CompleteBody, key: str |
     folder = services.settings.work_dir / "uploads"
     try:
         with assembled(services.engine, services.blobs, upload, folder) as path:
-            candidate = inspect(path, upload.name, services.settings, columns)
+            file = DataFile(path=path, name=upload.name)
+            candidate = inspect([file], upload.name, services.settings, columns)
             blob = store(services.blobs, candidate)
     except BlobMissing as missing:
         return _completed(services, once, ended_meanwhile(services.engine, upload_id, missing))

@@ -24,7 +24,7 @@ from app.schemas import RowsBody, SourceBody
 from app.settings import Settings
 from p2d.columns import Columns, mapped
 from p2d.errors import DatasetError, ErrorDetail, P2DError
-from p2d.validation import DatasetReport
+from p2d.validation import DataFile, DatasetReport
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,29 +53,31 @@ class Candidate:
 
 
 def inspect(
-    path: Path,
-    file_name: str,
+    files: Sequence[DataFile],
+    name: str,
     settings: Settings,
     columns: Columns,
     *,
     pointer: str = "",
     provenance: Provenance | None = None,
 ) -> Candidate:
-    """Check every row and write the normalised form beside `path`.
+    """Check every row and write the normalised form beside the first file.
 
-    Args:   columns: where the rows stand.
+    Args:   files: those of one dataset, in order. name: a label for it.
+            columns: where the rows stand.
             provenance: where the file was fetched.
             pointer: put before the pointers of bad lines, where a request holds more than one file.
     Raises: DatasetError with all bad lines, DatasetEmpty, DatasetTooLarge, DatasetTooCostly, DatasetReaderDied,
             MappingInvalid, DiskFull.
     """
-    normalised = path.with_name(path.name + ".rows")
+    first = files[0].path
+    normalised = first.with_name(first.name + ".rows")
     try:
-        report = check_apart(path, file_name, settings, normalised=normalised, columns=columns)
+        report = check_apart(files, settings, normalised=normalised, columns=columns)
     except DatasetError as error:
         _move(error, pointer)
         raise
-    return Candidate(name=file_name, report=report, normalised=normalised, provenance=provenance)
+    return Candidate(name=name, report=report, normalised=normalised, provenance=provenance)
 
 
 def inspect_given(
@@ -97,7 +99,7 @@ def inspect_given(
     except P2DError as error:
         _move(error, f"{pointer}/source")
         raise
-    return inspect(found.path, found.name, settings, columns, pointer=pointer, provenance=found.provenance)
+    return inspect(found.files, found.name, settings, columns, pointer=pointer, provenance=found.provenance)
 
 
 def _pointed(pointer: str, mapping: Mapping[str, str]) -> Columns:
@@ -108,14 +110,12 @@ def _pointed(pointer: str, mapping: Mapping[str, str]) -> Columns:
         raise
 
 
-def _inspect_rows(
-    rows: Sequence[JsonValue], settings: Settings, to: Path, columns: Columns, pointer: str
-) -> Candidate:
+def _inspect_rows(rows: Sequence[JsonValue], settings: Settings, to: Path, columns: Columns, pointer: str) -> Candidate:
     # Half a surrogate pair has no UTF-8; the reader finds its bytes and says so.
     lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
     to.write_bytes(f"[{lines}]".encode("utf-8", "surrogatepass"))
     try:
-        return inspect(to, "rows", settings, columns)
+        return inspect([DataFile(path=to, name="rows")], "rows", settings, columns)
     except DatasetError as error:
         error.errors = tuple(
             replace(detail, pointer=f"/{detail.line - 1}{detail.pointer or ''}", line=None) if detail.line else detail

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import structlog
@@ -20,7 +21,7 @@ from app.errors import DiskFull
 from app.settings import Settings
 from p2d.check_process import DISK_FULL, OUT_OF_MEMORY, Bounds, CheckRequest, read_result
 from p2d.columns import Columns
-from p2d.validation import DatasetLimits, DatasetReport
+from p2d.validation import DataFile, DatasetLimits, DatasetReport
 
 log = structlog.get_logger(__name__)
 
@@ -28,18 +29,17 @@ _TIME_UP = {-signal.SIGXCPU, -signal.SIGALRM}
 _KILLED, _ABORTED = -signal.SIGKILL, -signal.SIGABRT
 
 
-def check_apart(path: Path, file_name: str, settings: Settings, *, normalised: Path, columns: Columns) -> DatasetReport:
-    """`p2d.validation.check_file` in a process of its own.
+def check_apart(files: Sequence[DataFile], settings: Settings, *, normalised: Path, columns: Columns) -> DatasetReport:
+    """`p2d.validation.check_files` in a process of its own.
 
-    Raises: as `check_file`; DatasetTooCostly, DatasetReaderDied, DiskFull.
+    Raises: as `check_files`; DatasetTooCostly, DatasetReaderDied, DiskFull.
     """
     bounds = Bounds(
         memory_bytes=settings.check_memory_bytes, seconds=settings.check_max_s, file_bytes=settings.check_file_bytes
     )
-    result = path.with_name(path.name + ".result")
+    result = normalised.with_name(normalised.name + ".result")
     request = CheckRequest(
-        path=str(path),
-        file_name=file_name,
+        files=[(str(file.path), file.name) for file in files],
         limits=DatasetLimits(
             max_bytes=settings.max_upload_bytes, max_rows=settings.max_rows, max_row_bytes=settings.max_row_bytes
         ),

@@ -3,21 +3,32 @@
 from __future__ import annotations
 
 import hashlib
-import re
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from app.blobs import stream_object
 from app.core.egress import Egress
+from app.core.hub import find_files
 from app.dataset_errors import EgressOff, SourceFailed, SourceInvalid, SourceRefused
 from app.settings import Settings
 from p2d.errors import DatasetTooLarge
+from p2d.validation import DataFile
 
-HUB = "https://huggingface.co/datasets/{repo}/resolve/{revision}/{path}"
+REPOSITORY = "https://huggingface.co/datasets/{repo}/tree/{commit}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FetchedFile:
+    """One of several files that make a dataset."""
+
+    path: str
+    """In its repository."""
+    sha256: str
+    size_bytes: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,59 +39,84 @@ class Provenance:
     url: str
     """Without its query."""
     sha256: str
+    """Of all bytes; of several files, one after the other."""
     size_bytes: int
     fetched_at: str
     revision: str | None = None
+    """The commit, also where a branch was named."""
+    config: str | None = None
+    split: str | None = None
+    files: tuple[FetchedFile, ...] = ()
+    """Where config and split named them: in the order in which their rows stand in the dataset."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class SourceFile:
-    """A fetched file."""
+class SourceData:
+    """Fetched files that make one dataset."""
 
-    path: Path
+    files: tuple[DataFile, ...]
     name: str
+    """A label for it."""
     provenance: Provenance
 
 
-def fetch_source(settings: Settings, egress: Egress, source: Mapping[str, str], to: Path) -> SourceFile:
-    """Fetch what a source names into the file `to`. Raises SourceInvalid, StoreUnavailable, and what `Egress.fetch` raises."""
+def fetch_source(settings: Settings, egress: Egress, source: Mapping[str, str | None], to: Path) -> SourceData:
+    """Fetch what a source names.
+
+    Args:   to: a file to be written; several lie beside it.
+    Raises: SourceInvalid, StoreUnavailable, and what `Egress.fetch` raises.
+    """
     if source["type"] == "hf":
-        return fetch_hub(egress, source["repo"], source["path"], source["revision"], to)
-    if source["type"] == "s3":
-        return fetch_object(settings, source["url"], to)
-    return fetch_https(egress, source["url"], to)
+        return fetch_hub(egress, source, to)
+    url = source["url"] or ""
+    return fetch_object(settings, url, to) if source["type"] == "s3" else fetch_https(egress, url, to)
 
 
-def fetch_https(egress: Egress, url: str, to: Path) -> SourceFile:
+def fetch_https(egress: Egress, url: str, to: Path) -> SourceData:
     """Fetch a URL. Raises what `Egress.fetch` raises."""
     found = egress.fetch(url, to)
     provenance = Provenance(
         type="https", url=found.url, sha256=found.sha256, size_bytes=found.size_bytes, fetched_at=_now()
     )
-    return SourceFile(path=to, name=_name(url), provenance=provenance)
+    return _one(to, _name(url), provenance)
 
 
-def fetch_hub(egress: Egress, repo: str, path: str, revision: str, to: Path) -> SourceFile:
-    """Fetch one file of a dataset repository at a commit. Raises SourceInvalid, and what `Egress.fetch` raises."""
-    part = r"[A-Za-z0-9][A-Za-z0-9._-]*"
-    if not (re.fullmatch(rf"{part}/{part}", repo) and re.fullmatch(rf"{part}(/{part})*", path)) or ".." in path:
-        raise SourceInvalid("The repository is `owner/name`; it and the path are made of letters, digits and . _ -")
-    if not re.fullmatch(r"[0-9a-f]{40}", revision):
-        raise SourceInvalid("The revision is a commit of 40 hexadecimal digits: a branch may change.")
-    url = HUB.format(repo=repo, revision=revision, path=path)
-    found = egress.fetch(url, to)
+def fetch_hub(egress: Egress, source: Mapping[str, str | None], to: Path) -> SourceData:
+    """Fetch files of a dataset repository at a commit. Raises what `app.core.hub.find_files` and `Egress.fetch` raise."""
+    until = time.monotonic() + egress.max_s
+    found = find_files(egress, source, to)
+    files, fetched, whole, left = [], [], hashlib.sha256(), egress.max_bytes
+    for number, path in enumerate(found.paths):
+        place = to.with_name(f"{to.name}.{number}")
+        in_time = max(until - time.monotonic(), 0.001)
+        try:
+            one = replace(egress, max_bytes=left, max_s=in_time).fetch(found.url(path), place)
+        except DatasetTooLarge:
+            text = f"The source has more than {egress.max_bytes} bytes."
+            raise DatasetTooLarge(text, limit=egress.max_bytes) from None
+        left -= one.size_bytes
+        with place.open("rb") as file:
+            while chunk := file.read(1 << 20):
+                whole.update(chunk)
+        files.append(DataFile(path=place, name=path))
+        fetched.append(FetchedFile(path=path, sha256=one.sha256, size_bytes=one.size_bytes))
+    one_file = source["path"] is not None
     provenance = Provenance(
         type="hf",
-        url=url,
-        sha256=found.sha256,
-        size_bytes=found.size_bytes,
+        url=found.url(found.paths[0]) if one_file else REPOSITORY.format(repo=found.repo, commit=found.commit),
+        sha256=whole.hexdigest(),
+        size_bytes=sum(one.size_bytes for one in fetched),
         fetched_at=_now(),
-        revision=revision,
+        revision=found.commit,
+        config=found.config,
+        split=found.split,
+        files=() if one_file else tuple(fetched),
     )
-    return SourceFile(path=to, name=_name(url), provenance=provenance)
+    name = found.paths[0] if one_file else f"{found.repo} {found.config}/{found.split}"
+    return SourceData(files=tuple(files), name=_name(name) if one_file else name[:200], provenance=provenance)
 
 
-def fetch_object(settings: Settings, url: str, to: Path) -> SourceFile:
+def fetch_object(settings: Settings, url: str, to: Path) -> SourceData:
     """Fetch an object of a bucket that the operator opened, with the service's credentials.
 
     Raises: EgressOff, SourceInvalid, SourceRefused, SourceFailed, DatasetTooLarge, StoreUnavailable.
@@ -107,7 +143,7 @@ def fetch_object(settings: Settings, url: str, to: Path) -> SourceFile:
     except FileNotFoundError:
         raise SourceFailed("There is no such object.") from None
     provenance = Provenance(type="s3", url=url, sha256=digest.hexdigest(), size_bytes=size, fetched_at=_now())
-    return SourceFile(path=to, name=_name(url), provenance=provenance)
+    return _one(to, _name(url), provenance)
 
 
 def _open_bucket(settings: Settings, bucket: str, key: str) -> tuple[str, str]:
@@ -121,6 +157,10 @@ def _open_bucket(settings: Settings, bucket: str, key: str) -> tuple[str, str]:
                 break
             return url, key.removeprefix(prefix + "/") if prefix else key
     raise SourceRefused(f"The bucket {bucket} is not open to datasets, or not there.", bucket=bucket)
+
+
+def _one(path: Path, name: str, provenance: Provenance) -> SourceData:
+    return SourceData(files=(DataFile(path=path, name=name),), name=name, provenance=provenance)
 
 
 def _now() -> str:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import obstore
+import pyarrow
+import pyarrow.parquet
 import pytest
 from obstore.store import S3Store
 from pydantic import SecretStr
@@ -17,10 +20,9 @@ from app.core.sources import fetch_object
 from app.dataset_errors import SourceRefused
 from app.settings import Settings
 from tests.app.conftest import Api, rows, serving
+from tests.hub import COMMIT, repository
 from tests.s3_server import KEYS
 from tests.tls_server import World
-
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 def refer(api: Api, source: dict[str, Any], **more: Any) -> httpx.Response:
@@ -73,21 +75,105 @@ def test_a_file_of_the_hub_is_fetched_at_its_commit(fetching: Api, world: World)
 @pytest.mark.parametrize(
     "change",
     [
-        {"revision": "main"},
+        {"revision": "a b"},
+        {"revision": "../main"},
+        {"revision": ""},
         {"repo": "../sums"},
         {"repo": "sums"},
         {"path": "../../api/x"},
         {"path": "a?b"},
         {"path": ""},
+        {"config": "default"},
+        {"split": "train"},
     ],
 )
-def test_a_hub_file_is_a_plain_path_at_a_commit(fetching: Api, world: World, change: dict[str, str]) -> None:
+def test_a_hub_file_is_a_plain_path_at_a_revision(fetching: Api, world: World, change: dict[str, str]) -> None:
     before = len(world.asked)
 
     answer = refer(fetching, {"type": "hf", "repo": "owner/sums", "path": "train.jsonl", "revision": COMMIT, **change})
 
     assert (answer.status_code, answer.json()["code"]) == (422, "source.invalid")
     assert len(world.asked) == before
+
+
+def serve_repository(world: World, files: dict[str, bytes], *, revision: str = "main", **more: Any) -> None:
+    """A repository as the Hub's API describes it, and its files at its commit."""
+    world.serve(f"/api/datasets/owner/sums/revision/{revision}", json.dumps(repository([*files], **more)).encode())
+    for path, content in files.items():
+        world.serve(f"/datasets/owner/sums/resolve/{COMMIT}/{path}", content)
+
+
+def parquet(content: bytes) -> bytes:
+    table = pyarrow.Table.from_pylist([json.loads(line) for line in content.splitlines()])
+    pyarrow.parquet.write_table(table, sink := pyarrow.BufferOutputStream())
+    return bytes(sink.getvalue())
+
+
+def test_a_config_and_split_of_the_hub_become_one_dataset_at_the_commit_of_a_branch(
+    fetching: Api, world: World
+) -> None:
+    parts = [rows(7, start=9600), rows(5, start=9607)]
+    files = {f"data/train-0000{number}-of-00002.parquet": parquet(part) for number, part in enumerate(parts)}
+    serve_repository(world, {**files, "data/test-00000-of-00001.parquet": parquet(rows(3))})
+
+    answer = refer(fetching, {"type": "hf", "repo": "owner/sums", "split": "train"})
+
+    assert answer.status_code == 201, answer.text
+    report = fetching.http.get(f"/datasets/{answer.json()['id']}/report").json()
+    assert (answer.json()["name"], report["rows"], report["format"]) == ("owner/sums default/train", 12, "parquet")
+    source = report["source"]
+    assert (source["revision"], source["config"], source["split"]) == (COMMIT, "default", "train")
+    assert source["url"] == f"https://huggingface.co/datasets/owner/sums/tree/{COMMIT}"
+    assert [one["path"] for one in source["files"]] == [*files]
+    assert source["files"][1]["sha256"] == hashlib.sha256([*files.values()][1]).hexdigest()
+    assert source["sha256"] == hashlib.sha256(b"".join(files.values())).hexdigest()
+    assert fetching.upload(rows(12, start=9600)).json()["id"] == answer.json()["id"]
+    assert fetching.uploading() == []
+
+
+def test_a_card_names_configs_and_a_file_may_be_named_at_a_branch(fetching: Api, world: World) -> None:
+    configs = [{"config_name": "sums", "data_files": [{"split": "train", "path": "sums/*.jsonl"}]}]
+    files = {"sums/a.jsonl": rows(4, start=9700), "sums/b.jsonl": rows(4, start=9710), "c.jsonl": rows(4, start=9720)}
+    serve_repository(world, files, revision="refs%2Fpr%2F1", configs=configs)
+    hub = {"type": "hf", "repo": "owner/sums", "revision": "refs/pr/1"}
+
+    by_split, by_path = refer(fetching, {**hub, "config": "sums"}), refer(fetching, {**hub, "path": "c.jsonl"})
+    missing = refer(fetching, {**hub, "config": "products"})
+
+    assert (by_split.status_code, by_split.json()["rows"]) == (201, 8)
+    assert (by_path.status_code, by_path.json()["rows"]) == (201, 4)
+    assert fetching.http.get(f"/datasets/{by_path.json()['id']}/report").json()["source"]["revision"] == COMMIT
+    assert (missing.status_code, missing.json()["detail"]) == (422, "Name one config; the repository has sums.")
+
+
+def test_a_bad_line_of_several_files_is_told_with_its_file(fetching: Api, world: World) -> None:
+    serve_repository(world, {"train-1.jsonl": rows(4, start=9800), "train-2.jsonl": rows(2) + b"{\n"}, revision="bad")
+
+    answer = refer(fetching, {"type": "hf", "repo": "owner/sums", "revision": "bad"})
+
+    fault = answer.json()["errors"][0]
+    assert (answer.status_code, fault["line"]) == (422, 3)
+    assert fault["message"].startswith("train-2.jsonl: ")
+
+
+def test_files_together_may_not_be_larger_than_one(fetching: Api, world: World) -> None:
+    half = rows(12_000)
+    assert len(half) < 1_000_000 < 2 * len(half)  # the limit of this egress
+    serve_repository(world, {"train/1.jsonl": half, "train/2.jsonl": half}, revision="large")
+
+    answer = refer(fetching, {"type": "hf", "repo": "owner/sums", "revision": "large"})
+
+    assert (answer.status_code, answer.json()["code"]) == (413, "dataset.too_large")
+    assert fetching.uploading() == []
+
+
+@pytest.mark.parametrize("said", [b"{}", b"[]", b"<html>", b'{"sha": "main", "siblings": []}', b"[" * 100_000])
+def test_an_api_that_answers_otherwise_is_a_failed_source(fetching: Api, world: World, said: bytes) -> None:
+    world.serve("/api/datasets/owner/odd/revision/main", said)
+
+    answer = refer(fetching, {"type": "hf", "repo": "owner/odd"})
+
+    assert (answer.status_code, answer.json()["code"]) == (502, "source.failed")
 
 
 def test_bad_lines_of_a_fetched_file_are_listed_and_nothing_stays(fetching: Api, world: World) -> None:

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from p2d.errors import P2DError
 from p2d.rows import load_rows
-from p2d.validation import DatasetLimits, check_file
+from p2d.validation import DataFile, DatasetLimits, check_files
 
 LIMITS = DatasetLimits(max_bytes=1_000_000, max_rows=1000, max_row_bytes=10_000)
 WORDS = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=20).filter(str.strip)
@@ -70,7 +70,7 @@ def test_good_rows_come_back(name: str, tmp_path: Path) -> None:
     @given(pairs=PAIRS)
     def check(pairs: Pairs) -> None:
         (tmp_path / name).write_bytes(KINDS[name](pairs))
-        check_file(tmp_path / name, name, LIMITS, normalised=tmp_path / "normalised")
+        check_files([DataFile(path=tmp_path / name, name=name)], LIMITS, normalised=tmp_path / "normalised")
         assert [(row.prompt, row.answer) for row in load_rows(tmp_path / "normalised")] == pairs
 
     check()
@@ -87,6 +87,6 @@ def test_bytes_that_are_not_a_file_of_rows_end_in_an_error_of_ours(name: str, tm
         content = content[:at] + data.draw(st.binary(max_size=8)) + content[at + cut :]
         (tmp_path / name).write_bytes(data.draw(st.sampled_from([content, content, content[:at], content[at:]])))
         with contextlib.suppress(P2DError):
-            check_file(tmp_path / name, name, LIMITS, normalised=tmp_path / "normalised")
+            check_files([DataFile(path=tmp_path / name, name=name)], LIMITS, normalised=tmp_path / "normalised")
 
     check()

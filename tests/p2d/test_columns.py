@@ -11,7 +11,7 @@ from p2d.columns import FIELDS, mapped
 from p2d.errors import DatasetError, MappingInvalid
 from p2d.formats import READERS
 from p2d.rows import Format
-from p2d.validation import DatasetReport, check_file
+from p2d.validation import DataFile, DatasetReport, check_files
 from tests.p2d.test_rows import WRITERS
 
 ROWS: list[dict[str, Any]] = [{"Frage": f"q{number}", "Antwort": f"a{number}", "Thema": "x"} for number in range(9)]
@@ -21,7 +21,7 @@ GERMAN = {"prompt": "Frage", "completion": "Antwort"}
 def check(tmp_path: Path, content: bytes, mapping: dict[str, str]) -> DatasetReport:
     path = tmp_path / "sent"
     path.write_bytes(content)
-    return check_file(path, "sent", normalised=tmp_path / "rows.jsonl", columns=mapped(mapping))
+    return check_files([DataFile(path=path, name="sent")], normalised=tmp_path / "rows.jsonl", columns=mapped(mapping))
 
 
 @pytest.mark.parametrize("format", READERS)

@@ -18,7 +18,7 @@ import pytest
 from p2d.errors import DatasetError, DatasetTooLarge
 from p2d.formats import READERS
 from p2d.rows import Format
-from p2d.validation import DatasetLimits, DatasetReport, check_file
+from p2d.validation import DataFile, DatasetLimits, DatasetReport, check_files
 from tests.p2d.test_rows import WRITERS
 
 
@@ -35,7 +35,9 @@ def check(tmp_path: Path, content: bytes, name: str = "upload", **limits: int) -
     path = tmp_path / "sent"
     path.write_bytes(content)
     try:
-        return check_file(path, name, DatasetLimits(**limits), normalised=tmp_path / "rows.jsonl")
+        return check_files(
+            [DataFile(path=path, name=name)], DatasetLimits(**limits), normalised=tmp_path / "rows.jsonl"
+        )
     finally:
         assert {left.name for left in tmp_path.iterdir()} <= {"sent", "rows.jsonl"}, "something unpacked was left"
 

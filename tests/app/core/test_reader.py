@@ -24,7 +24,7 @@ from app.settings import Settings
 from p2d.check_process import Bounds, CheckRequest
 from p2d.columns import ACCEPTED
 from p2d.errors import DatasetError, DatasetTooLarge
-from p2d.validation import DatasetLimits, DatasetReport
+from p2d.validation import DataFile, DatasetLimits, DatasetReport
 from tests.app.conftest import rows
 from tests.rig import wait_for
 
@@ -40,7 +40,8 @@ def check(path: Path, **limits: float) -> DatasetReport:
     """Check the file apart, and see that it leaves no process and no file but the rows of a good one."""
     normalised = path.with_name("rows")
     try:
-        return check_apart(path, path.name, bounded(**limits), normalised=normalised, columns=ACCEPTED)
+        files = [DataFile(path=path, name=path.name)]
+        return check_apart(files, bounded(**limits), normalised=normalised, columns=ACCEPTED)
     finally:
         assert {one.name for one in path.parent.iterdir()} <= {path.name, "rows"}
         assert readers() == []
@@ -53,8 +54,7 @@ def readers() -> list[psutil.Process]:
 
 def request(path: Path, bounds: Bounds = BOUNDS) -> CheckRequest:
     return CheckRequest(
-        path=str(path),
-        file_name=path.name,
+        files=[(str(path), path.name)],
         limits=DatasetLimits(),
         normalised=str(path.with_name("rows")),
         mapping={},
