@@ -5,6 +5,7 @@ What an object means and who refers to it stands in the database; this file know
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import os
 import re
@@ -19,7 +20,8 @@ import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError
 from obstore.store import LocalStore, ObjectStore, S3Store
 
-from app.errors import BlobCorrupt, BlobMissing, StoreUnavailable
+from app.errors import BlobCorrupt, BlobMissing, PresignUnavailable, StoreUnavailable
+from app.presign import SignedUrl, Signer, signer_of
 
 CHUNK_BYTES = 1 << 20
 """Bytes held at once while an object goes by."""
@@ -57,8 +59,8 @@ class Blob:
 class BlobStore:
     """Content-addressed storage: put once, read whole or a range, delete."""
 
-    def __init__(self, store: ObjectStore, book: Book | None = None) -> None:
-        self._store, self._book = store, book
+    def __init__(self, store: ObjectStore, book: Book | None = None, signer: Signer | None = None) -> None:
+        self._store, self._book, self._signer = store, book, signer
 
     @classmethod
     def open(cls, url: str, book: Book | None = None) -> BlobStore:
@@ -71,7 +73,7 @@ class BlobStore:
         if parts.scheme == "file":
             return cls(LocalStore(Path(unquote(parts.path)), automatic_cleanup=False, mkdir=True), book)
         if parts.scheme == "s3" and parts.netloc:
-            return cls(_s3(url), book)
+            return cls(_s3(url), book, signer_of(parts.netloc, **_place(url)))
         raise ValueError("a store URL is file:///path or s3://bucket/prefix?endpoint=...")
 
     def put_file(self, path: Path) -> Blob:
@@ -131,12 +133,7 @@ class BlobStore:
 
     def size(self, sha256: str) -> int | None:
         """Size in bytes, or None if the object is not there."""
-        try:
-            return int(obstore.head(self._store, key(sha256))["size"])
-        except FileNotFoundError:
-            return None
-        except (BaseError, OSError) as error:
-            raise StoreUnavailable() from error
+        return self._size(key(sha256))
 
     def exists(self, sha256: str) -> bool:
         """Whether the object is there."""
@@ -165,11 +162,54 @@ class BlobStore:
         """Remove a part; one that is not there is success."""
         self._delete(f"{PARTS}/{name}")
 
+    def part_size(self, name: str) -> int | None:
+        """Size of a part in bytes, or None if it is not there."""
+        return self._size(f"{PARTS}/{name}")
+
+    # --- past this service ------------------------------------------------------------------------------------------
+
+    @property
+    def signs(self) -> bool:
+        """Whether it can sign URLs: an S3 store, with keys in the environment."""
+        return self._signer is not None
+
+    def sign_part(self, name: str, sha256: str, size_bytes: int, *, lives_s: int) -> SignedUrl:
+        """A URL under which a part of this size and sha256 can be put. Raises PresignUnavailable.
+
+        The size is signed, so every store refuses another one; the sha256 is a header that Amazon's S3 and others compare with the
+        bytes, and which some ignore.
+        """
+        digest = base64.b64encode(bytes.fromhex(sha256)).decode()
+        headers = {"content-length": str(size_bytes), "x-amz-checksum-sha256": digest}
+        return self._signing().sign("PUT", f"{PARTS}/{name}", lives_s=lives_s, headers=headers)
+
+    def sign_get(self, sha256: str, *, media_type: str, disposition: str, lives_s: int) -> SignedUrl:
+        """A URL under which an object can be fetched, with these headers and no other. Raises PresignUnavailable."""
+        answers = {
+            "response-cache-control": "private, no-store",
+            "response-content-disposition": disposition,
+            "response-content-type": media_type,
+        }
+        return self._signing().sign("GET", key(sha256), lives_s=lives_s, query=answers)
+
+    def _signing(self) -> Signer:
+        if self._signer is None:
+            raise PresignUnavailable("The store of this service signs no URLs.")
+        return self._signer
+
     # --- all --------------------------------------------------------------------------------------------------------
 
     def ping(self) -> None:
         """Raise StoreUnavailable unless the store answers."""
         self.exists("0" * 64)
+
+    def _size(self, path: str) -> int | None:
+        try:
+            return int(obstore.head(self._store, path)["size"])
+        except FileNotFoundError:
+            return None
+        except (BaseError, OSError) as error:
+            raise StoreUnavailable() from error
 
     def _delete(self, path: str) -> None:
         try:
@@ -211,19 +251,25 @@ def stream_object(bucket_url: str, path: str) -> Iterator[bytes]:
         raise StoreUnavailable() from error
 
 
-def _s3(url: str) -> S3Store:
+def _place(url: str) -> dict[str, str]:
+    """Endpoint (empty = Amazon's), region and the prefix below the bucket of an S3 URL. Raises ValueError."""
     parts = urlsplit(url)
     options = dict(parse_qsl(parts.query, strict_parsing=True)) if parts.query else {}
     if unknown := set(options) - {"endpoint", "region"}:
         raise ValueError(f"the store URL has options that are not known: {', '.join(sorted(unknown))}")
-    endpoint = options.get("endpoint", "")
+    prefix = parts.path.strip("/")
+    return {"endpoint": options.get("endpoint", ""), "region": options.get("region", "us-east-1"), "prefix": prefix}
+
+
+def _s3(url: str) -> S3Store:
+    place = _place(url)
     return S3Store(
-        parts.netloc,
-        prefix=parts.path.strip("/") or None,
-        region=options.get("region", "us-east-1"),
-        client_options={"allow_http": endpoint.startswith("http://")},
+        urlsplit(url).netloc,
+        prefix=place["prefix"] or None,
+        region=place["region"],
+        client_options={"allow_http": place["endpoint"].startswith("http://")},
         retry_config={"max_retries": 5},
-        endpoint=endpoint or None,
+        endpoint=place["endpoint"] or None,
     )
 
 

@@ -101,6 +101,15 @@ class PartWrong(RequestError):
     code, hint = "upload.part_wrong", "Send the part again, cut as part_bytes says."
 
 
+class PresignUnavailable(RequestError):
+    """A signed URL of a store that signs none, or where the operator hands out none."""
+
+    code, hint = (
+        "store.no_signed_urls",
+        "Send the part to PUT /uploads/{id}/parts/{number} of this service; signed URLs need an S3 store and P2D_PRESIGN.",
+    )
+
+
 class UploadWrong(RequestError):
     """All parts are there, but together they do not have the sha256 that was said."""
 

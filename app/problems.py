@@ -54,6 +54,7 @@ STATUS = {
     "upload.incomplete": 409,
     "upload.completed": 409,
     "upload.hash_mismatch": 422,
+    "store.no_signed_urls": 409,
     "model.invalid": 422,
     "model.not_found": 404,
     "model.unsupported": 422,

@@ -285,6 +285,21 @@ class UploadBody(Body):
     sha256: Sha256 | None = Field(default=None, description="Of the whole file; checked when it is complete.")
 
 
+class PartUrlBody(Body):
+    """What `POST /uploads/{id}/parts/{number}/url` takes."""
+
+    size_bytes: int = Field(
+        ge=1, le=2**63 - 1, description="Of the part: `part_bytes`, or what is left for the last one."
+    )
+    sha256: Sha256
+
+
+class StoredPartBody(Body):
+    """What `POST /uploads/{id}/parts/{number}` takes."""
+
+    sha256: Sha256
+
+
 class CompleteBody(Body):
     """What `POST /uploads/{id}/complete` takes; no body at all is fine too."""
 

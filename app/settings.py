@@ -29,6 +29,10 @@ class Settings(BaseSettings):
     """Object store: `file:///path`, or `s3://bucket/prefix?endpoint=http://host:port&region=...`. Absent: a folder in home.
     S3 credentials come from AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY."""
 
+    presign: bool = False
+    """Whether clients get files of jobs from an S3 store itself, and may put parts of uploads there, by signed URLs that live for
+    minutes. They must reach the store under the endpoint of P2D_STORE_URL. Needs AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY."""
+
     home: Path = Field(default_factory=lambda: Path.home() / ".p2d")
     """Directory of everything that P2D keeps on this machine: embedded servers, store, models, logs."""
     models_dir: Path = Path()

@@ -150,6 +150,15 @@ class PartView(View):
     sha256: str
 
 
+class PartUrlView(View):
+    """Where one part can be put into the store itself. The URL is a secret until it expires."""
+
+    url: str
+    method: Literal["PUT"]
+    headers: dict[str, str] = Field(description="What the request must send, exactly so; the URL is signed for them.")
+    expires_at: datetime
+
+
 class UploadView(View):
     """A file that comes in parts, any order, each as often as it takes."""
 

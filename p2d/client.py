@@ -334,7 +334,10 @@ class Client:
 
     def _fetch_rest(self, artifact: Artifact, partial: Path, start: int) -> None:
         headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if start else {})
-        with self._http.stream("GET", f"/artifacts/{artifact.id}/content", headers=headers) as answer:
+        # The service may send on to its store; httpx leaves the key behind where the host is another.
+        with self._http.stream(
+            "GET", f"/artifacts/{artifact.id}/content", headers=headers, follow_redirects=True
+        ) as answer:
             _raise_for(answer)
             # A server that ignores Range answers 200 with the whole file: begin again.
             with partial.open("ab" if answer.status_code == 206 else "wb") as handle:

@@ -24,6 +24,11 @@ CONTENT: dict[int | str, dict[str, object]] = {
 }
 """What a download answers."""
 
+PAST: dict[int | str, dict[str, object]] = {
+    307: {"description": "The file is at `Location`, a signed URL of the store: fetch it there, without the API key."}
+}
+"""And what one may answer that need not go through this service."""
+
 
 @router.get("/jobs/{id}/artifacts", responses=errors(JobNotFound))
 def get_job_artifacts(job_id: JobId, services: Context) -> Page[ArtifactView]:
@@ -62,25 +67,33 @@ def get_one_artifact(artifact_id: ArtifactId, services: Context) -> ArtifactView
 @router.get(
     "/artifacts/{id}/content",
     response_class=Response,
-    responses={**CONTENT, **errors(ArtifactNotFound, RangeNotSatisfiable, BlobMissing, BlobCorrupt)},
+    responses={**CONTENT, **PAST, **errors(ArtifactNotFound, RangeNotSatisfiable, BlobMissing, BlobCorrupt)},
 )
 def get_artifact_content(request: Request, artifact_id: ArtifactId, services: Context) -> Response:
-    """Download a file: whole, or one Range of it. Check what arrives against its sha256."""
-    return send_artifact(request, services, _find(services, artifact_id))
+    """Download a file: whole, or one Range of it. Check what arrives against its sha256.
+
+    With an S3 store, and where the operator set `P2D_PRESIGN`, the answer is 307 to a URL of the store that lives for five
+    minutes; send the Range there too.
+    """
+    return send_artifact(request, services, _find(services, artifact_id), past=services.settings.presign)
 
 
-def send_artifact(request: Request, services: Services, artifact: Artifact) -> Response:
-    """The bytes of an artifact; the audit log says that they were sent."""
+def send_artifact(request: Request, services: Services, artifact: Artifact, *, past: bool = False) -> Response:
+    """The bytes of an artifact, or where they are; the audit log says that they were sent."""
     blob = Blob(artifact.sha256, artifact.size_bytes)
-    answer = send_blob(request, services.blobs, blob, media_type=artifact.media_type, file_name=artifact.name)
+    answer = send_blob(
+        request, services.blobs, blob, media_type=artifact.media_type, file_name=artifact.name, past=past
+    )
     if request.method == "GET" and answer.status_code != 304:
         facts = {"job_id": artifact.job_id, "name": artifact.name, "sha256": artifact.sha256}
         with services.engine.begin() as conn:
-            services.note(conn, "artifact.download", artifact.id, facts | _range_of(answer))
+            services.note(conn, "artifact.download", artifact.id, facts | _way_of(answer))
     return answer
 
 
-def _range_of(answer: Response) -> dict[str, str]:
+def _way_of(answer: Response) -> dict[str, str]:
+    if answer.status_code == 307:
+        return {"by": "signed URL"}
     return {"range": answer.headers["Content-Range"]} if answer.status_code == 206 else {}
 
 

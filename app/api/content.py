@@ -16,9 +16,16 @@ from app.errors import BlobCorrupt, BlobMissing, RangeNotSatisfiable
 _RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})")
 
 
-def send_blob(request: Request, blobs: BlobStore, blob: Blob, *, media_type: str, file_name: str) -> Response:
+URL_LIVES_S = 300
+"""Seconds in which a download past this service must have begun."""
+
+
+def send_blob(
+    request: Request, blobs: BlobStore, blob: Blob, *, media_type: str, file_name: str, past: bool = False
+) -> Response:
     """Answer with the object, honouring If-None-Match, Range and If-Range; HEAD gets the headers alone.
 
+    Args:   past: answer a GET with 307 to a signed URL of the store, where it signs any.
     Raises: RangeNotSatisfiable, BlobMissing, BlobCorrupt, StoreUnavailable - all before the first byte.
     """
     etag = f'"{blob.sha256}"'
@@ -42,8 +49,12 @@ def send_blob(request: Request, blobs: BlobStore, blob: Blob, *, media_type: str
     if wanted is not None:
         start, end = wanted
         headers["Content-Range"] = f"bytes {start}-{end - 1}/{blob.size_bytes}"
+    disposition = f'attachment; filename="{re.sub(r"[^A-Za-z0-9._-]", "_", file_name)}"'
+    if past and blobs.signs and request.method == "GET":
+        signed = blobs.sign_get(blob.sha256, media_type=media_type, disposition=disposition, lives_s=URL_LIVES_S)
+        return Response(status_code=307, headers={"Location": signed.url, "Cache-Control": "no-store"})
     headers["Content-Length"] = str(end - start)
-    headers["Content-Disposition"] = f'attachment; filename="{re.sub(r"[^A-Za-z0-9._-]", "_", file_name)}"'
+    headers["Content-Disposition"] = disposition
     status_code = 200 if wanted is None else 206
     if request.method == "HEAD" or start == end:
         return Response(status_code=status_code, headers=headers, media_type=media_type)

@@ -16,8 +16,10 @@ from app.schemas import (
     JobPatch,
     Mapping,
     ModelCheckBody,
+    PartUrlBody,
     RowsBody,
     SourceBody,
+    StoredPartBody,
     UploadBody,
 )
 from app.views import DatasetView, Problem
@@ -134,7 +136,8 @@ DATASET_KNOWN: dict[int | str, dict[str, Any]] = {
 
 
 MODELS: tuple[type[BaseModel], ...] = (
-    *(JobBody, JobPatch, SourceBody, RowsBody, UploadBody, CompleteBody),
+    *(JobBody, JobPatch, SourceBody, RowsBody),
+    *(UploadBody, PartUrlBody, StoredPartBody, CompleteBody),
     *(KeyBody, ModelCheckBody, Problem),
 )
 """Bodies that FastAPI does not parse itself, and the shape of every error."""
@@ -146,6 +149,8 @@ def _json_body(model: type[BaseModel], *, required: bool) -> dict[str, Any]:
 
 
 UPLOAD_BODY = _json_body(UploadBody, required=True)
+PART_URL_BODY = _json_body(PartUrlBody, required=True)
+STORED_PART_BODY = _json_body(StoredPartBody, required=True)
 KEY_BODY = _json_body(KeyBody, required=True)
 MODEL_CHECK_BODY = _json_body(ModelCheckBody, required=True)
 COMPLETE_BODY = _json_body(CompleteBody, required=False)

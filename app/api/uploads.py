@@ -106,7 +106,9 @@ async def put_part(
     response_model=DatasetView,
     responses={
         **DATASET_KNOWN,
-        **errors(*DATASET_ERRORS, RequestTooLarge, UploadNotFound, UploadIncomplete, UploadWrong, DatasetNotFound),
+        **errors(
+            *DATASET_ERRORS, RequestTooLarge, UploadNotFound, UploadIncomplete, PartWrong, UploadWrong, DatasetNotFound
+        ),
     },
     openapi_extra=COMPLETE_BODY,
 )

@@ -29,7 +29,6 @@ from app.db.uploads import (
     uploads_to_forget,
 )
 from app.errors import (
-    BlobCorrupt,
     BlobMissing,
     PartWrong,
     UploadCompleted,
@@ -37,6 +36,7 @@ from app.errors import (
     UploadNotFound,
     UploadWrong,
 )
+from app.presign import SignedUrl
 from p2d.errors import ErrorDetail
 
 MAX_PARTS = 10_000
@@ -89,11 +89,41 @@ def take_part(engine: Engine, blobs: BlobStore, part: Part, path: Path, *, expir
         raise
 
 
+def offer_part(
+    engine: Engine, blobs: BlobStore, part: Part, size_bytes: int, *, lives_s: int, expiry_h: float
+) -> SignedUrl:
+    """Sign a URL under which this very part can be put. Its row stands before its bytes do, as for a part that is sent here.
+
+    Raises: PresignUnavailable, UploadNotFound, UploadCompleted.
+    """
+    signed = blobs.sign_part(part.key, part.sha256, size_bytes, lives_s=lives_s)
+    with engine.begin() as conn:
+        open_upload(conn, part.upload_id)
+        announce_part(conn, part, expiry_h=expiry_h)
+    return signed
+
+
+def register_part(engine: Engine, blobs: BlobStore, part: Part, size_bytes: int) -> None:
+    """Take a part that was put under its URL; what it holds is checked when the upload is completed.
+
+    Raises: PartWrong if it is not there, or of another size; UploadNotFound, UploadCompleted.
+    """
+    there = blobs.part_size(part.key)
+    if there != size_bytes:
+        found = "is not in the store" if there is None else f"has {there} bytes there"
+        text = f"Part {part.number} with this sha256 {found}; expected {size_bytes}."
+        raise PartWrong(text, errors=[ErrorDetail(code="upload.part_not_there", message=text, pointer="/sha256")])
+    with engine.begin() as conn:
+        open_upload(conn, part.upload_id)
+        confirm_part(conn, part)
+
+
 @contextmanager
 def assembled(engine: Engine, blobs: BlobStore, upload: Upload, folder: Path) -> Iterator[Path]:
     """Yield the whole file, on this disk until the block is left.
 
-    Raises: UploadIncomplete with every missing part; UploadWrong; BlobMissing, BlobCorrupt.
+    Raises: UploadIncomplete with every missing part; PartWrong with every part that holds other bytes than were said; UploadWrong;
+            BlobMissing.
     """
     with engine.connect() as conn:
         parts = parts_of(conn, upload.id)
@@ -102,7 +132,7 @@ def assembled(engine: Engine, blobs: BlobStore, upload: Upload, folder: Path) ->
         raise UploadIncomplete(missing=missing, total=upload.part_count)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as own:
-        path, whole = Path(own) / "file", hashlib.sha256()
+        path, whole, wrong = Path(own) / "file", hashlib.sha256(), list[int]()
         with path.open("wb") as file:
             for part in parts:
                 digest = hashlib.sha256()
@@ -111,10 +141,21 @@ def assembled(engine: Engine, blobs: BlobStore, upload: Upload, folder: Path) ->
                     whole.update(chunk)
                     file.write(chunk)
                 if digest.hexdigest() != part.sha256:
-                    raise BlobCorrupt(sha256=part.sha256)
+                    wrong.append(part.number)
+        if wrong:
+            raise _other_bytes(wrong)
         if upload.sha256 not in (None, whole.hexdigest()):
             raise UploadWrong(expected=str(upload.sha256), found=whole.hexdigest())
         yield path
+
+
+def _other_bytes(numbers: list[int]) -> PartWrong:
+    """Of parts that went to the store directly; one that was sent here was checked, so the store itself has changed it."""
+    details = [
+        ErrorDetail(code="upload.part_hash", message=f"Part {number} has another sha256 than was said.")
+        for number in numbers
+    ]
+    return PartWrong(" ".join(detail.message for detail in details), errors=details, parts=numbers)
 
 
 def sweep_uploads(engine: Engine, blobs: BlobStore) -> None:
