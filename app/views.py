@@ -187,6 +187,10 @@ class DatasetReportView(View):
     duplicates: int
     duplicate_lines: list[int]
     warnings: list[str]
+    personal: dict[str, dict[str, Any]] = Field(
+        default={},
+        description="What looks like personal data, by its form: kind -> `rows`, and `lines` of the first of them.",
+    )
     compression: Literal["gzip", "zstd"] | None = Field(
         default=None, description="How the file came; lines are those of the unpacked file."
     )
@@ -194,6 +198,38 @@ class DatasetReportView(View):
     source: dict[str, Any] | None = Field(
         default=None, description="Where it was fetched, when, and the bytes' sha256."
     )
+
+
+class RowView(View):
+    """One row of a dataset, in the form in which jobs read it."""
+
+    line: int = Field(description="Where it stood in what was sent: 1-based line, or number where there are no lines.")
+    prompt: str
+    answer: str
+
+
+class LengthsView(View):
+    """Lengths in characters; quantiles are rounded up by 6 % at most, the rest is exact."""
+
+    min: int
+    mean: float
+    max: int
+    p10: int
+    p50: int
+    p90: int
+    p99: int
+
+
+class DatasetStatsView(View):
+    """What the rows of a dataset are like."""
+
+    dataset_id: str
+    rows: int
+    stored_bytes: int = Field(description="Of the rows as they are stored, all of one form.")
+    duplicates: int = Field(description="Rows whose prompt and answer stand in an earlier row.")
+    prompt_chars: LengthsView | None = Field(description="Null for a dataset that was checked before this was counted.")
+    answer_chars: LengthsView | None
+    personal: dict[str, int] = Field(description="Rows that look like personal data, by kind.")
 
 
 class EventView(View):

@@ -10,11 +10,14 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from p2d.columns import ACCEPTED, Columns
 from p2d.compression import Compression, plain_name, unpacked
 from p2d.errors import DatasetEmpty, DatasetError, DatasetTooLarge, ErrorDetail
 from p2d.formats import column_names
+from p2d.lengths import Lengths
+from p2d.personal_data import PersonalData
 from p2d.row_keys import RowKeys
 from p2d.rows import MAX_ROW_BYTES, Format, Row, extra_fields, hash_row, read_rows, sniff_format, write_rows
 from p2d.wording import counted
@@ -48,6 +51,12 @@ class DatasetReport:
     duplicate_lines: tuple[int, ...]
     """Lines of the first 100 of them."""
     warnings: tuple[str, ...]
+    prompt_chars: Mapping[str, float]
+    """Of prompts: `min`, `mean`, `max`, exact; `p10`, `p50`, `p90`, `p99`, rounded up by 6 % at most."""
+    answer_chars: Mapping[str, float]
+    """Of answers likewise."""
+    personal: Mapping[str, Mapping[str, Any]]
+    """What looks like personal data: kind -> `rows` and the `lines` of the first of them."""
     compression: Compression | None = None
     """How the file came; lines are those of the unpacked file."""
     mapping: Mapping[str, str] = field(default_factory=dict)
@@ -139,6 +148,7 @@ class _Found:
                     self.extra = extra_fields(plain, format, self._columns)
 
     def _open(self, plain: Path, file: DataFile, limits: DatasetLimits, compression: Compression | None) -> Format:
+        _refuse_wide(plain)
         format = sniff_format(plain, plain_name(file.name))
         if self._columns.mapping and (names := column_names(plain, format, limits.max_row_bytes, rows=100)):
             self._columns.check(names)  # where there is no name at all, the rows say what is wrong
@@ -160,6 +170,15 @@ class _Found:
                 yield row
 
 
+def _refuse_wide(path: Path) -> None:
+    """Say once, and not of every line, that a file is none of UTF-8."""
+    with path.open("rb") as file:
+        head = file.read(4)
+    if head.startswith((b"\xff\xfe", b"\xfe\xff")) or head == b"\x00\x00\xfe\xff":
+        text = "The file is UTF-16 or UTF-32; save it as UTF-8."
+        raise DatasetError(text, errors=[ErrorDetail(code="dataset.encoding", message=text)])
+
+
 class _Reading:
     """What is counted while the rows go by."""
 
@@ -169,6 +188,7 @@ class _Reading:
         self.rows = self.longest_row_chars = self.duplicates = 0
         self._read = 0
         self.duplicate_lines: list[int] = []
+        self._prompts, self._answers, self._personal = Lengths(), Lengths(), PersonalData()
         self._seen = RowKeys()
         self._errors: list[ErrorDetail] = []
         self._by_code: Counter[str] = Counter()
@@ -185,7 +205,9 @@ class _Reading:
         """Pass the good rows on, keep the bad ones."""
         for row in rows:
             self._read += 1
-            if self._read > self.limits.max_rows:  # bad ones count too: a file of commas has a million bad rows a megabyte
+            if (
+                self._read > self.limits.max_rows
+            ):  # bad ones count too: a file of commas has a million bad rows a megabyte
                 raise DatasetTooLarge(
                     f"The file has more than {self.limits.max_rows} rows.", limit=self.limits.max_rows
                 )
@@ -214,7 +236,10 @@ class _Reading:
             longest_row_chars=self.longest_row_chars,
             duplicates=self.duplicates,
             duplicate_lines=tuple(self.duplicate_lines),
-            warnings=tuple(warnings),
+            warnings=(*warnings, *self._personal.warnings()),
+            prompt_chars=self._prompts.summary(),
+            answer_chars=self._answers.summary(),
+            personal=self._personal.found(),
         )
 
     def _raise_if_bad(self) -> None:
@@ -236,6 +261,9 @@ class _Reading:
     def _count(self, row: Row) -> None:
         hash_row(self.digest, row)
         self.longest_row_chars = max(self.longest_row_chars, len(row.prompt) + len(row.answer))
+        self._prompts.add(len(row.prompt))
+        self._answers.add(len(row.answer))
+        self._personal.add(row.line, row.prompt, row.answer)
         if not self._seen.add(row):
             self.duplicates += 1
             if len(self.duplicate_lines) < 100:

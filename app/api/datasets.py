@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter, Request, Response
+from typing import Annotated, Literal
+
+from fastapi import APIRouter, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse
+from pydantic import AwareDatetime
 
 from app.access_errors import StorageFull
 from app.api.bodies import Received, read_json, receive, work_folder
@@ -12,6 +15,8 @@ from app.api.context import Context, Cursor, DatasetId, IdempotencyKey, Limit, S
 from app.api.documentation import DATASET_BODY, DATASET_KNOWN, errors
 from app.api.idempotency import Once
 from app.api.receipts import receipt
+from app.api.stored_lines import page_of_lines
+from app.blobs import Blob
 from app.core.ingest import Candidate, inspect, inspect_given, record, store
 from app.dataset_errors import (
     DatasetReaderDied,
@@ -21,9 +26,10 @@ from app.dataset_errors import (
     SourceInvalid,
     SourceRefused,
 )
-from app.db.datasets import Dataset, delete_dataset, get_dataset, is_needed, list_datasets
+from app.db.datasets import Dataset, DatasetFilter, delete_dataset, get_dataset, is_needed, list_datasets
 from app.db.engine import Connection
 from app.errors import (
+    CursorInvalid,
     DatasetInUse,
     DatasetNotFound,
     IdempotencyInFlight,
@@ -34,12 +40,15 @@ from app.errors import (
     UnsupportedMediaType,
 )
 from app.key_schemas import ReceiptView
-from app.schemas import DatasetBody, Mapping, RowsBody, SourceBody
-from app.views import DatasetReportView, DatasetView, Page
+from app.schemas import DatasetBody, Mapping, RowsBody, Sha256, SourceBody, Text
+from app.views import DatasetReportView, DatasetStatsView, DatasetView, Page, RowView
 from p2d.columns import ACCEPTED, mapped
 from p2d.errors import DatasetEmpty, DatasetError, DatasetTooLarge, ErrorDetail, MappingInvalid
+from p2d.formats import Format
 
 router = APIRouter(tags=["datasets"])
+
+Order = Literal["asc", "desc"]
 
 DATASET_ERRORS = (
     *(RequestError, RequestInvalid, UnsupportedMediaType, IdempotencyInFlight, IdempotencyMismatch),
@@ -69,16 +78,29 @@ async def create_dataset(request: Request, services: Context, key: IdempotencyKe
     async with receive(request, services.settings, files=("file",), json_part="mapping", json=True) as received:
         if not received.plain:
             return await run_in_threadpool(_create, services, received, key)
-        body = read_json(DatasetBody, received.json or b"")
+        body: SourceBody | RowsBody = read_json(DatasetBody, received.json or b"")  # type: ignore[arg-type]  # a union
         return await run_in_threadpool(_take, services, body, key)
 
 
 @router.get("/datasets")
-def get_datasets(services: Context, limit: Limit = 20, cursor: Cursor = None) -> Page[DatasetView]:
-    """All datasets, newest first."""
-    before = page_after(cursor)
+def get_datasets(
+    services: Context,
+    limit: Limit = 20,
+    cursor: Cursor = None,
+    q: Annotated[Text | None, Query(min_length=1, max_length=200, description="Stands in the name.")] = None,
+    format: Annotated[Format | None, Query(description="Only files that came in this format.")] = None,
+    content_hash: Annotated[Sha256 | None, Query(description="Only the dataset of this content.")] = None,
+    created_after: Annotated[AwareDatetime | None, Query(description="Made then or later.")] = None,
+    created_before: Annotated[AwareDatetime | None, Query(description="Made before.")] = None,
+    order: Annotated[Order, Query(description="`desc` = newest first.")] = "desc",
+) -> Page[DatasetView]:
+    """The datasets of the project."""
+    only = DatasetFilter(
+        q=q, format=format, content_hash=content_hash, created_after=created_after, created_before=created_before
+    )
+    after = page_after(cursor)
     with services.engine.connect() as conn:
-        datasets = list_datasets(conn, limit=limit + 1, before=before)
+        datasets = list_datasets(conn, limit=limit + 1, after=after, oldest_first=order == "asc", only=only)
     views = [DatasetView.model_validate(dataset) for dataset in datasets]
     return Page[DatasetView].model_validate(page_of(views, [dataset.id for dataset in datasets], limit))
 
@@ -94,6 +116,32 @@ def get_dataset_report(dataset_id: DatasetId, services: Context) -> DatasetRepor
     """What the check of the dataset found."""
     dataset = _find(services, dataset_id)
     return DatasetReportView.model_validate({"dataset_id": dataset.id, **dataset.report})
+
+
+@router.get("/datasets/{id}/rows", responses=errors(DatasetNotFound, CursorInvalid))
+def get_dataset_rows(
+    dataset_id: DatasetId, services: Context, limit: Limit = 20, cursor: Cursor = None
+) -> Page[RowView]:
+    """The rows in order, in the form in which jobs read them. A page of long rows may hold fewer than `limit`."""
+    dataset = _find(services, dataset_id)
+    blob = Blob(dataset.sha256, dataset.stored_bytes)
+    return page_of_lines(services.blobs, blob, cursor=cursor, limit=limit)
+
+
+@router.get("/datasets/{id}/stats", responses=errors(DatasetNotFound))
+def get_dataset_stats(dataset_id: DatasetId, services: Context) -> DatasetStatsView:
+    """How long prompts and answers are, in characters, what repeats, and what looks like personal data."""
+    dataset = _find(services, dataset_id)
+    report = dataset.report
+    return DatasetStatsView.model_validate(
+        {
+            **{name: report.get(name) for name in ("duplicates", "prompt_chars", "answer_chars")},
+            "dataset_id": dataset.id,
+            "rows": dataset.rows,
+            "stored_bytes": dataset.stored_bytes,
+            "personal": {kind: found["rows"] for kind, found in report.get("personal", {}).items()},
+        }
+    )
 
 
 @router.delete("/datasets/{id}", responses=errors(DatasetNotFound, DatasetInUse))

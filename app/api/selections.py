@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import APIRouter, Query
 from pydantic import JsonValue
 
 from app.api.context import Context, Cursor, Limit, SelectionId, Services
-from app.api.cursors import read_cursor, write_cursor
 from app.api.documentation import errors
-from app.blobs import BlobStore
+from app.api.stored_lines import page_of_lines
+from app.blobs import Blob
 from app.db.selections import SelectionRecord, get_selection
 from app.errors import CursorInvalid, SelectionNotFound
 from app.views import Page, SelectionView
@@ -34,42 +32,10 @@ def get_selection_rows(
 ) -> Page[dict[str, JsonValue]]:
     """The rows in file order: line, score, rank and whether each was kept; the text of kept rows only."""
     found = _find(services, selection_id)
-    start = _offset(services.blobs, cursor, found)
-    rows: list[dict[str, Any]] = []
-    for offset, line in _lines(services.blobs, found.sha256, start, found.size_bytes):
-        row = json.loads(line)
-        if kept is not None and row.get("kept") is not kept:
-            continue
-        if len(rows) == limit:  # one more than asked for, so there is a next page, and it begins here
-            return Page(data=rows, has_more=True, next_cursor=write_cursor([offset]))
-        rows.append(row)
-    return Page(data=rows, has_more=False)
-
-
-def _lines(blobs: BlobStore, sha256: str, start: int, size: int) -> Iterator[tuple[int, bytes]]:
-    """Yield each line with the offset at which it begins; the file never changes, so an offset is a good cursor."""
-    if start >= size:
-        return
-    rest, offset = b"", start
-    for chunk in blobs.stream(sha256, start, size):
-        *lines, rest = (rest + chunk).split(b"\n")
-        for line in lines:
-            yield offset, line
-            offset += len(line) + 1
-    if rest:
-        yield offset, rest
-
-
-def _offset(blobs: BlobStore, cursor: str | None, found: SelectionRecord) -> int:
-    if cursor is None:
-        return 0
-    value = read_cursor(cursor)
-    if not (isinstance(value, list) and len(value) == 1 and type(value[0]) is int):
-        raise CursorInvalid()
-    offset = int(value[0])
-    if not 0 < offset < found.size_bytes or b"".join(blobs.stream(found.sha256, offset - 1, offset)) != b"\n":
-        raise CursorInvalid()
-    return offset
+    blob = Blob(found.sha256, found.size_bytes)
+    return page_of_lines(
+        services.blobs, blob, cursor=cursor, limit=limit, want=lambda row: kept is None or row.get("kept") is kept
+    )
 
 
 def _find(services: Services, selection_id: str) -> SelectionRecord:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import datetime
 
-from sqlalchemy import exists, func, insert, or_, select, update
+from sqlalchemy import ColumnElement, exists, func, insert, or_, select, update
 
 from app.db.engine import Connection, Json
 from app.db.ids import new_id
@@ -86,11 +86,43 @@ def is_needed(conn: Connection, dataset_id: str) -> bool:
     return bool(conn.execute(select(exists().where(of_it, jobs.c.finished_at.is_(None)))).scalar_one())
 
 
-def list_datasets(conn: Connection, *, limit: int, before: str | None = None) -> list[Dataset]:
-    """Newest first; `before` is the id of the last one of the page before."""
-    query = select(datasets).where(datasets.c.deleted_at.is_(None)).order_by(datasets.c.id.desc()).limit(limit)
-    if before is not None:
-        query = query.where(datasets.c.id < before)
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DatasetFilter:
+    """Which datasets a list holds; None: any."""
+
+    q: str | None = None
+    """Stands in the name, in upper or lower case."""
+    format: str | None = None
+    content_hash: str | None = None
+    created_after: datetime | None = None
+    created_before: datetime | None = None
+
+
+def list_datasets(
+    conn: Connection,
+    *,
+    limit: int,
+    after: str | None = None,
+    oldest_first: bool = False,
+    only: DatasetFilter = DatasetFilter(),
+) -> list[Dataset]:
+    """Newest or oldest first; `after` is the id of the last one of the page before."""
+    conditions: list[ColumnElement[bool]] = [datasets.c.deleted_at.is_(None)]
+    if after is not None:
+        conditions.append(datasets.c.id > after if oldest_first else datasets.c.id < after)
+    if only.q is not None:
+        conditions.append(datasets.c.name.icontains(only.q, autoescape=True))
+    conditions += [
+        datasets.c[name] == value
+        for name, value in (("format", only.format), ("content_hash", only.content_hash))
+        if value is not None
+    ]
+    if only.created_after is not None:
+        conditions.append(datasets.c.created_at >= only.created_after)
+    if only.created_before is not None:
+        conditions.append(datasets.c.created_at < only.created_before)
+    order = datasets.c.id if oldest_first else datasets.c.id.desc()
+    query = select(datasets).where(*conditions).order_by(order).limit(limit)
     return [Dataset(**row._mapping) for row in conn.execute(query)]
 
 

@@ -258,7 +258,7 @@ def test_a_signature_is_in_the_answer_and_nowhere_else(
     with s3.engine.connect() as conn:
         kept = [
             str(row)
-            for table in ("idempotency_keys", "audit_log", "uploads", "upload_parts")
+            for table in ("idempotency_keys", "audit", "uploads", "upload_parts")
             for row in conn.exec_driver_sql(f"select to_jsonb(t)::text from {table} t")
         ]
     told, ours = capfd.readouterr(), [one for one in caplog.records if one.name.startswith("app")]
