@@ -19,11 +19,11 @@ from typing import Annotated, Any
 import typer
 from pydantic import ValidationError
 from rich.console import Console
-from rich.table import Table
 
 from app.bench_commands import add_to
 from app.errors import JobFailure, ProcessFailed
 from app.key_commands import keys
+from app.model_commands import models
 from app.processes import Terminated, raise_on_term
 from app.progress import watching, watching_steps
 from app.report import foreseen, headline
@@ -32,6 +32,7 @@ from app.settings import Settings
 from p2d.client import Client, DownloadCorrupt, Job, NoSuchFile, ServiceProblem, ServiceUnreachable
 from p2d.config import JobConfig, check
 from p2d.errors import DatasetFileMissing, P2DError
+from p2d.sources import named_source
 from p2d.wording import counted
 from p2d.work_folder import NAME as WORK_FOLDER
 
@@ -42,7 +43,6 @@ err = Console(stderr=True, highlight=False, soft_wrap=True)
 cli = typer.Typer(
     help="Adapt a language model through its attention heads.", no_args_is_help=True, add_completion=False
 )
-models = typer.Typer(help="The base models on this machine.", no_args_is_help=True)
 cli.add_typer(models, name="models")
 cli.add_typer(keys, name="keys")
 add_to(cli)
@@ -50,7 +50,13 @@ add_to(cli)
 Url = Annotated[str, typer.Option(envvar="P2D_URL", help="Address of the service.")]
 DEFAULT_URL = "http://127.0.0.1:8321"
 
-Data = Annotated[str, typer.Option(help="Dataset file, or the id of one that the service has.")]
+Data = Annotated[
+    str,
+    typer.Option(
+        help="Dataset file, id of a dataset, or where the service is to fetch one: https://..., s3://bucket/key, or "
+        "hf:owner/name[@revision][/config/split], hf:owner/name[@revision]:path."
+    ),
+]
 Validation = Annotated[str, typer.Option(help="Held-out rows likewise; without them, some of the dataset's.")]
 Kind = Annotated[str, typer.Option(help="identify_heads, select_data or adapt.")]
 Recipe = Annotated[str, typer.Option(help="default, or paper as published.")]
@@ -196,15 +202,20 @@ def submit(
 
 @cli.command()
 def upload(
-    file: Annotated[Path, typer.Argument(help="Dataset file.")],
+    file: Annotated[Path | None, typer.Argument(help="Dataset file.")] = None,
+    source: Annotated[str, typer.Option(help="Where the service is to fetch it instead, as for submit --data.")] = "",
     map_: Map = [],  # noqa: B006
     url: Url = DEFAULT_URL,
 ) -> None:
     """Store and check a dataset; prints its id, for any number of jobs. Large files go in parts."""
-    if not file.is_file():
+    if (file is None) == (not source):
+        raise typer.BadParameter("give a file, or --source")
+    if source and named_source(source) is None:
+        raise typer.BadParameter("expected https://..., s3://... or hf:owner/name", param_hint="--source")
+    if file is not None and not file.is_file():
         raise DatasetFileMissing(f"There is no file {str(file)!r}.")
     with Client(url) as client:
-        out.print(client.upload(file, mapping=_mapping(map_)))
+        out.print(client.upload(file or source, mapping=_mapping(map_)))
 
 
 @cli.command()
@@ -321,54 +332,6 @@ def export(model: Path, adapter: Path, to: Path) -> None:
     out.print(f"The LoRA is in {to}.", markup=False)
 
 
-@models.command("add")
-def models_add(
-    name: str,
-    directory: Annotated[Path | None, typer.Argument(help="A safetensors model directory to copy.")] = None,
-    gguf: Annotated[Path | None, typer.Option(help="A GGUF file to convert instead.")] = None,
-) -> None:
-    """Install a base model under a name."""
-    from app.models import install_directory, model_place
-
-    models_dir = Settings().models_dir
-    if (directory is None) == (gguf is None):
-        raise typer.BadParameter("give a directory, or --gguf FILE")
-    if directory is not None:
-        info = install_directory(models_dir, name, directory)
-    elif gguf is not None:
-        from p2d.models import convert_gguf
-
-        info = convert_gguf(gguf, model_place(models_dir, name))
-    out.print(f"{name}: {info.model_type}, {info.parameters / 1e6:.0f} M parameters, digest {info.digest[:12]}")
-
-
-@models.command("check")
-def models_check(directory: Annotated[Path, typer.Argument(help="A safetensors model directory.")]) -> None:
-    """Say whether a model directory can be used, and why not; installs nothing."""
-    from p2d.model_info import read_model_info
-
-    info = read_model_info(directory.resolve())
-    groups = f"{info.n_heads} heads in {info.n_kv_groups} key-value groups"
-    out.print(
-        f"{info.name} can be used: {info.model_type}, {info.n_layers} layers of {groups}, digest {info.digest[:12]}"
-    )
-
-
-@models.command("list")
-def models_list() -> None:
-    """Show the installed base models."""
-    from p2d.model_info import list_models
-
-    table = Table("name", "family", "parameters", "heads", "digest")
-    for name, info in list_models(Settings().models_dir):
-        if isinstance(info, P2DError):
-            table.add_row(name, f"not usable: {info.text}")
-        else:
-            heads = f"{info.n_layers} x {info.n_heads}"
-            table.add_row(name, info.model_type, f"{info.parameters / 1e6:.0f} M", heads, info.digest[:12])
-    out.print(table)
-
-
 # --- both -------------------------------------------------------------------------------------------------------------
 
 
@@ -406,7 +369,7 @@ def _with_servers(*names: str) -> Settings:
 def _dataset(given: str) -> Path | str:
     if Path(given).is_file():
         return Path(given)
-    if given.startswith("ds_"):
+    if given.startswith("ds_") or named_source(given) is not None:
         return given
     raise DatasetFileMissing(f"There is no file {given!r}.")
 

@@ -20,7 +20,7 @@ import random
 import time
 import uuid
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -28,11 +28,35 @@ from typing import Any, Self
 import httpx
 
 from p2d.config import JobConfig
-from p2d.errors import ErrorDetail
 from p2d.files import sha256_of
+from p2d.service_answers import (
+    Artifact,
+    DownloadCorrupt,
+    Event,
+    Job,
+    NoSuchFile,
+    ServiceProblem,
+    ServiceUnreachable,
+    job_of,
+)
+from p2d.sources import named_source
 
-FINAL = frozenset({"succeeded", "failed", "cancelled"})
-"""Statuses of a job that has ended; only a retry changes them again."""
+__all__ = [
+    "Artifact",
+    "Client",
+    "Data",
+    "DownloadCorrupt",
+    "Event",
+    "Job",
+    "NoSuchFile",
+    "ServiceProblem",
+    "ServiceUnreachable",
+    "without_defaults",
+]
+
+Data = Path | str | Mapping[str, Any]
+"""A dataset: a file, the id of one that the service has, what `p2d.sources` reads as a source, or JSON as POST /datasets takes it
+(`{"source": {...}}`, `{"rows": [...]}`)."""
 
 RETRY_STATUS = frozenset({429, 502, 503, 504})
 """Answers that mean: the same request can work in a moment."""
@@ -42,72 +66,6 @@ PARTS_FROM_BYTES = 64 << 20
 
 STREAM_SILENCE_S = 60.0
 """A stream silent for so long is cut: the service writes a comment line every 15 s."""
-
-
-class ServiceProblem(Exception):
-    """The service refused or failed a request: the problem+json as attributes, its text as message."""
-
-    def __init__(self, status: int, body: Mapping[str, Any]) -> None:
-        self.status = status
-        self.code = str(body.get("code", "http.error"))
-        self.fault = str(body.get("fault", "service"))
-        self.retryable = bool(body.get("retryable", False))
-        self.hint = str(body.get("hint", ""))
-        self.request_id = str(body.get("request_id", ""))
-        known = ErrorDetail.__dataclass_fields__
-        details = [{key: value for key, value in entry.items() if key in known} for entry in body.get("errors") or []]
-        self.errors = tuple(ErrorDetail(**entry) for entry in details)
-        self.errors_total = int(body.get("errors_total", len(self.errors)))
-        super().__init__(str(body.get("detail") or body.get("title") or f"The service answered {status}."))
-
-
-class ServiceUnreachable(Exception):
-    """Nobody answers at the address, or the connection broke more often than the client retries."""
-
-
-class DownloadCorrupt(Exception):
-    """A file arrived whole, but not with the sha256 that the service registered."""
-
-
-class NoSuchFile(Exception):
-    """The job has no file of that name (yet)."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Job:
-    """A job as the service shows it; `raw` has the fields that this client does not name."""
-
-    id: str
-    kind: str
-    status: str
-    stage: str | None
-    progress: float
-    error: Mapping[str, Any] | None
-    raw: Mapping[str, Any]
-
-    @property
-    def is_final(self) -> bool:
-        """Whether the job has ended."""
-        return self.status in FINAL
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Event:
-    """One event of a job; `end` is the last, unless the job is retried."""
-
-    seq: int
-    type: str
-    data: Mapping[str, Any]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Artifact:
-    """One file of a job."""
-
-    id: str
-    name: str
-    sha256: str
-    size_bytes: int
 
 
 class Client:
@@ -148,28 +106,28 @@ class Client:
         job: JobConfig | Mapping[str, Any],
         *,
         base_model: str | None = None,
-        dataset: Path | str,
-        validation_dataset: Path | str | None = None,
+        dataset: Data,
+        validation_dataset: Data | None = None,
         mapping: Mapping[str, str] | None = None,
         idempotency_key: str | None = None,
     ) -> Job:
-        """Send a job. A Path is uploaded, a str is the id of a dataset that the service has.
+        """Send a job. A Path is uploaded; a str is the id of a dataset that the service has, or where it is to fetch one.
 
-        `mapping` says field -> column where the files name their columns otherwise: `{"prompt": "Frage"}`.
+        `mapping` says field -> column where the data name their columns otherwise: `{"prompt": "Frage"}`.
 
         Sent again after a cut it still makes one job: the request carries an Idempotency-Key.
         Raises: ServiceProblem with every fault in `errors`.
         """
         headers = {"Idempotency-Key": idempotency_key or str(uuid.uuid4())}
-        return _job(self._send_job("/jobs", job, base_model, dataset, validation_dataset, mapping, headers))
+        return job_of(self._send_job("/jobs", job, base_model, dataset, validation_dataset, mapping, headers))
 
     def estimate(
         self,
         job: JobConfig | Mapping[str, Any],
         *,
         base_model: str | None = None,
-        dataset: Path | str,
-        validation_dataset: Path | str | None = None,
+        dataset: Data,
+        validation_dataset: Data | None = None,
         mapping: Mapping[str, str] | None = None,
     ) -> Mapping[str, Any]:
         """What a job would take, as POST /estimates answers: seconds as intervals, bytes, AER; nothing is made or stored."""
@@ -181,8 +139,8 @@ class Client:
         path: str,
         job: JobConfig | Mapping[str, Any],
         base_model: str | None,
-        dataset: Path | str,
-        validation_dataset: Path | str | None,
+        dataset: Data,
+        validation_dataset: Data | None,
         mapping: Mapping[str, str] | None,
         headers: dict[str, str],
     ) -> Any:
@@ -191,16 +149,23 @@ class Client:
         body |= {"mapping": dict(mapping)} if mapping else {}
         given = {"dataset": dataset, "validation_dataset": validation_dataset}
         files = {name: value for name, value in given.items() if isinstance(value, Path)}
-        body |= {name: value for name, value in given.items() if isinstance(value, str)}
+        body |= {name: _named(value) for name, value in given.items() if isinstance(value, (str, Mapping))}
         if not files:
-            return self._json("POST", path, headers=headers, json=body)
+            return self._json("POST", path, headers=headers, json=body, **_patience(body))
         return self._upload(path, files, {"job": json.dumps(body)}, headers)
 
-    def upload(self, dataset: Path, *, mapping: Mapping[str, str] | None = None) -> str:
+    def upload(self, dataset: Data, *, mapping: Mapping[str, str] | None = None) -> str:
         """Store and check a dataset; returns its id. `mapping` as for `submit`.
 
         A file above PARTS_FROM_BYTES goes in parts, so that a broken connection costs one part.
         """
+        if not isinstance(dataset, Path):
+            body = _named(dataset)
+            if isinstance(body, str):
+                raise ValueError(f"{dataset!r} names no source; expected https://..., s3://... or hf:owner/name")
+            body |= {"mapping": dict(mapping)} if mapping else {}
+            headers = {"Idempotency-Key": str(uuid.uuid4())}
+            return str(self._json("POST", "/datasets", headers=headers, json=body, **_patience(body))["id"])
         if dataset.stat().st_size > PARTS_FROM_BYTES:
             return self._upload_in_parts(dataset, {"mapping": dict(mapping)} if mapping else {})
         headers = {"Idempotency-Key": str(uuid.uuid4())}
@@ -225,12 +190,12 @@ class Client:
 
     def job(self, job_id: str) -> Job:
         """The job as it is now."""
-        return _job(self._json("GET", f"/jobs/{job_id}"))
+        return job_of(self._json("GET", f"/jobs/{job_id}"))
 
     def jobs(self, **filters: str) -> Iterator[Job]:
         """All jobs, newest first, page by page; filters as in GET /jobs."""
         for entry in self._pages("/jobs", filters):
-            yield _job(entry)
+            yield job_of(entry)
 
     def cancel(self, job_id: str) -> Job:
         """Ask the job to stop."""
@@ -251,7 +216,7 @@ class Client:
     def clone(self, job_id: str, patch: Mapping[str, Any] | None = None, *, idempotency_key: str | None = None) -> Job:
         """Send the request of a job again, changed by a JSON merge patch; returns the new job."""
         headers = {"Idempotency-Key": idempotency_key or str(uuid.uuid4())}
-        return _job(self._json("POST", f"/jobs/{job_id}/clone", headers=headers, json=dict(patch or {})))
+        return job_of(self._json("POST", f"/jobs/{job_id}/clone", headers=headers, json=dict(patch or {})))
 
     def models(self) -> list[Mapping[str, Any]]:
         """The base models that the service has."""
@@ -330,7 +295,7 @@ class Client:
 
     def _move(self, job_id: str, move: str) -> Job:
         headers = {"Idempotency-Key": str(uuid.uuid4())}
-        return _job(self._json("POST", f"/jobs/{job_id}/{move}", headers=headers))
+        return job_of(self._json("POST", f"/jobs/{job_id}/{move}", headers=headers))
 
     def _fetch_rest(self, artifact: Artifact, partial: Path, start: int) -> None:
         headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if start else {})
@@ -393,6 +358,20 @@ class Client:
             if failures < self._retries:
                 self._sleep(wait_s)
         raise last
+
+
+def _named(data: str | Mapping[str, Any]) -> str | dict[str, Any]:
+    """What a job's JSON says of a dataset that is no file here."""
+    if not isinstance(data, str):
+        return dict(data)
+    source = named_source(data)
+    return data if source is None else {"source": source}
+
+
+def _patience(body: Mapping[str, Any]) -> dict[str, None]:
+    """No time limit where the service fetches data before it answers."""
+    given = (body, body.get("dataset"), body.get("validation_dataset"))
+    return {"timeout": None} if any(isinstance(one, Mapping) and "source" in one for one in given) else {}
 
 
 def _size(path: Path) -> int:
@@ -461,15 +440,3 @@ def _parse_events(lines: Iterator[str]) -> Iterator[Event]:
 def _backoff_s(failures: int) -> float:
     # Full jitter, so that clients cut together do not come back together.
     return random.uniform(0.1, min(10.0, 0.25 * 2.0**failures))  # noqa: S311
-
-
-def _job(body: Mapping[str, Any]) -> Job:
-    return Job(
-        id=body["id"],
-        kind=body["kind"],
-        status=body["status"],
-        stage=body.get("stage"),
-        progress=float(body.get("progress") or 0.0),
-        error=body.get("error"),
-        raw=body,
-    )

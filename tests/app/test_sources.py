@@ -15,10 +15,13 @@ import pyarrow.parquet
 import pytest
 from obstore.store import S3Store
 from pydantic import SecretStr
+from typer.testing import CliRunner
 
+from app.cli import cli
 from app.core.sources import fetch_object
 from app.dataset_errors import SourceRefused
 from app.settings import Settings
+from p2d.client import Client, ServiceProblem
 from tests.app.conftest import Api, rows, serving
 from tests.hub import COMMIT, repository
 from tests.s3_server import KEYS
@@ -300,3 +303,71 @@ def test_hosts_are_set_with_commas(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Settings().egress == ("data.example", "*.hf.co")
     monkeypatch.setenv("P2D_EGRESS", "")
     assert Settings().egress == ()
+
+
+# --- from the command line and from Python ---------------------------------------------------------------------------
+
+
+def p2d(api: Api, *arguments: str) -> str:
+    """What a command prints."""
+    done = CliRunner().invoke(cli, [*arguments, "--url", api.url])
+    if done.exception is not None and not isinstance(done.exception, SystemExit):
+        raise done.exception
+    return done.output.strip()
+
+
+def last_line(printed: str) -> str:
+    """The id: the service in this process has logged before it."""
+    return printed.splitlines()[-1]
+
+
+def test_sources_are_taken_on_the_command_line(fetching: Api, world: World) -> None:
+    world.serve("/cli.jsonl", rows(40, start=11_000))
+    serve_repository(world, {"en/train.jsonl": rows(12, start=11_100), "de/train.jsonl": rows(3)}, revision="v1")
+
+    dataset = last_line(p2d(fetching, "upload", "--source", "https://data.example/cli.jsonl"))
+    job_id = last_line(
+        p2d(
+            fetching,
+            *("submit", "--base-model", "stub", "--data", dataset, "--validation", "hf:owner/sums@v1/en/train"),
+            *("--set", "heads.proxy_rows=8"),
+        )
+    )
+    foreseen = p2d(
+        fetching,
+        *("submit", "--base-model", "stub", "--data", "https://data.example/cli.jsonl", "--dry-run"),
+        *("--set", "heads.proxy_rows=8"),
+    )
+
+    job = fetching.http.get(f"/jobs/{job_id}").json()
+    source = fetching.http.get(f"/datasets/{job['validation_dataset_id']}/report").json()["source"]
+    assert job["dataset_id"] == dataset
+    assert (source["config"], source["split"], source["files"][0]["path"]) == ("en", "train", "en/train.jsonl")
+    assert "AER" in foreseen
+
+
+@pytest.mark.parametrize("arguments", [(), ("x.jsonl", "--source", "hf:a/b"), ("--source", "ftp://data.example/x")])
+def test_upload_takes_one_file_or_one_source(fetching: Api, arguments: tuple[str, ...]) -> None:
+    assert "Usage" in p2d(fetching, "upload", *arguments)
+
+
+def test_what_the_service_says_of_a_source_is_said_on(fetching: Api) -> None:
+    with pytest.raises(ServiceProblem, match="owner/name") as refused:
+        p2d(fetching, "upload", "--source", "hf:one")
+
+    assert (refused.value.code, refused.value.errors[0].pointer) == ("source.invalid", "/source")
+
+
+def test_the_client_takes_sources_and_rows(fetching: Api, world: World) -> None:
+    world.serve("/client.jsonl", rows(40, start=12_000))
+    written = {"rows": [{"Q": f"{n}?", "A": str(n)} for n in range(20)]}
+    body = {"kind": "adapt", "base_model": "stub", "heads": {"proxy_rows": 8}}
+
+    with Client(fetching.url) as client:
+        made = client.upload(written, mapping={"prompt": "Q", "answer": "A"})
+        job = client.submit(body, dataset="https://data.example/client.jsonl", validation_dataset=made)
+        with pytest.raises(ValueError, match="no source"):
+            client.upload("ds_1")
+
+    assert fetching.http.get(f"/datasets/{job.raw['dataset_id']}").json()["rows"] == 40
+    assert job.raw["validation_dataset_id"] == made
