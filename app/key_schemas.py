@@ -12,6 +12,9 @@ from app.views import View
 
 Scope = Literal["read", "write", "admin"]
 
+Deleted = Literal["job", "dataset", "head_map"]
+"""What a receipt can be about."""
+
 MAX_DAYS = 3650
 """Longest life of a key that expires."""
 
@@ -63,7 +66,7 @@ class ReceiptView(View):
     something else has the same."""
 
     id: str
-    what: Literal["job", "dataset"]
+    what: Deleted
     deleted_at: datetime
     sha256: list[str] = Field(description="Of every stored file that it had.")
     audit_id: str = Field(description="The entry of the audit log that says so.")

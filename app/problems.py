@@ -23,6 +23,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 import app.access_errors as access_errors
 import app.dataset_errors as dataset_errors
 import app.errors as service_errors
+import app.result_errors as result_errors
 from app.db.engine import DatabaseUnavailable, PoolTimeout
 from app.db.ids import new_id
 from p2d.errors import ErrorDetail, P2DError
@@ -86,6 +87,8 @@ STATUS = {
     "artifact.not_found": 404,
     "head_map.not_found": 404,
     "head_map.mismatch": 409,
+    "head_map.invalid": 422,
+    "head_map.in_use": 409,
     "selection.not_found": 404,
     "selection.mismatch": 409,
     "idempotency.mismatch": 422,
@@ -94,6 +97,7 @@ STATUS = {
     "job.already_final": 409,
     "job.move_not_allowed": 409,
     "job.in_use": 409,
+    "job.results_gone": 409,
     # Why a job ended: met in `job.error`; the status is what an answer with this code would have.
     "job.cancelled": 409,
     "job.failed": 500,
@@ -143,6 +147,7 @@ def catalogue() -> dict[str, type[P2DError]]:
     assert service_errors  # imported, so that its subclasses are known
     assert access_errors
     assert dataset_errors
+    assert result_errors
     found: dict[str, type[P2DError]] = {}
     todo: list[type[P2DError]] = [P2DError]
     while todo:

@@ -253,20 +253,6 @@ class ArtifactView(View):
     created_at: datetime
 
 
-class HeadMapView(View):
-    """A head map: a score for every head, the recipe that made it and how reproducible it is."""
-
-    id: str
-    job_id: str
-    artifact_id: str
-    base_model: str
-    model_digest: str
-    dataset_id: str
-    scorer: str
-    created_at: datetime
-    map: dict[str, JsonValue] = Field(description="The file `head_map.json`.")
-
-
 class SelectionView(View):
     """A selection: a score for every row of a dataset."""
 

@@ -136,6 +136,18 @@ class HeadMap:
             writer.writerow((rank, layer, head, self.scores[layer][head]))
         return text.getvalue()
 
+    def to_npz(self) -> bytes:
+        """A NumPy archive without pickles: `scores` [layer, head] and, where the map has them, `halves` [half, layer, head].
+
+        float64, so that every number is the one in head_map.json.
+        """
+        import numpy as np
+
+        arrays = {"scores": np.array(self.scores)} | ({"halves": np.array(self.halves)} if self.halves else {})
+        content = io.BytesIO()
+        np.savez(content, allow_pickle=False, **arrays)
+        return content.getvalue()
+
     def to_svg(self, ratio: float = DEFAULT_RATIO) -> str:
         """Layers from the bottom up, heads from left to right; the darker the higher ranked, the ratio's heads outlined."""
         return _svg(self, ratio)

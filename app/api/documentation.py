@@ -10,6 +10,7 @@ from pydantic import BaseModel, TypeAdapter
 
 from app.key_schemas import KeyBody
 from app.problems import MEDIA_TYPE, STATUS
+from app.result_schemas import BODIES
 from app.schemas import (
     CompleteBody,
     JobBody,
@@ -83,6 +84,29 @@ JOB_BODY = {
     }
 }
 
+HEAD_MAP_BODY = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "application/json": {"schema": {"$ref": "#/components/schemas/HeadMapBody"}},
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "description": "Either `job` and `dataset`, as in POST /jobs, or `head_map` alone.",
+                    "properties": {
+                        "dataset": _FILE,
+                        "validation_dataset": _FILE,
+                        "job": {"$ref": "#/components/schemas/HeadMapBody"},
+                        "head_map": {"type": "string", "format": "binary", "description": "A head_map.json."},
+                    },
+                    "additionalProperties": False,
+                },
+                "encoding": {"job": {"contentType": "application/json"}},
+            },
+        },
+    }
+}
+
 _PATCH = {
     "type": "object",
     "description": "A JSON merge patch (RFC 7396) of a job's body: only what is to differ; null means the default.",
@@ -139,6 +163,7 @@ MODELS: tuple[type[BaseModel], ...] = (
     *(JobBody, JobPatch, SourceBody, RowsBody),
     *(UploadBody, PartUrlBody, StoredPartBody, CompleteBody),
     *(KeyBody, ModelCheckBody, Problem),
+    *BODIES,
 )
 """Bodies that FastAPI does not parse itself, and the shape of every error."""
 

@@ -1,31 +1,97 @@
-"""Head maps: the scores of all heads, as JSON, picture or table. Which heads a ratio picks is a view of it."""
+"""Head maps: made alone or imported, listed, compared, and the scores of all heads as JSON, table, array or picture.
+
+Which heads a ratio picks is a view of a map.
+"""
 
 from __future__ import annotations
 
 import json
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request, Response
+from fastapi.concurrency import run_in_threadpool
 
+from app.access_errors import StorageFull, TooManyJobs
+from app.api.bodies import Received, read_json, receive
 from app.api.content import send_blob
-from app.api.context import Context, HeadMapId, Services
-from app.api.documentation import errors
+from app.api.context import Context, Cursor, HeadMapId, IdempotencyKey, Limit, Services, page_after, page_of
+from app.api.documentation import HEAD_MAP_BODY, errors
+from app.api.head_map_imports import import_head_map
+from app.api.idempotency import Once
+from app.api.job_requests import FILES, REFUSALS, parse_job
+from app.api.jobs import queue_job
+from app.api.receipts import receipt
 from app.blobs import Blob
-from app.db.head_maps import HeadMapRecord, get_head_map
-from app.errors import HeadMapNotFound
-from app.views import HeadMapView
+from app.core.results import delete_head_map
+from app.db.head_maps import HeadMapRecord, get_head_map, list_head_maps
+from app.errors import HeadMapMismatch, HeadMapNotFound, IdempotencyInFlight, IdempotencyMismatch, RequestInvalid
+from app.key_schemas import ReceiptView
+from app.result_errors import HeadMapInUse, HeadMapInvalid
+from app.result_schemas import HeadMapBody, HeadMapDiffView, HeadMapSummary, HeadMapView
+from app.views import JobView, Page
 from p2d.config import DEFAULT_RATIO
+from p2d.errors import ErrorDetail
+from p2d.head_map_diff import compare
 from p2d.head_maps import HeadMap
 
 router = APIRouter(tags=["head maps"])
 
 Ratio = Annotated[float, Query(gt=0, le=1, allow_inf_nan=False, description="Share of heads that is outlined.")]
+KeptRatio = Annotated[float, Query(gt=0, le=1, allow_inf_nan=False, description="Share of heads that each map keeps.")]
+With = Annotated[str, Query(alias="with", max_length=64, description="Id of the head map to compare with.")]
+OfModel = Annotated[str | None, Query(max_length=128, description="Only those of this base model, by its name.")]
+OfDataset = Annotated[str | None, Query(max_length=64, description="Only those over this dataset, by its id.")]
+OfScorer = Annotated[str | None, Query(max_length=64, description="Only those of this scorer.")]
+
+_IMPORTED: dict[int | str, dict[str, Any]] = {
+    201: {"model": HeadMapSummary, "description": "The head map was imported."},
+}
+_MORE = (IdempotencyInFlight, IdempotencyMismatch, StorageFull, TooManyJobs, HeadMapInvalid)
 
 
 def _file(media_type: str) -> dict[int | str, dict[str, object]]:
     return {200: {"description": "The file.", "content": {media_type: {}}}}
+
+
+@router.post(
+    "/head-maps",
+    status_code=202,
+    response_model=JobView,
+    responses={**_IMPORTED, **errors(*REFUSALS, *_MORE)},
+    openapi_extra=HEAD_MAP_BODY,
+)
+async def create_head_map(request: Request, services: Context, key: IdempotencyKey) -> Response:
+    """Score all heads for a dataset: 202 with a job of kind `identify_heads`, whose `head_map` it then is.
+
+    With the form's file `head_map` instead: take in a head map that was made elsewhere. It is checked against the installed
+    base model of its digest.
+    """
+    files = (*FILES, "head_map")
+    async with receive(request, services.settings, files=files, json_part="job", json=True) as received:
+        make = import_head_map if "head_map" in received.files else _create
+        return await run_in_threadpool(make, services, received, key)
+
+
+@router.get("/head-maps")
+def get_head_maps(
+    services: Context,
+    limit: Limit = 20,
+    cursor: Cursor = None,
+    base_model: OfModel = None,
+    dataset: OfDataset = None,
+    scorer: OfScorer = None,
+) -> Page[HeadMapSummary]:
+    """All head maps, newest first."""
+    before = page_after(cursor)
+    with services.engine.connect() as conn:
+        found = list_head_maps(
+            conn, limit=limit + 1, before=before, base_model=base_model, dataset_id=dataset, scorer=scorer
+        )
+    views = [HeadMapSummary.model_validate(one) for one in found]
+    return Page[HeadMapSummary].model_validate(page_of(views, [one.id for one in found], limit))
 
 
 # The paths with an ending come first: `{id}` would take `hm_....svg` too.
@@ -69,13 +135,62 @@ def get_head_map_csv(head_map_id: HeadMapId, services: Context) -> Response:
     return Response(_load(services, _find(services, head_map_id)).to_csv(), media_type="text/csv")
 
 
+@router.get(
+    "/head-maps/{id}.npz",
+    response_class=Response,
+    responses={**_file("application/octet-stream"), **errors(HeadMapNotFound)},
+)
+def get_head_map_npz(head_map_id: HeadMapId, services: Context) -> Response:
+    """A NumPy archive: `scores` [layer, head] and, of maps that have them, `halves` [half, layer, head]; float64, no pickles."""
+    headers = {"Content-Disposition": f'attachment; filename="{head_map_id}.npz"', "X-Content-Type-Options": "nosniff"}
+    content = _load(services, _find(services, head_map_id)).to_npz()
+    return Response(content, media_type="application/octet-stream", headers=headers)
+
+
+@router.get("/head-maps/{id}/diff", responses=errors(HeadMapNotFound, HeadMapMismatch))
+def diff_head_maps(
+    head_map_id: HeadMapId, services: Context, other: With, ratio: KeptRatio = DEFAULT_RATIO
+) -> HeadMapDiffView:
+    """Two head maps side by side: rank correlation, whole and by layer, and how many of the kept heads they share against chance.
+
+    Their models may differ, as long as layers and heads are of the same number.
+    """
+    records = _find(services, head_map_id), _find(services, other)
+    one, two = (_load(services, record) for record in records)
+    if (one.n_layers, one.n_heads) != (two.n_layers, two.n_heads):
+        text = f"{one.n_layers} layers of {one.n_heads} heads cannot be compared with {two.n_layers} of {two.n_heads}."
+        raise HeadMapMismatch(text)
+    found = asdict(compare(one, two, ratio))
+    same = one.model_digest == two.model_digest
+    return HeadMapDiffView.model_validate(
+        {**found, "head_map": head_map_id, "with_head_map": other, "same_model": same}
+    )
+
+
 @router.get("/head-maps/{id}", responses=errors(HeadMapNotFound))
 def get_one_head_map(head_map_id: HeadMapId, services: Context) -> HeadMapView:
     """A head map with all its scores; a later job may name it as `heads.head_map`."""
     found = _find(services, head_map_id)
     content = json.loads(b"".join(services.blobs.stream(found.sha256)))
-    fields = {name: getattr(found, name) for name in HeadMapView.model_fields if name != "map"}
-    return HeadMapView.model_validate({**fields, "map": content})
+    return HeadMapView.model_validate({**asdict(found), "map": content})
+
+
+@router.delete("/head-maps/{id}", responses=errors(HeadMapNotFound, HeadMapInUse))
+def delete_one_head_map(head_map_id: HeadMapId, services: Context) -> ReceiptView:
+    """Delete a head map and its file. Refused while a job that has not ended needs it; its job stays."""
+    with services.engine.begin() as conn:
+        return receipt(services, conn, "head_map", head_map_id, delete_head_map(conn, head_map_id))
+
+
+def _create(services: Services, received: Received, key: str | None) -> Response:
+    if received.json is None:
+        text = "Send the part 'job' with what to score, or the part 'head_map' with a file to import."
+        raise RequestInvalid(text, errors=[ErrorDetail(code="field.missing", message=text, pointer="/job")])
+    asked = read_json(HeadMapBody, received.json).model_dump(mode="json", exclude_unset=True)
+    job = Received(received.files, json.dumps({**asked, "kind": "identify_heads"}).encode(), received.plain)
+    body = parse_job(job)
+    once = Once.of("POST /head-maps", key, body.model_dump(mode="json"), job)
+    return queue_job(services, body, job, once)
 
 
 def _find(services: Services, head_map_id: str) -> HeadMapRecord:

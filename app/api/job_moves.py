@@ -44,6 +44,7 @@ from app.errors import (
 )
 from app.key_schemas import ReceiptView
 from app.problems import invalid
+from app.result_errors import ResultsGone
 from app.schemas import MAX_METADATA, JobPatch
 from app.views import JobView
 from p2d.errors import ErrorDetail
@@ -89,7 +90,7 @@ def resume_job(job_id: JobId, services: Context, key: IdempotencyKey) -> Respons
     response_model=JobView,
     responses=errors(
         *(JobNotFound, MoveNotAllowed, IdempotencyInFlight, TooManyJobs),
-        *(DatasetNotFound, HeadMapNotFound, SelectionNotFound),
+        *(DatasetNotFound, HeadMapNotFound, SelectionNotFound, ResultsGone),
     ),
 )
 def retry_job(job_id: JobId, services: Context, key: IdempotencyKey) -> Response:

@@ -96,7 +96,7 @@ async def clone_job(request: Request, job_id: JobId, services: Context, key: Ide
 
 def _create(services: Services, received: Received, key: str | None) -> Response:
     body = parse_job(received)
-    return _queue(services, body, received, Once.of("POST /jobs", key, body.model_dump(mode="json"), received))
+    return queue_job(services, body, received, Once.of("POST /jobs", key, body.model_dump(mode="json"), received))
 
 
 def _clone(services: Services, job_id: str, body: bytes, key: str | None) -> Response:
@@ -109,10 +109,11 @@ def _clone(services: Services, job_id: str, body: bytes, key: str | None) -> Res
     inputs = {"base_model": job.base_model, "dataset": job.dataset_id, "validation_dataset": job.validation_dataset_id}
     asked = {**job.config, **inputs, "name": job.name, "metadata": job.metadata, "priority": job.priority}
     received = Received(json=json.dumps(merge_patch(asked, patch)).encode())
-    return _queue(services, parse_job(received), received, once)
+    return queue_job(services, parse_job(received), received, once)
 
 
-def _queue(services: Services, body: JobBody, received: Received, once: Once) -> Response:
+def queue_job(services: Services, body: JobBody, received: Received, once: Once) -> Response:
+    """Check the job, store the files that came with it, and queue it: 202, or the answer of an earlier twin."""
     if (replay := once.earlier(services.engine)) is not None:
         return replay
     with work_folder(services.settings) as folder:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Literal
 
 from app.api.context import Services
 from app.db.audit import Action
 from app.db.engine import Connection
-from app.key_schemas import ReceiptView
+from app.key_schemas import Deleted, ReceiptView
 
-_ACTIONS: dict[Literal["job", "dataset"], Action] = {"job": "job.delete", "dataset": "dataset.delete"}
+_ACTIONS: dict[Deleted, Action] = {
+    "job": "job.delete",
+    "dataset": "dataset.delete",
+    "head_map": "head_map.delete",
+}
 
 
-def receipt(
-    services: Services, conn: Connection, what: Literal["job", "dataset"], id: str, hashes: Iterable[str]
-) -> ReceiptView:
+def receipt(services: Services, conn: Connection, what: Deleted, id: str, hashes: Iterable[str]) -> ReceiptView:
     """The receipt for a thing that was deleted in this transaction, and had files of these sha256."""
     sha256 = sorted(set(hashes))
     entry = services.note(conn, _ACTIONS[what], id, {"sha256": sha256})

@@ -306,6 +306,7 @@ def _register(conn: Connection, job: Job, lease: Lease, artifact: Artifact, fact
     if (lease.step, artifact.name) == ("heads", "head_map.json"):
         insert_head_map(
             conn,
+            project_id=job.project_id,
             job_id=job.id,
             artifact_id=artifact.id,
             base_model=job.base_model,
@@ -316,6 +317,7 @@ def _register(conn: Connection, job: Job, lease: Lease, artifact: Artifact, fact
     elif (lease.step, artifact.name) == ("select", "selection.jsonl"):
         insert_selection(
             conn,
+            project_id=job.project_id,
             job_id=job.id,
             artifact_id=artifact.id,
             base_model=job.base_model,

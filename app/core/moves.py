@@ -12,10 +12,11 @@ from typing import Literal
 from app.core.lifecycle import end_job, set_status
 from app.core.submit import find_inputs
 from app.db import attempts, jobs, measures, steps
-from app.db.artifacts import list_artifacts
+from app.db.artifacts import deleted_names, list_artifacts
 from app.db.engine import Connection
 from app.db.jobs import Job, Status
 from app.errors import JobAlreadyFinal, JobInUse, MoveNotAllowed
+from app.result_errors import ResultsGone
 
 Move = Literal["pause", "resume", "cancel", "retry", "delete"]
 
@@ -76,11 +77,14 @@ def request_resume(conn: Connection, job_id: str) -> Job:
 def request_retry(conn: Connection, job_id: str) -> Job:
     """Queue a job again that failed or was cancelled: what is done stays done, the rest starts again, its time anew.
 
-    Raises: JobNotFound, MoveNotAllowed; DatasetNotFound, HeadMapNotFound, SelectionNotFound for inputs deleted since.
+    Raises: JobNotFound, MoveNotAllowed; DatasetNotFound, HeadMapNotFound, SelectionNotFound for inputs deleted since;
+            ResultsGone for files of finished steps.
     """
     job = jobs.find_job(conn, job_id, lock=True)
     _allow(job, "retry")
     find_inputs(conn, job)
+    if gone := deleted_names(conn, job_id):
+        raise ResultsGone(job_id=job_id, names=gone)
     steps.restart_steps(conn, job_id)  # first: it waits for a claim that is under way, whose attempt is then seen
     attempts.close_attempts_of_job(conn, job_id, "cancelled")
     steps.unblock_steps(conn, job_id)

@@ -87,8 +87,8 @@ def earlier_costs(conn: Connection, job: Job) -> EarlierCosts:
     """Of reused steps, and of the steps that a head map or selection named by its id stands for."""
     costs = EarlierCosts(files={}, reused=[_entry(step) for step in list_steps(conn, job.id) if step.reused])
     head_map, selection = job.config["heads"]["head_map"], job.config["data"]["selection"]
-    if head_map is not None and (found := get_head_map(conn, head_map)):
-        _add(conn, costs, found.job_id, {"heads"})
+    if head_map is not None and (found := get_head_map(conn, head_map)) and found.job_id:
+        _add(conn, costs, found.job_id, {"heads"})  # an imported one comes without
     if selection is not None and (chosen := get_selection(conn, selection)):
         _add(conn, costs, chosen.job_id, {"respond", "select"})
     return costs

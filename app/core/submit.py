@@ -14,7 +14,7 @@ from app.core.lifecycle import open_job
 from app.core.plan import plan_job
 from app.db.datasets import Dataset, get_dataset
 from app.db.engine import Connection, Json
-from app.db.head_maps import get_head_map
+from app.db.head_maps import get_head_map, keep_head_map
 from app.db.jobs import Job, get_job, insert_job
 from app.db.selections import SelectionRecord, get_selection
 from app.db.steps import insert_steps
@@ -51,6 +51,8 @@ def submit(conn: Connection, request: JobRequest, *, shard_rows: int, queue: str
     validation = None
     if request.validation_dataset_id is not None:
         validation = find_dataset(conn, request.validation_dataset_id, "/validation_dataset")
+    if config.heads.head_map is not None:
+        keep_head_map(conn, config.heads.head_map)
     for error in refusals(conn, config, request.model, dataset, validation):
         raise error
     job = insert_job(

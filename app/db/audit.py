@@ -23,6 +23,8 @@ Action = Literal[
     "job.resume",
     "job.retry",
     "job.delete",
+    "head_map.import",
+    "head_map.delete",
     "artifact.download",
 ]
 

@@ -13,7 +13,7 @@ from sqlalchemy import ColumnElement, Select, Text, and_, false, func, or_, sele
 from sqlalchemy.dialects.postgresql import insert
 
 from app.db.engine import Connection
-from app.db.tables import artifacts, datasets, jobs, objects, steps
+from app.db.tables import artifacts, datasets, head_maps, jobs, objects, steps
 from app.errors import ObjectCollected
 
 
@@ -133,7 +133,8 @@ def _referenced() -> ColumnElement[bool]:
     files = func.jsonb_each_text(steps.c.checkpoint["files"]).table_valued("key", "value", joins_implicitly=True)
     in_checkpoint = select(files.c.value.cast(Text)).select_from(steps).where(_has_checkpoint())
     return or_(
-        select(artifacts.c.id).where(artifacts.c.sha256 == objects.c.sha256).exists(),
+        select(artifacts.c.id).where(artifacts.c.sha256 == objects.c.sha256, artifacts.c.deleted_at.is_(None)).exists(),
+        select(head_maps.c.id).where(head_maps.c.sha256 == objects.c.sha256).exists(),
         select(datasets.c.id).where(by_dataset).exists(),
         objects.c.sha256.in_(in_checkpoint.correlate(None)),
     )

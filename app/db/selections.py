@@ -31,7 +31,8 @@ class SelectionRecord:
     created_at: datetime
 
 
-_QUERY = select(selections, artifacts.c.sha256, artifacts.c.size_bytes).join(
+_OWN = [selections.c[name] for name in SelectionRecord.__dataclass_fields__ if name not in ("sha256", "size_bytes")]
+_QUERY = select(*_OWN, artifacts.c.sha256, artifacts.c.size_bytes).join(
     artifacts, artifacts.c.id == selections.c.artifact_id
 )
 
@@ -39,6 +40,7 @@ _QUERY = select(selections, artifacts.c.sha256, artifacts.c.size_bytes).join(
 def insert_selection(
     conn: Connection,
     *,
+    project_id: str,
     job_id: str,
     artifact_id: str,
     base_model: str,
@@ -54,6 +56,7 @@ def insert_selection(
     conn.execute(
         insert(selections).values(
             id=selection_id,
+            project_id=project_id,
             job_id=job_id,
             artifact_id=artifact_id,
             base_model=base_model,

@@ -247,6 +247,7 @@ artifacts = Table(
     Column("sha256", Text, nullable=False),
     Column("size_bytes", BigInteger, nullable=False),
     _now(),
+    _time("deleted_at"),
     UniqueConstraint("job_id", "name"),
     Index(None, "sha256"),
 )
@@ -255,19 +256,26 @@ head_maps = Table(
     "head_maps",
     metadata,
     Column("id", Text, primary_key=True),
-    Column("job_id", Text, ForeignKey("jobs.id", ondelete="CASCADE"), nullable=False, unique=True),
-    Column("artifact_id", Text, ForeignKey("artifacts.id", ondelete="CASCADE"), nullable=False),
+    _project(),  # of its job, where it has one
+    # One that was imported has neither job nor dataset, and instead of an artifact the object itself.
+    Column("job_id", Text, ForeignKey("jobs.id", ondelete="CASCADE"), unique=True),
+    Column("artifact_id", Text, ForeignKey("artifacts.id", ondelete="CASCADE")),
+    Column("sha256", Text),
+    Column("size_bytes", BigInteger),
     Column("base_model", Text, nullable=False),
     Column("model_digest", Text, nullable=False),
-    Column("dataset_id", Text, ForeignKey("datasets.id"), nullable=False),
+    Column("dataset_id", Text, ForeignKey("datasets.id")),
     Column("scorer", Text, nullable=False),
     _now(),
+    Index(None, "project_id", "id"),
+    Index(None, "sha256"),
 )
 
 selections = Table(
     "selections",
     metadata,
     Column("id", Text, primary_key=True),
+    _project(),  # of its job
     Column("job_id", Text, ForeignKey("jobs.id", ondelete="CASCADE"), nullable=False, unique=True),
     Column("artifact_id", Text, ForeignKey("artifacts.id", ondelete="CASCADE"), nullable=False),
     Column("base_model", Text, nullable=False),
@@ -278,6 +286,7 @@ selections = Table(
     Column("rows", Integer, nullable=False),
     Column("kept", Integer, nullable=False),
     _now(),
+    Index(None, "project_id", "id"),
 )
 
 tallies = Table(

@@ -7,7 +7,7 @@ from typing import Any
 from sqlalchemy import Select, func, select
 
 from app.db.engine import Connection
-from app.db.tables import artifacts, datasets, jobs, uploads
+from app.db.tables import artifacts, datasets, head_maps, jobs, uploads
 
 
 def open_jobs(conn: Connection) -> int:
@@ -21,12 +21,13 @@ def stored_rows(conn: Connection) -> int:
 
 
 def stored_bytes(conn: Connection) -> int:
-    """Bytes of datasets, of uploads that are open, and of jobs' files. What equal content saves is not taken off."""
+    """Bytes of datasets, of open uploads, of jobs' files and of imported head maps. What equal content saves is not taken off."""
     gone = uploads.c.dataset_id.is_not(None) | uploads.c.deleted_at.is_not(None) | (uploads.c.expires_at <= func.now())
     sums = (
         select(func.sum(datasets.c.stored_bytes)).where(datasets.c.deleted_at.is_(None)),
         select(func.sum(uploads.c.size_bytes)).where(~gone),
-        select(func.sum(artifacts.c.size_bytes)),
+        select(func.sum(artifacts.c.size_bytes)).where(artifacts.c.deleted_at.is_(None)),
+        select(func.sum(head_maps.c.size_bytes)),  # of those that were imported
     )
     return sum(_number(conn, one) for one in sums)
 

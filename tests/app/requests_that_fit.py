@@ -29,7 +29,8 @@ PREFIX = {
     "keys": "key",
 }
 JOB = {"kind": "adapt", "base_model": "stub", "dataset": HERE.get("dataset"), "heads": {"proxy_rows": 8}}
-BODIES = {"/jobs": JOB, "/estimates": JOB, "/jobs/{id}/clone": {"name": "again"}}
+HEADS = {name: JOB[name] for name in ("base_model", "dataset", "heads")}
+BODIES = {"/jobs": JOB, "/estimates": JOB, "/jobs/{id}/clone": {"name": "again"}, "/head-maps": HEADS}
 """JSON bodies that are good."""
 
 rng = random.Random(HERE.get("seed"))
@@ -55,6 +56,8 @@ def before_call(context: Any, case: Any, kwargs: dict[str, Any]) -> None:
     )
     if "id" in path and path["id"] not in known and there:
         path["id"] = rng.choice(there)
+    if case.path.endswith("/diff"):
+        case.query["with"] = rng.choice([one for one in known if one.startswith("hm_")])
     if case.path in BODIES and case.media_type == "application/json":
         case.headers.pop("Idempotency-Key", None)
         case.body = BODIES[case.path]

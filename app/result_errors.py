@@ -1,0 +1,33 @@
+"""Errors of results: head maps, selections and artifacts that cannot be taken, deleted or had. Branches of the tree in
+app.errors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from app.errors import Conflict, RequestError
+
+
+class HeadMapInvalid(RequestError):
+    """A file that is no head map of the model that it names; errors[] lists what is wrong."""
+
+    code, hint = "head_map.invalid", "Send a head_map.json as it was downloaded (GET /head-maps/{id}.json)."
+
+
+class HeadMapInUse(Conflict):
+    """A head map that a job which has not ended reads, or has just made."""
+
+    code, hint = "head_map.in_use", "Wait for the jobs in facts.by, or cancel them, and delete the head map then."
+
+    def __init__(self, *, id: str, by: Sequence[str]) -> None:
+        super().__init__("A job that has not ended needs the head map.", id=id, by=list(by))
+
+
+class ResultsGone(Conflict):
+    """Files that finished steps of the job had made are gone, so it cannot go on behind them."""
+
+    code, hint = "job.results_gone", "Clone the job: the new one makes them anew."
+
+    def __init__(self, *, job_id: str, names: Sequence[str]) -> None:
+        super().__init__("Files that the job had made were deleted.", job_id=job_id, names=list(names))
