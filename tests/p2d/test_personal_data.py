@@ -65,7 +65,9 @@ def test_rows_are_counted_and_placed_and_never_repeated() -> None:
     assert set(LOOKS) == set(NAMES)
 
 
-@pytest.mark.parametrize("piece", ["1", "1 ", "12-", "a@", "a.", "@a.a", "A1", "+1", "(", "123-", "DE89 3704 "])
+@pytest.mark.parametrize(
+    "piece", ["1", "1 ", "12-", "a@", "a.", "@a.a", "A1", "+1", "(", "123-", "DE89 3704 ", "( ", "1" + " " * 40, "DE89"]
+)
 def test_no_text_makes_it_slow(piece: str) -> None:
     text = piece * (300_000 // len(piece))
     start = time.process_time()
