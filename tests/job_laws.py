@@ -8,9 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from app.core.lifecycle import NEXT
+from app.core import reuse
+from app.core.lifecycle import NEXT, StepFacts
+from app.db.artifacts import NewArtifact, list_artifacts
 from app.db.engine import Connection
-from app.db.jobs import FINAL, Status
+from app.db.jobs import FINAL, Job, Status
+from app.db.leases import Lease
 from p2d.pipeline import STEPS
 from tests.job_model import ModelJob, ModelStep
 
@@ -92,8 +95,22 @@ def check_steps(job: Seen, model: ModelJob) -> None:
         assert live == ([step["token"]] if step["status"] == "running" else []), "not one that holds the step"
         assert (step["lease_until"] is not None) == (step["status"] == "running")
         assert (step["checkpoint"] is not None) == ours.checkpoint, ours
+        assert (step["fingerprint"] is not None) >= (ours.output is not None), ours
     names = sorted(name for ours in model.steps if ours.status == "done" for name in outputs_of(ours))
     assert sorted(job.files) == names
     if job.status == "succeeded":
         wanted = {pattern for step in job.steps for pattern in STEPS[step["step"]].writes}
         assert all(any(Path(name).match(pattern) for name in names) for pattern in wanted), "a file is missing"
+
+
+def facts_of(conn: Connection, job: Job, lease: Lease) -> tuple[list[NewArtifact], StepFacts]:
+    """What a worker says of a step that it has finished; with files, if it found them and need not make them."""
+    if lease.step == "validate":
+        resolved = {"config": job.config, "device": "cpu"}
+        return [], StepFacts(resolved=resolved, estimate_s={"heads": 9.0, "respond": 30.0})
+    stored = {file.name: file.sha256 for file in list_artifacts(conn, job.id)}
+    wanted = reuse.wanted_fingerprint(job, lease, stored, engine="any")
+    earlier = reuse.find_earlier(conn, job.project_id, wanted) if wanted else None
+    if earlier is not None:
+        return earlier.files, earlier.facts
+    return [], StepFacts(fingerprint=reuse.fingerprint_of(job, lease, stored, device="cpu", engine="any"))

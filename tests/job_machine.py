@@ -22,7 +22,7 @@ from hypothesis.stateful import (
 )
 from sqlalchemy import delete, update
 
-from app.core import lifecycle, moves
+from app.core import lifecycle, moves, reuse
 from app.core.garbage import collect, drop_checkpoints
 from app.core.lifecycle import StepFacts
 from app.core.submit import JobRequest, submit
@@ -34,38 +34,17 @@ from app.db.leases import Lease, claim
 from app.db.steps import list_steps, set_priority
 from app.db.tables import head_maps, jobs, steps
 from app.errors import HeadMapNotFound, JobAlreadyFinal, JobInUse, LeaseLost, MoveNotAllowed
-from p2d.config import DataConfig, HeadsConfig, JobConfig, Kind, Limits
+from p2d.config import DataConfig, HeadsConfig, JobConfig, Kind, Limits, Reuse
 from p2d.errors import Diverged
 from p2d.model_info import ModelInfo
-from tests.job_laws import REFERENCES, Seen, check_job, check_steps, look, outputs_of
-from tests.job_model import FITTING, MAX_CRASHES, POSSIBLE, WORKED_ON, ModelJob, ModelStep, Refused
+from p2d.step_fingerprints import REUSABLE
+from tests.job_laws import REFERENCES, Seen, check_job, check_steps, facts_of, look, outputs_of
+from tests.job_model import FITTING, MAX_CRASHES, POSSIBLE, WAYS, WORKED_ON, ModelJob, ModelStep, Refused, claimable
 from tests.rig import Rig
 from workers.reconcile import reconcile
 
-WAYS = (
-    "",
-    "claim",
-    "claim lose",
-    "claim pause begin resume",
-    "claim begin finish pause resume claim",
-    "claim begin",
-    "claim begin lose",
-    "claim begin finish claim",
-    "claim pause",
-    "claim begin pause",
-    "claim begin lose claim begin pause",
-    "pause",
-    "claim begin pause release",
-    "claim cancel",
-    "claim begin cancel",
-    "claim lose claim begin cancel",
-    "cancel",
-    "cancel_during_a_claim",
-    "claim begin cancel stop",
-    "claim begin fail",
-    "claim begin finish claim begin finish claim begin finish",
-)
-"""Into each status, with every kind of worker that it can have: none, one that has begun or not, one that is late."""
+KINDS: tuple[Kind, ...] = ("identify_heads", "identify_heads", "select_data")
+REUSE: tuple[Reuse, ...] = ("auto", "auto", "never")
 
 
 @dataclass(kw_only=True)
@@ -116,21 +95,21 @@ class JobMachine(RuleBasedStateMachine):
 
     @initialize(way=st.sampled_from(WAYS))
     def first(self, way: str) -> None:
-        self.create("identify_heads", 0)
+        self.create("identify_heads", 0, "auto")
         for event in way.split():
             self.do(event)
             self.agrees()
 
     @precondition(lambda self: len(self.jobs) < 2)
-    @rule(kind=st.sampled_from(["identify_heads", "identify_heads", "select_data"]), named=st.integers(0, 3))
-    def create(self, kind: Kind, named: int) -> None:
+    @rule(kind=st.sampled_from(KINDS), named=st.integers(0, 3), again=st.sampled_from(REUSE))
+    def create(self, kind: Kind, named: int, again: Reuse) -> None:
         head_map = sorted(self.head_maps)[named] if named < len(self.head_maps) and kind == "select_data" else None
         config = JobConfig(
             kind=kind,
             heads=HeadsConfig(proxy_rows=8, head_map=head_map),
             data=DataConfig(),
             limits=Limits(max_seconds=86_400),
-            reuse="never",
+            reuse=again,
         )
         with self.rig.db.begin() as conn:
             request = JobRequest(config=config, model=self.model_info, dataset_id=self.dataset.id)
@@ -252,11 +231,19 @@ class JobMachine(RuleBasedStateMachine):
     def finish(self, which: int) -> None:
         held = self.pick_held(which, "finish")
         files = [self.put(held, name) for name in outputs_of(held.step)]
-        facts = StepFacts(estimate_s={"heads": 9.0, "respond": 30.0} if held.step.name == "validate" else {})
         with self.rig.db.begin() as conn:
-            lifecycle.finish_step(conn, held.lease, files, facts)
+            job = find_job(conn, held.lease.job_id)
+            taken, facts = facts_of(conn, job, held.lease)
+            done = {(step.name, step.shard) for other in self.jobs.values() for step in other.having("done")}
+            assert (taken != []) == (held.step.output is not None and (held.step.name, held.step.shard) in done)
+            job = lifecycle.finish_step(conn, held.lease, taken or files, facts)
+            if facts.resolved is not None:
+                reuse.note_fingerprints(conn, job, engine="any")
             made = conn.execute(head_maps.select().where(head_maps.c.job_id == held.lease.job_id)).first()
         held.job.finish(held.step)
+        if held.step.name == "validate" and held.step.status == "done" and job.config["reuse"] == "auto":
+            for step in held.job.steps:
+                step.output = f"{step.name} {step.shard}" if step.name in REUSABLE else None
         if made is not None:
             self.head_maps[made.id] = held.lease.job_id
 
@@ -379,6 +366,8 @@ class JobMachine(RuleBasedStateMachine):
             check_steps(now[job_id], model)
             assert was is None or not self.silent or was.seq == now[job_id].seq, "something was told of nothing"
         self.seen, self.silent = now, False
+        computed = [step.output for job in self.jobs.values() for step in job.having("running") if step.output]
+        assert len(computed) == len(set(computed)), "the same is computed twice at a time"
 
     # --- one event at a time ----------------------------------------------------------------------------------------
 
@@ -444,18 +433,18 @@ class JobMachine(RuleBasedStateMachine):
             return [held for held in alive if held.works]
         return alive
 
-    def claimable(self) -> bool:
-        return any(job.having("ready") for job in self.jobs.values())
+    def claimable(self) -> list[ModelStep]:
+        return claimable(self.jobs.values())
 
     def take(self, conn: Connection) -> Lease | None:
         lease = claim(conn, queue=self.rig.settings.worker_queue, worker="w", lease_s=3600)
-        assert (lease is not None) == self.claimable()
+        assert (lease is not None) == bool(self.claimable())
         return lease
 
     def hold(self, lease: Lease) -> Held:
         job = self.jobs[lease.job_id]
         step = next(step for step in job.steps if (step.name, step.shard) == (lease.step, lease.shard))
-        assert step.status == "ready", f"{step} was claimed"
+        assert any(step is one for one in self.claimable()), f"{step} was claimed"
         self.held.append(Held(lease=lease, job=job, step=step))
         return self.held[-1]
 

@@ -5,6 +5,7 @@ Written from the promises (docs/architecture.md, the words of the API), not from
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 STATUSES = ("queued", "running", "pausing", "paused", "cancelling", "cancelled", "succeeded", "failed")
@@ -38,6 +39,32 @@ FITTING = {
 """Where what a user asks for changes something."""
 
 
+WAYS = (
+    "",
+    "claim",
+    "claim lose",
+    "claim pause begin resume",
+    "claim begin finish pause resume claim",
+    "claim begin",
+    "claim begin lose",
+    "claim begin finish claim",
+    "claim pause",
+    "claim begin pause",
+    "claim begin lose claim begin pause",
+    "pause",
+    "claim begin pause release",
+    "claim cancel",
+    "claim begin cancel",
+    "claim lose claim begin cancel",
+    "cancel",
+    "cancel_during_a_claim",
+    "claim begin cancel stop",
+    "claim begin fail",
+    "claim begin finish claim begin finish claim begin finish",
+)
+"""Into each status, with every kind of worker that it can have: none, one that has begun or not, one that is late."""
+
+
 class Refused(Exception):
     """The service must refuse this, and change nothing."""
 
@@ -52,6 +79,8 @@ class ModelStep:
     status: str = "blocked"
     crashes: int = 0
     checkpoint: bool = False
+    output: str | None = None
+    """What it is going to compute, where others may wait for it and take it."""
     attempts: list[str] = field(default_factory=list)
 
     def end(self, status: str, outcome: str) -> None:
@@ -230,3 +259,10 @@ class ModelJob:
         else:
             self.path += ["cancelling"] if self.status == "running" else []
             self.path.append("cancelled")
+
+
+def claimable(jobs: Iterable[ModelJob]) -> list[ModelStep]:
+    """What a worker may take: of equal outputs one at a time."""
+    jobs = list(jobs)
+    computed = {step.output for job in jobs for step in job.having("running") if step.output is not None}
+    return [step for job in jobs for step in job.having("ready") if step.output not in computed]

@@ -249,7 +249,13 @@ class Attempt:
         return self._ended(*self._patiently(publish))  # together: an object that was collected meanwhile is put again
 
     def _register(self, files: Sequence[NewArtifact], facts: lifecycle.StepFacts) -> tuple[Job, dict[str, int]]:
-        return self._write(lambda conn: (lifecycle.finish_step(conn, self._lease, files, facts), ready_by_queue(conn)))
+        def register(conn: Connection) -> tuple[Job, dict[str, int]]:
+            job = lifecycle.finish_step(conn, self._lease, files, facts)
+            if facts.resolved is not None:
+                reuse.note_fingerprints(conn, job, engine=self._shop.settings.engine)
+            return job, ready_by_queue(conn)
+
+        return self._write(register)
 
     def _ended(self, job: Job, ready: Mapping[str, int]) -> str:
         if not job.is_final and (others := ready.get(job.queue, 0) - 1) > 0:

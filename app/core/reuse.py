@@ -8,15 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 from app.core.lifecycle import StepFacts
 from app.db.artifacts import NewArtifact, list_artifacts
 from app.db.engine import Connection, Json
 from app.db.head_maps import get_head_map
 from app.db.jobs import Job
-from app.db.leases import Lease
 from app.db.selections import get_selection
-from app.db.steps import Step, find_step, list_steps
+from app.db.steps import Step, find_step, list_steps, set_fingerprints
 from p2d.config import config_from_json
 from p2d.step_fingerprints import REUSABLE, step_fingerprint
 
@@ -29,14 +29,30 @@ class Earlier:
     facts: StepFacts
 
 
-def fingerprint_of(job: Job, lease: Lease, files: Mapping[str, str], *, device: str, engine: str) -> str | None:
+class Unit(Protocol):
+    """A step or one shard of it, be it a row or a lease."""
+
+    @property
+    def step(self) -> str:
+        """Its name."""
+
+    @property
+    def shard(self) -> int:
+        """0-based."""
+
+    @property
+    def shards(self) -> int:
+        """How many there are."""
+
+
+def fingerprint_of(job: Job, unit: Unit, files: Mapping[str, str], *, device: str, engine: str) -> str | None:
     """The fingerprint of a step that reads these files (`name -> sha256`); None where it has none."""
-    if lease.step not in REUSABLE or job.resolved is None:
+    if unit.step not in REUSABLE or job.resolved is None:
         return None
     return step_fingerprint(
-        lease.step,
-        shard=lease.shard,
-        shards=lease.shards,
+        unit.step,
+        shard=unit.shard,
+        shards=unit.shards,
         config=config_from_json(job.resolved["config"]),
         files=files,
         model=(job.base_model, job.model_digest),
@@ -45,7 +61,7 @@ def fingerprint_of(job: Job, lease: Lease, files: Mapping[str, str], *, device: 
     )
 
 
-def wanted_fingerprint(job: Job, lease: Lease, files: Mapping[str, str], *, engine: str) -> str | None:
+def wanted_fingerprint(job: Job, unit: Unit, files: Mapping[str, str], *, engine: str) -> str | None:
     """The fingerprint under which an earlier step would serve this one; None where none may.
 
     On the device that the job was planned for: what was computed on another kind of device has other numbers.
@@ -53,7 +69,18 @@ def wanted_fingerprint(job: Job, lease: Lease, files: Mapping[str, str], *, engi
     device = (job.resolved or {}).get("device")
     if device is None or job.config.get("reuse") == "never":
         return None
-    return fingerprint_of(job, lease, files, device=device, engine=engine)
+    return fingerprint_of(job, unit, files, device=device, engine=engine)
+
+
+def note_fingerprints(conn: Connection, job: Job, *, engine: str) -> None:
+    """Note on a planned job's steps what they are going to compute: of equal ones a project has one claimed at a time."""
+    files = {artifact.name: artifact.sha256 for artifact in list_artifacts(conn, job.id)}
+    wanted = {
+        step.id: wanted_fingerprint(job, step, files, engine=engine)
+        for step in list_steps(conn, job.id)
+        if step.status != "done"
+    }
+    set_fingerprints(conn, {step_id: known for step_id, known in wanted.items() if known is not None})
 
 
 def find_earlier(conn: Connection, project_id: str, fingerprint: str) -> Earlier | None:

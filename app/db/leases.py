@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from sqlalchemy import Text, cast, func, insert, literal, select, text, update
+from sqlalchemy import ColumnElement, Text, cast, func, insert, literal, select, text, update
 
 from app.db.engine import Connection, Json
 from app.db.ids import new_id
@@ -52,28 +52,16 @@ def claim(conn: Connection, *, queue: str, worker: str, lease_s: float, warm: st
 
     The project comes first of whose steps the fewest are running, whatever the queue; of its steps those of the highest
     priority, of these those of the model that is loaded (`warm`), then the oldest. So a project that queues a thousand jobs
-    delays another's by one step at most.
+    delays another's by one step at most. A step whose output is just being computed for another job of the project waits for
+    that one to end, in whatever way (`is_free`).
     Expired leases are not claimed here: the reconciler makes them ready, so that crashes are counted in one place.
     """
-    running = steps.alias("running")
-    share = select(running.c.project_id, func.count().label("steps")).where(running.c.status == "running")
-    share_of = share.group_by(running.c.project_id).subquery()
-    free = (
-        select(steps.c.id)
-        .outerjoin(share_of, share_of.c.project_id == steps.c.project_id)
-        .where(steps.c.queue == queue, steps.c.status == "ready")
-        .order_by(
-            func.coalesce(share_of.c.steps, 0),
-            steps.c.priority.desc(),
-            steps.c.model_digest.is_not_distinct_from(cast(literal(warm), Text)).desc(),
-            steps.c.id,
-        )
-        .limit(1)
-        .with_for_update(of=steps, skip_locked=True)
-    )
+    found = _find_free(conn, queue, warm)
+    if found is None:
+        return None
     taken = conn.execute(
         update(steps)
-        .where(steps.c.id == free.scalar_subquery(), steps.c.status == "ready")
+        .where(steps.c.id == found)
         .values(
             status="running",
             token=steps.c.token + 1,
@@ -94,9 +82,7 @@ def claim(conn: Connection, *, queue: str, worker: str, lease_s: float, warm: st
             steps.c.model_digest,
             steps.c.checkpoint,
         )
-    ).first()
-    if taken is None:
-        return None
+    ).one()
     lease = Lease(**taken._mapping)
     # Before any work: an attempt that dies without a word is still on record.
     conn.execute(
@@ -105,6 +91,15 @@ def claim(conn: Connection, *, queue: str, worker: str, lease_s: float, warm: st
         )
     )
     return lease
+
+
+def is_free() -> ColumnElement[bool]:
+    """Whether a step is there to be claimed: ready, and no running step of its project computes the same output."""
+    twin = steps.alias("twin")
+    same = (twin.c.project_id == steps.c.project_id) & (twin.c.fingerprint == steps.c.fingerprint)
+    return (steps.c.status == "ready") & ~select(twin.c.id).where(twin.c.status == "running", same).correlate(
+        steps
+    ).exists()
 
 
 def fence(conn: Connection, lease: Lease) -> None:
@@ -203,7 +198,7 @@ def is_expired(conn: Connection, lease: Lease) -> bool:
 
 def ready_by_queue(conn: Connection) -> dict[str, int]:
     """How many steps wait for a worker, per queue."""
-    query = select(steps.c.queue, func.count()).where(steps.c.status == "ready").group_by(steps.c.queue)
+    query = select(steps.c.queue, func.count()).where(is_free()).group_by(steps.c.queue)
     return {row[0]: row[1] for row in conn.execute(query)}
 
 
@@ -219,6 +214,40 @@ def stale_jobs(conn: Connection) -> list[str]:
 def try_advisory_lock(conn: Connection, key: int) -> bool:
     """Take an advisory lock until the transaction ends; False if somebody else has it."""
     return bool(conn.execute(text("select pg_try_advisory_xact_lock(:key)"), {"key": key}).scalar_one())
+
+
+def _find_free(conn: Connection, queue: str, warm: str | None) -> str | None:
+    """Lock the step that is next to be claimed; its id, or None."""
+    running = steps.alias("running")
+    share = select(running.c.project_id, func.count().label("steps")).where(running.c.status == "running")
+    share_of = share.group_by(running.c.project_id).subquery()
+    free = (
+        select(steps.c.id, steps.c.project_id, steps.c.fingerprint)
+        .outerjoin(share_of, share_of.c.project_id == steps.c.project_id)
+        .where(steps.c.queue == queue, is_free())
+        .order_by(
+            func.coalesce(share_of.c.steps, 0),
+            steps.c.priority.desc(),
+            steps.c.model_digest.is_not_distinct_from(cast(literal(warm), Text)).desc(),
+            steps.c.id,
+        )
+        .limit(1)
+        .with_for_update(of=steps, skip_locked=True)
+    )
+    passed: list[str] = []
+    while (found := conn.execute(free.where(steps.c.id.not_in(passed))).first()) is not None:
+        if found.fingerprint is None or _is_first(conn, found.id, found.project_id + found.fingerprint):
+            return str(found.id)
+        passed.append(found.id)
+    return None
+
+
+def _is_first(conn: Connection, step_id: str, output: str) -> bool:
+    """Whether no other claim of the same output is under way or has just been committed; none will until our commit."""
+    lock = func.pg_try_advisory_xact_lock(func.hashtextextended(output, 0))
+    if not conn.execute(select(lock)).scalar_one():
+        return False
+    return bool(conn.execute(select(is_free()).where(steps.c.id == step_id)).scalar_one())
 
 
 def _lease_until(lease_s: float) -> Any:

@@ -16,6 +16,7 @@ from sqlalchemy.types import Double
 
 from app.db.engine import Connection
 from app.db.estimates import Error, is_judged, past_errors, ratio
+from app.db.leases import is_free
 from app.db.tables import attempts, datasets, jobs, objects, steps, tallies
 
 SECONDS = (0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 60.0, 120.0, 300.0, 600.0, 1800.0, 3600.0, 7200.0, 21600.0)
@@ -109,8 +110,7 @@ def _ready() -> Select[Any]:
     others = steps.alias("others")
     before = select(func.max(others.c.finished_at)).where(others.c.job_id == steps.c.job_id, others.c.status == "done")
     since = func.greatest(steps.c.created_at, before.scalar_subquery())
-    ready = select(steps.c.queue, func.count(), func.max(_age(since))).where(steps.c.status == "ready")
-    return ready.group_by(steps.c.queue)
+    return select(steps.c.queue, func.count(), func.max(_age(since))).where(is_free()).group_by(steps.c.queue)
 
 
 def _counts(which: ColumnElement[bool]) -> list[Select[Any]]:

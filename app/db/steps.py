@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Literal
 
-from sqlalchemy import ColumnElement, case, func, insert, select, update
+from sqlalchemy import ColumnElement, bindparam, case, func, insert, select, update
 
 from app.db.engine import Connection, Json
 from app.db.ids import new_id
@@ -94,6 +94,15 @@ def find_step(conn: Connection, project_id: str, fingerprint: str) -> Step | Non
     query = select(steps).where(steps.c.fingerprint == fingerprint, mine, steps.c.status == "done")
     row = conn.execute(query.order_by(steps.c.id.desc()).limit(1)).first()
     return Step(**row._mapping) if row else None
+
+
+def set_fingerprints(conn: Connection, fingerprints: Mapping[str, str]) -> None:
+    """Note on steps of a locked job, by their ids, what they are going to compute."""
+    if fingerprints:
+        known = [{"step_id": step_id, "known": known} for step_id, known in fingerprints.items()]
+        conn.execute(
+            update(steps).where(steps.c.id == bindparam("step_id")).values(fingerprint=bindparam("known")), known
+        )
 
 
 def unblock_steps(conn: Connection, job_id: str) -> int:

@@ -206,7 +206,9 @@ steps = Table(
     Column("progress", Double, nullable=False, server_default=text("0")),
     Column("checkpoint", JSONB),
     Column("facts", JSONB),
-    Column("fingerprint", Text),  # of a step that is done, where its outputs can be used again
+    Column(
+        "fingerprint", Text
+    ),  # where outputs can be used again: of a step that is done its own, before that the expected
     Column("reused", JSONB),  # {"job_id", "seconds"} of the attempt that computed its outputs for an earlier job
     Column("seconds", Double),
     _now(),

@@ -23,8 +23,8 @@ from app.db.jobs import find_job
 from app.db.tables import jobs
 from app.settings import Settings
 from p2d.model_info import read_model_info
-from tests.job_machine import WAYS, JobMachine
-from tests.job_model import POSSIBLE
+from tests.job_machine import JobMachine
+from tests.job_model import POSSIBLE, WAYS
 from tests.rig import Rig, make_rig
 
 EXAMPLES, RULES = 30, 15
