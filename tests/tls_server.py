@@ -35,6 +35,7 @@ class World:
     dialled: list[str] = field(default_factory=list)
     asked: list[str] = field(default_factory=list)
     headers: list[dict[str, str]] = field(default_factory=list)
+    bodies: list[bytes] = field(default_factory=list)
 
     def egress(self, *allowed: str, **limits: Any) -> Egress:
         """An egress into this world."""
@@ -45,8 +46,8 @@ class World:
             context=ssl.create_default_context(cafile=str(CERTIFICATE)),
         )
 
-    def dial(self, address: str, timeout_s: float) -> socket.socket:
-        """A connection to the server, whatever the address."""
+    def dial(self, address: str, port: int, timeout_s: float) -> socket.socket:
+        """A connection to the server, whatever the address and port."""
         self.dialled.append(address)
         return socket.create_connection(("127.0.0.1", self.port), timeout_s)
 
@@ -77,9 +78,12 @@ def tls_world() -> Iterator[World]:
         def do_GET(self) -> None:
             world.asked.append(f"{self.headers['Host']}{self.path}")
             world.headers.append(dict(self.headers))
+            world.bodies.append(self.rfile.read(int(self.headers["Content-Length"] or 0)))
             missing: Answer = lambda handler: send(handler, 404, b"")  # noqa: E731
             with contextlib.suppress(OSError):
                 world.answers.get(self.path.partition("?")[0], missing)(self)
+
+        do_POST = do_GET
 
         def log_message(self, format: str, *args: Any) -> None:
             pass

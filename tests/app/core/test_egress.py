@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import ipaddress
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from app.core.egress import is_allowed, is_public
+from app.core.egress import Egress, is_allowed, is_public, target_of
 from app.dataset_errors import EgressOff, SourceFailed, SourceInvalid, SourceRefused
 from p2d.errors import DatasetTooLarge
 from tests.tls_server import PUBLIC, World, tls_world
@@ -268,6 +269,89 @@ def test_another_answer_is_a_failure_of_the_source(world: World, tmp_path: Path,
 
     with pytest.raises(SourceFailed):
         world.egress("*").fetch(f"https://data.example{path}", tmp_path / "file")
+
+
+# --- what is posted -------------------------------------------------------------------------------------------------------
+
+
+def test_a_post_tells_its_status_alone_and_follows_no_redirect(world: World) -> None:
+    world.redirect("/moved", "https://169.254.169.254/")
+    egress = world.egress("*")
+
+    assert egress.post(URL, b"news", {"webhook-id": "x"}) == 200
+    assert egress.post("https://data.example/moved?a=b", b"news", {}) == 302
+    assert egress.post("https://data.example/missing", b"news", {}) == 404
+    assert world.asked[:2] == ["data.example/rows.jsonl", "data.example/moved?a=b"]
+    assert world.bodies == [b"news"] * 3
+    assert world.headers[0]["webhook-id"] == "x"
+    assert world.dialled == [PUBLIC] * 3
+
+
+@pytest.mark.parametrize("url", [*BAD_URLS, *(f"https://{host}/x" for host in BAD_HOSTS)])
+def test_a_post_goes_where_a_fetch_may(world: World, url: str) -> None:
+    with pytest.raises((SourceInvalid, SourceRefused)):
+        world.egress("*", inside=("127.0.0.1:9000", "hooks.lan")).post(url, b"news", {})
+
+    assert world.dialled == []
+
+
+@pytest.mark.parametrize("address", PRIVATE)
+def test_a_post_to_a_name_with_an_address_that_is_not_public_is_never_dialled(world: World, address: str) -> None:
+    world.addresses["data.example"] = lambda: [PUBLIC, address]
+
+    with pytest.raises(SourceRefused, match="not public"):
+        world.egress("*", inside=("hooks.lan",)).post(URL, b"news", {})
+
+    assert world.dialled == []
+
+
+@pytest.mark.parametrize(
+    ("url", "inside", "known"),
+    [
+        ("http://127.0.0.1:9000/x", "127.0.0.1:9000", True),
+        ("https://HOOKS.lan/x", "hooks.LAN", True),
+        ("http://hooks.lan/x", "hooks.lan", True),
+        ("http://hooks.lan:80/x", "hooks.lan", True),
+        ("http://[::1]:9000/x", "[::1]:9000", True),
+        ("https://hooks.lan:8443/x", "hooks.lan", False),
+        ("http://127.0.0.1:9001/x", "127.0.0.1:9000", False),
+        ("http://127.0.0.1/x", "127.0.0.1:9000", False),
+        ("ftp://127.0.0.1:9000/x", "127.0.0.1:9000", False),
+        ("http://2130706433:9000/x", "127.0.0.1:9000", False),
+        ("http://a.hooks.lan/x", "hooks.lan", False),
+        ("http://user@127.0.0.1:9000/x", "127.0.0.1:9000", False),
+    ],
+)
+def test_a_host_inside_is_known_by_its_name_and_port(url: str, inside: str, known: bool) -> None:
+    if known:
+        assert target_of(url, allowed=(), inside=(inside,)).inside
+        return
+    with pytest.raises((EgressOff, SourceInvalid, SourceRefused)):
+        target_of(url, allowed=(), inside=(inside,))
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_a_receiver_that_drips_is_cut_off_at_the_deadline(world: World, scheme: str) -> None:
+    over = threading.Event()
+
+    def drip(handler: BaseHTTPRequestHandler) -> None:
+        while not over.wait(0.02):
+            _drip(handler, b"x")
+
+    world.answers["/drip"] = drip
+    began = time.monotonic()
+    with contextlib.ExitStack() as stack:
+        stack.callback(over.set)
+        if scheme == "http":
+            listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))  # it accepts, and says nothing
+            host = f"127.0.0.1:{listener.getsockname()[1]}"
+            egress = Egress(allowed=(), inside=(host,), max_bytes=0, max_s=0.5)
+        else:
+            host, egress = "data.example", world.egress("*", max_s=0.5)
+        with pytest.raises(SourceFailed, match="took more than"):
+            egress.post(f"{scheme}://{host}/drip", b"news", {})
+
+    assert time.monotonic() - began < 8
 
 
 def _drip(handler: BaseHTTPRequestHandler, content: bytes) -> None:
