@@ -437,15 +437,17 @@ class NoKeys(ProcessFailed):
 
 
 class PepperMissing(ServiceError):
-    """Keys were made with a pepper that this process does not have."""
+    """Keys or webhooks were made with a pepper that this process does not have."""
 
     code, hint = (
         "service.pepper_missing",
-        "Set P2D_KEY_PEPPER to what the first key was made with, or run this where its file `key-pepper` is.",
+        "Set P2D_KEY_PEPPER to what the first one was made with, or run this where its file `key-pepper` is.",
     )
 
     def __init__(self) -> None:
-        super().__init__("There are keys already, and their pepper is neither in P2D_KEY_PEPPER nor in a file here.")
+        super().__init__(
+            "There are keys or webhooks already, and their pepper is neither in P2D_KEY_PEPPER nor in a file here."
+        )
 
 
 # --- never seen by a user --------------------------------------------------------------------------------------------

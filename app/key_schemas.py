@@ -53,7 +53,7 @@ class AuditView(View):
     """One deed."""
 
     id: str
-    actor: str = Field(description="Id of the key; `loopback` without keys; `command line` for `p2d keys`.")
+    actor: str = Field(description="Id of the key; `loopback` without keys; `command line` for `p2d keys`; `service`.")
     action: str = Field(description="`job.create`, `dataset.delete`, `artifact.download` ...; actions may grow.")
     object_id: str = Field(description="Id of the thing, which may be gone.")
     request_id: str | None = Field(description="As in the answer's X-Request-Id.")
@@ -81,4 +81,6 @@ class UsageView(View):
     stored_bytes_quota: int
     rows: int = Field(description="Of all datasets.")
     rows_quota: int
+    webhooks: int
+    webhooks_quota: int
     requests_per_minute: int = Field(description="The most that are answered, once the service has keys.")

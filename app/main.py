@@ -34,6 +34,7 @@ from app.api import (
     selections,
     uploads,
     usage,
+    webhooks,
 )
 from app.api.bodies import sweep
 from app.api.context import CLOSED, Services, Wake
@@ -118,6 +119,7 @@ def create_app(settings: Settings, *, waker: Wake | None = None, egress: Egress 
         selections,
         models,
         keys,
+        webhooks,
         audit,
         usage,
     )

@@ -24,6 +24,7 @@ import app.access_errors as access_errors
 import app.dataset_errors as dataset_errors
 import app.errors as service_errors
 import app.result_errors as result_errors
+import app.webhook_errors as webhook_errors
 from app.db.engine import DatabaseUnavailable, PoolTimeout
 from app.db.ids import new_id
 from p2d.errors import ErrorDetail, P2DError
@@ -82,7 +83,12 @@ STATUS = {
     "limit.requests": 429,
     "limit.jobs": 429,
     "limit.storage": 403,
+    "limit.webhooks": 403,
     "key.not_found": 404,
+    "webhook.not_found": 404,
+    "webhook.refused": 422,
+    "webhook.disabled": 409,
+    "delivery.not_found": 404,
     "resource.not_found": 404,
     "artifact.not_found": 404,
     "head_map.not_found": 404,
@@ -148,6 +154,7 @@ def catalogue() -> dict[str, type[P2DError]]:
     assert access_errors
     assert dataset_errors
     assert result_errors
+    assert webhook_errors
     found: dict[str, type[P2DError]] = {}
     todo: list[type[P2DError]] = [P2DError]
     while todo:

@@ -139,8 +139,15 @@ def environment(settings: Settings) -> dict[str, str]:
     for name in type(settings).model_fields:
         value = getattr(settings, name)
         if value is not None:
-            env[f"P2D_{name.upper()}"] = value.get_secret_value() if isinstance(value, SecretStr) else str(value)
+            env[f"P2D_{name.upper()}"] = _text(value)
     return env
+
+
+def _text(value: object) -> str:
+    """A setting as its variable says it."""
+    if isinstance(value, SecretStr):
+        return str(value.get_secret_value())
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def _start(settings: Settings, supervisor: Supervisor, say: Callable[[str], None]) -> Service:

@@ -15,6 +15,8 @@ from p2d.pipeline import SHARD_ROWS
 
 MiB = 1 << 20
 
+RETRY_S = (5, 300, 1800, 7200, 18000, 36000, 50400, 72000, 86400)
+
 
 class Settings(BaseSettings):
     """The service's settings. Each is read from the environment as P2D_ + the upper-case name."""
@@ -57,6 +59,8 @@ class Settings(BaseSettings):
     """Bytes of one project's datasets, open uploads and jobs' files; more are refused with 403. Running jobs may exceed it."""
     quota_rows: int = Field(default=100_000_000, ge=1)
     """Rows of one project's datasets; more are refused with 403."""
+    quota_webhooks: int = Field(default=20, ge=1)
+    """Webhooks of one project; more are refused with 403."""
 
     max_upload_bytes: int = Field(default=1024 * MiB, ge=1)
     """Largest dataset file, in bytes. A larger upload is cut off with 413."""
@@ -94,6 +98,26 @@ class Settings(BaseSettings):
     worker_queue: str = "default"
     """Queue that a worker serves and a job goes to."""
 
+    webhook_hosts: Annotated[tuple[str, ...], NoDecode] = ("*",)
+    """Hosts that webhooks may be sent to, with commas between, as in `P2D_EGRESS`: over https alone, and to public addresses
+    alone. Empty: to none."""
+    webhook_inside: Annotated[tuple[str, ...], NoDecode] = ()
+    """Hosts that webhooks may be sent to wherever they are, over http too: `host:port`, or `host` for the scheme's own port, with
+    commas between, as in `127.0.0.1:9000,hooks.lan`. Whoever may make a webhook can have requests sent there."""
+    webhook_retry_s: Annotated[tuple[Annotated[float, Field(ge=0)], ...], NoDecode] = RETRY_S
+    """Seconds after each failed try of a delivery until the next one, with commas between, each made up to a fifth longer by
+    chance; after the last one the delivery has failed. The default is Standard Webhooks' example: ten tries in three days."""
+    webhook_timeout_s: float = Field(default=15.0, gt=0)
+    """Seconds that one try of a delivery may take."""
+    webhook_hands: int = Field(default=4, ge=0)
+    """Deliveries that a worker sends side by side, beside its steps; 0 = none, where other workers do."""
+    webhook_old_secret_h: float = Field(default=24.0, gt=0)
+    """Hours that the old secret of a webhook still signs, beside the new one, after it was rotated."""
+    webhook_failing_d: float = Field(default=5.0, gt=0)
+    """Days without one delivery that succeeded, from the first that failed, after which a webhook is disabled."""
+    webhook_kept_d: float = Field(default=30.0, gt=0)
+    """Days that a delivery stays in the list after it ended."""
+
     lease_s: float = Field(default=60.0, gt=0)
     """Seconds until a silent worker loses its step."""
     heartbeat_s: float = Field(default=10.0, gt=0)
@@ -126,7 +150,7 @@ class Settings(BaseSettings):
     max_streams: int = Field(default=2000, ge=1)
     """Event streams open at once in one process; more are answered with 503."""
 
-    @field_validator("egress", "source_buckets", mode="before")
+    @field_validator("egress", "source_buckets", "webhook_hosts", "webhook_inside", "webhook_retry_s", mode="before")
     @classmethod
     def _listed(cls, value: Any) -> Any:
         return tuple(one.strip() for one in value.split(",") if one.strip()) if isinstance(value, str) else value

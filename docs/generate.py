@@ -47,7 +47,8 @@ def settings() -> str:
     ]
     for name, field in Settings.model_fields.items():
         text = " ".join((field.description or "").split())
-        default = "" if field.default is None or field.default_factory else f"`{field.default}`"
+        shown = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
+        default = "" if shown in (None, "") or field.default_factory else f"`{shown}`"
         # Paths below home have no fixed default: the text says which.
         default = "" if isinstance(field.default, Path) else default
         lines.append(f"| `P2D_{name.upper()}` | {default} | {_cell(text)} |")

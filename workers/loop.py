@@ -1,4 +1,5 @@
-"""A worker: waits for a wake-up or polls, claims one step at a time, and sweeps the ledger beside it. Never imports torch.
+"""A worker: waits for a wake-up or polls, claims one step at a time, and beside it sweeps the ledger and sends to webhooks.
+Never imports torch.
 
 Knows no Celery: `wake` may be called by anything, any number of times, and only makes the next look come sooner.
 """
@@ -26,18 +27,19 @@ from app.errors import StoreUnavailable
 from app.settings import Settings
 from workers.attempt import Workshop, run_attempt
 from workers.engine_process import EngineProcess
+from workers.postman import Postman
 from workers.reconcile import reconcile
 
 log = structlog.get_logger()
 
 
 class Worker:
-    """One worker process: a loop thread and a sweeping thread."""
+    """One worker process: a loop thread, a sweeping thread, and those that send to webhooks."""
 
     def __init__(self, settings: Settings) -> None:
         self.id = new_id("wrk")  # new at each start, so nobody is mistaken for a predecessor
         self._settings = settings
-        self._db = make_engine(settings.url("database_url"), pool_size=5)
+        self._db = make_engine(settings.url("database_url"), pool_size=6)
         self._waker = Waker(settings.url("broker_url"))
         self._woken = threading.Event()
         self._stopping = threading.Event()
@@ -52,6 +54,7 @@ class Worker:
             stopping=self._stopping,
             folder=self._folder,
         )
+        self._postman = Postman(self._db, settings, self._stopping)
         self._warm: str | None = None
         self._closing, self._closed = threading.Lock(), False
         self._loop = threading.Thread(target=self._run, name="loop", daemon=True)
@@ -62,15 +65,17 @@ class Worker:
         log.info("worker.started", worker=self.id, queue=self._settings.worker_queue)
         self._loop.start()
         self._sweeper.start()
+        self._postman.start()
 
     def wake(self) -> None:
         """Look for work now instead of at the next poll."""
         self._woken.set()
+        self._postman.wake()
 
     def stop(self) -> None:
         """Claim nothing more, stop the child and give its step back. Returns at once; see `join`."""
         self._stopping.set()
-        self._woken.set()
+        self.wake()
 
     def join(self, timeout_s: float) -> bool:
         """Wait until everything has been given back; False if it took longer. May be called by several threads."""
@@ -78,6 +83,7 @@ class Worker:
         for thread in (self._loop, self._sweeper):
             if thread.ident is not None:
                 thread.join(max(deadline - time.monotonic(), 0.0))
+        self._postman.join(deadline)
         with self._closing:
             if not self._loop.is_alive() and not self._closed:
                 self._closed = True
@@ -101,6 +107,7 @@ class Worker:
                 self._woken.wait(self._settings.poll_s * random.uniform(0.8, 1.0))  # noqa: S311 - jitter
                 continue
             run_attempt(self._shop, lease)
+            self._postman.wake()  # the job may have ended
             if lease.model_digest is not None:
                 self._warm = lease.model_digest
 

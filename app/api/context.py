@@ -32,6 +32,7 @@ from app.errors import (
 )
 from app.problems import request_id
 from app.settings import Settings
+from app.webhook_errors import DeliveryNotFound, WebhookNotFound
 from p2d.errors import ErrorDetail
 
 
@@ -127,6 +128,14 @@ UploadId = Annotated[str, Depends(_id("upl", UploadNotFound))]
 HeadMapId = Annotated[str, Depends(_id("hm", HeadMapNotFound))]
 SelectionId = Annotated[str, Depends(_id("sel", SelectionNotFound))]
 KeyId = Annotated[str, Depends(_id("key", KeyNotFound))]
+WebhookId = Annotated[str, Depends(_id("wh", WebhookNotFound))]
+
+
+def _delivery_id(delivery: PathId) -> str:
+    return _id("whd", DeliveryNotFound)(delivery)
+
+
+DeliveryId = Annotated[str, Depends(_delivery_id)]
 
 Limit = Annotated[int, Query(ge=1, le=100, description="Entries of one page.")]
 Cursor = Annotated[str | None, Query(max_length=200, description="`next_cursor` of the page before.")]

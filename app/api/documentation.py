@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import FastAPI
@@ -24,6 +25,7 @@ from app.schemas import (
     UploadBody,
 )
 from app.views import DatasetView, Problem
+from app.webhook_schemas import MessageView, WebhookBody, WebhookPatch
 from p2d.errors import P2DError
 
 _PROBLEM = {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}
@@ -119,15 +121,6 @@ CLONE_BODY = {
     }
 }
 
-_JOB_PATCH = {"schema": {"$ref": "#/components/schemas/JobPatch"}}
-
-PATCH_BODY = {
-    "requestBody": {
-        "required": True,
-        "content": {"application/json": _JOB_PATCH, "application/merge-patch+json": _JOB_PATCH},
-    }
-}
-
 DATASET_BODY = {
     "requestBody": {
         "required": True,
@@ -162,21 +155,24 @@ DATASET_KNOWN: dict[int | str, dict[str, Any]] = {
 MODELS: tuple[type[BaseModel], ...] = (
     *(JobBody, JobPatch, SourceBody, RowsBody),
     *(UploadBody, PartUrlBody, StoredPartBody, CompleteBody),
-    *(KeyBody, ModelCheckBody, Problem),
+    *(KeyBody, WebhookBody, WebhookPatch, ModelCheckBody, Problem),
     *BODIES,
 )
 """Bodies that FastAPI does not parse itself, and the shape of every error."""
 
 
-def _json_body(model: type[BaseModel], *, required: bool) -> dict[str, Any]:
-    schema = {"$ref": f"#/components/schemas/{model.__name__}"}
-    return {"requestBody": {"required": required, "content": {"application/json": {"schema": schema}}}}
+def _json_body(model: type[BaseModel], *, required: bool, types: Sequence[str] = ("json",)) -> dict[str, Any]:
+    content = {"schema": {"$ref": f"#/components/schemas/{model.__name__}"}}
+    return {"requestBody": {"required": required, "content": {f"application/{type}": content for type in types}}}
 
 
 UPLOAD_BODY = _json_body(UploadBody, required=True)
 PART_URL_BODY = _json_body(PartUrlBody, required=True)
 STORED_PART_BODY = _json_body(StoredPartBody, required=True)
 KEY_BODY = _json_body(KeyBody, required=True)
+WEBHOOK_BODY = _json_body(WebhookBody, required=True)
+PATCH_BODY = _json_body(JobPatch, required=True, types=("json", "merge-patch+json"))
+WEBHOOK_PATCH_BODY = _json_body(WebhookPatch, required=True, types=("json", "merge-patch+json"))
 MODEL_CHECK_BODY = _json_body(ModelCheckBody, required=True)
 COMPLETE_BODY = _json_body(CompleteBody, required=False)
 PART_BODY = {
@@ -188,7 +184,13 @@ PART_BODY = {
 
 
 def install(app: FastAPI) -> None:
-    """Make /openapi.json know the schemas of bodies that FastAPI does not parse itself."""
+    """Make /openapi.json know the schemas of bodies that FastAPI does not parse itself, and what webhooks are sent."""
+
+    @app.webhooks.post("event", tags=["webhooks"])
+    def receive_event(message: MessageView) -> None:
+        """What the URL of a webhook is sent, with the headers `webhook-id`, `webhook-timestamp` and `webhook-signature` of
+        Standard Webhooks. Any answer with 2xx takes it, 410 disables the webhook, anything else has it sent again later.
+        """
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
@@ -197,6 +199,7 @@ def install(app: FastAPI) -> None:
                 version=app.version,
                 description=app.description,
                 routes=app.routes,
+                webhooks=app.webhooks.routes,
                 tags=app.openapi_tags,
             )
             schemas = document.setdefault("components", {}).setdefault("schemas", {})

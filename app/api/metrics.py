@@ -132,8 +132,15 @@ def _gauges(found: Measures) -> Iterator[Metric]:
         ("p2d_workers_busy", "Workers that hold a step; idle ones are not known.", found.busy_workers),
         ("p2d_store_objects", "Objects in the store.", found.objects),
         ("p2d_store_bytes", "Bytes of the objects in the store.", found.stored_bytes),
+        ("p2d_webhooks_disabled", "Webhooks that the service disabled: gone, or failing.", found.disabled_webhooks),
     ):
         yield GaugeMetricFamily(name, said, value)
+    deliveries = GaugeMetricFamily(
+        "p2d_webhook_deliveries", "Deliveries to webhooks that are kept, by status.", labels=["status"]
+    )
+    for status, number in found.deliveries.items():
+        deliveries.add_metric([status], number)
+    yield deliveries
     error = GaugeMetricFamily(
         "p2d_estimate_error",
         "Quantiles of actual over estimated seconds of a step, of the newest finished ones: what intervals are made of.",
@@ -152,6 +159,12 @@ def _counters(found: Measures) -> Iterator[Metric]:
     for labels, number in found.attempts.items():
         tried.add_metric(labels, number)
     yield tried
+    sent = CounterMetricFamily(
+        "p2d_webhook_tries", "Tries to deliver an event to a webhook, by what came of it.", labels=["outcome"]
+    )
+    for outcome, number in found.delivery_tries.items():
+        sent.add_metric([outcome], number)
+    yield sent
     yield CounterMetricFamily("p2d_uploaded_bytes", "Bytes of datasets as uploaded.", found.uploaded_bytes)
     yield _histogram(
         "p2d_step_seconds",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastapi import APIRouter
 
 from app.api.context import Context
-from app.db.usage import open_jobs, stored_bytes, stored_rows
+from app.db.usage import open_jobs, stored_bytes, stored_rows, webhooks_made
 from app.key_schemas import UsageView
 
 router = APIRouter(tags=["service"])
@@ -13,7 +13,7 @@ router = APIRouter(tags=["service"])
 
 @router.get("/usage")
 def get_usage(services: Context) -> UsageView:
-    """Unfinished jobs, stored bytes and dataset rows of the project, each with its quota; and its rate."""
+    """Unfinished jobs, stored bytes, dataset rows and webhooks of the project, each with its quota; and its rate."""
     settings = services.settings
     with services.engine.connect() as conn:
         return UsageView(
@@ -23,5 +23,7 @@ def get_usage(services: Context) -> UsageView:
             stored_bytes_quota=settings.quota_bytes,
             rows=stored_rows(conn),
             rows_quota=settings.quota_rows,
+            webhooks=webhooks_made(conn),
+            webhooks_quota=settings.quota_webhooks,
             requests_per_minute=settings.rate_per_minute,
         )

@@ -1,4 +1,5 @@
-"""Remove what nobody needs any more: old checkpoints of ended jobs, and objects of the store to which nothing refers.
+"""Remove what nobody needs any more: old checkpoints of ended jobs, old deliveries of webhooks, and objects of the store to
+which nothing refers.
 
 Never an object that a row refers to, nor one that somebody is about to register: docs/decisions/0016 says why. Parts of
 uploads have a life of their own (app.core.uploads).
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 import structlog
 
 from app.blobs import BlobStore
+from app.db.deliveries import forget_deliveries
 from app.db.engine import Engine
 from app.db.jobs import lock_job
 from app.db.leases import try_advisory_lock
@@ -69,6 +71,8 @@ def sweep_garbage(engine: Engine, blobs: BlobStore, settings: Settings) -> None:
             return
         outlast_idleness(guard)
         drop_checkpoints(engine, kept_d=settings.checkpoints_kept_d)
+        with engine.begin() as conn:
+            forget_deliveries(conn, kept_d=settings.webhook_kept_d)
         done = collect(engine, blobs, kept_h=settings.unreferenced_kept_h)
     if done.objects:
         log.info("objects.collected", objects=done.objects, size_bytes=done.size_bytes)

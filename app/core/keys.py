@@ -66,11 +66,7 @@ def make_key(
     expires_days: float | None = None,
 ) -> tuple[ApiKey, str]:
     """Record a new key; returns it and its text, which nobody can read again. Raises PepperMissing."""
-    pepper = read_pepper(settings)
-    if pepper is None:
-        if any_key(conn):
-            raise PepperMissing()
-        pepper = _make_pepper(settings.home)
+    pepper = open_pepper(settings, in_use=any_key(conn))
     key_id = new_id("key")
     secret = base64.b32encode(secrets.token_bytes(SECRET_BYTES)).decode().rstrip("=").lower()
     text = f"p2d_{key_id.removeprefix('key_')}_{secret}"
@@ -108,6 +104,16 @@ def read_pepper(settings: Settings) -> bytes | None:
         return (settings.home / "key-pepper").read_bytes()
     except FileNotFoundError:
         return None
+
+
+def open_pepper(settings: Settings, *, in_use: bool) -> bytes:
+    """`read_pepper`, made where there is none yet. Raises PepperMissing if something that is in use needs the lost one."""
+    pepper = read_pepper(settings)
+    if pepper is None:
+        if in_use:
+            raise PepperMissing()
+        pepper = _make_pepper(settings.home)
+    return pepper
 
 
 def _make_pepper(home: Path) -> bytes:

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from app.core.foresight import estimate_json, time_left
+from app.core.webhooks import tell_webhooks
 from app.db import attempts, jobs, leases, steps
 from app.db.artifacts import Artifact, NewArtifact, insert_artifacts
 from app.db.engine import Connection, Json
@@ -78,6 +79,7 @@ class StepFacts:
 def open_job(conn: Connection, job: Job) -> None:
     """Write the first event of a job that was just inserted."""
     open_log(conn, job.id, "job.status", {"status": job.status})
+    tell_webhooks(conn, job)
 
 
 # --- what a worker reports -------------------------------------------------------------------------------------------
@@ -93,7 +95,7 @@ def begin_step(conn: Connection, lease: Lease) -> Job:
         return job
     if job.status == "queued":
         job = jobs.start_job(conn, job.id)
-        append_event(conn, job.id, "job.status", {"status": "running"})
+        _tell_status(conn, job)
     stage: Stage = STEPS[lease.step].stage  # type: ignore[assignment]  # a test compares the two lists
     if job.stage is None or STAGES.index(stage) > STAGES.index(job.stage):
         job = jobs.update_job(conn, job.id, stage=stage)
@@ -261,7 +263,7 @@ def _paused_if_still(conn: Connection, job: Job) -> Job:
 
 
 def set_status(conn: Connection, job: Job, status: Status, error: Json | None = None) -> Job:
-    """Move a locked job along NEXT and say so in its log."""
+    """Move a locked job along NEXT, say so in its log, and tell the webhooks of its project."""
     assert status in NEXT[job.status], f"{job.status} -> {status}"
     if status in jobs.FINAL:
         job = jobs.finish_job(conn, job.id, status, error=error)
@@ -269,7 +271,7 @@ def set_status(conn: Connection, job: Job, status: Status, error: Json | None = 
         job = jobs.pause_job(conn, job.id)
     else:
         job = jobs.update_job(conn, job.id, status=status)
-    append_event(conn, job.id, "job.status", {"status": status} | ({"error": error} if error else {}))
+    _tell_status(conn, job)
     return job
 
 
@@ -341,6 +343,11 @@ def _apply_plan(conn: Connection, job: Job, facts: StepFacts) -> Job:
         job = jobs.update_job(conn, job.id, estimate=estimate)
         append_event(conn, job.id, "estimate", estimate)
     return job
+
+
+def _tell_status(conn: Connection, job: Job) -> None:
+    append_event(conn, job.id, "job.status", {"status": job.status} | ({"error": job.error} if job.error else {}))
+    tell_webhooks(conn, job)
 
 
 def _tell_reuse(conn: Connection, lease: Lease, fingerprint: str | None, reused: Json) -> None:

@@ -26,10 +26,17 @@ Action = Literal[
     "head_map.import",
     "head_map.delete",
     "artifact.download",
+    "webhook.create",
+    "webhook.update",
+    "webhook.rotate",
+    "webhook.delete",
+    "webhook.test",
+    "webhook.redeliver",
+    "webhook.disable",
 ]
 
-KEYLESS, OPERATOR = "loopback", "command line"
-"""Actors without a key: whoever is on this machine while there are no keys, and whoever has the database."""
+KEYLESS, OPERATOR, SERVICE = "loopback", "command line", "service"
+"""Actors without a key: whoever is on this machine while there are no keys, whoever has the database, and nobody."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

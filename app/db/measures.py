@@ -7,17 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from sqlalchemy import ColumnElement, Integer, Select, and_, cast, func, literal, select, union_all
-from sqlalchemy.dialects.postgresql import ARRAY
+from sqlalchemy.dialects.postgresql import ARRAY, Insert
 from sqlalchemy.dialects.postgresql import insert as upsert
 from sqlalchemy.types import Double
 
 from app.db.engine import Connection
 from app.db.estimates import Error, is_judged, past_errors, ratio
 from app.db.leases import is_free
-from app.db.tables import attempts, datasets, jobs, objects, steps, tallies
+from app.db.tables import attempts, datasets, jobs, objects, steps, tallies, webhook_deliveries, webhooks
 
 SECONDS = (0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 60.0, 120.0, 300.0, 600.0, 1800.0, 3600.0, 7200.0, 21600.0)
 """Upper ends of the buckets of a step's seconds."""
@@ -61,6 +61,12 @@ class Measures:
     """By step, outcome and code of the error ("" without one)."""
     step_seconds: Mapping[str, Counted] = field(default_factory=dict)
     estimate_ratios: Mapping[str, Counted] = field(default_factory=dict)
+    deliveries: Mapping[str, int] = field(default_factory=dict)
+    """Deliveries of webhooks that are kept, by status."""
+    disabled_webhooks: int = 0
+    """Webhooks that the service disabled."""
+    delivery_tries: Mapping[str, int] = field(default_factory=dict)
+    """By outcome."""
 
 
 def measure(conn: Connection) -> Measures:
@@ -75,6 +81,8 @@ def measure(conn: Connection) -> Measures:
     running, oldest_s, expired, workers = conn.execute(held).one()
     stored = select(func.count(), _sum(objects.c.size_bytes)).where(objects.c.stored_at.is_not(None))
     count, size = conn.execute(stored).one()
+    delivered = select(webhook_deliveries.c.status, func.count()).group_by(webhook_deliveries.c.status)
+    disabled = select(func.count()).select_from(webhooks).where(webhooks.c.disabled_reason.is_not(None))
     return Measures(
         jobs={row[0]: row[1] for row in conn.execute(by_status)},
         queues={row[0]: Queue(ready=row[1], oldest_s=float(row[2])) for row in conn.execute(_ready())},
@@ -86,6 +94,8 @@ def measure(conn: Connection) -> Measures:
         stored_bytes=int(size),
         uploaded_bytes=int(conn.execute(select(_sum(datasets.c.size_bytes))).scalar_one()),
         errors=past_errors(conn),
+        deliveries={row[0]: row[1] for row in conn.execute(delivered)},
+        disabled_webhooks=conn.execute(disabled).scalar_one(),
         **_counters(conn),
     )
 
@@ -93,16 +103,26 @@ def measure(conn: Connection) -> Measures:
 def keep_counts(conn: Connection, job_id: str) -> None:
     """Add what a locked job counts to the tallies: the last thing before it is deleted."""
     for counts in _counts(jobs.c.id == job_id):
-        new = upsert(tallies).from_select([column.name for column in tallies.c], counts)
-        conn.execute(
-            new.on_conflict_do_update(
-                index_elements=list(tallies.primary_key),
-                set_={
-                    "number": tallies.c.number + new.excluded.number,
-                    "total": tallies.c.total + new.excluded.total,
-                },
-            )
-        )
+        _add(conn, upsert(tallies).from_select([column.name for column in tallies.c], counts))
+
+
+def count_try(conn: Connection, outcome: Literal["delivered", "refused", "unanswered"]) -> None:
+    """Count a try of a delivery. Others wait for the row until the caller commits: the last thing before that."""
+    values = {
+        "name": "delivery_tries",
+        "step": "",
+        "outcome": outcome,
+        "code": "",
+        "bucket": 0,
+        "number": 1,
+        "total": 0,
+    }
+    _add(conn, upsert(tallies).values(values))
+
+
+def _add(conn: Connection, new: Insert) -> None:
+    sums = {"number": tallies.c.number + new.excluded.number, "total": tallies.c.total + new.excluded.total}
+    conn.execute(new.on_conflict_do_update(index_elements=list(tallies.primary_key), set_=sums))
 
 
 def _ready() -> Select[Any]:
@@ -143,10 +163,14 @@ def _counters(conn: Connection) -> dict[str, Any]:
     kept: Select[Any] = select(tallies)
     rows = conn.execute(union_all(kept, *_counts(jobs.c.id.is_not(None)))).all()
     tried: dict[tuple[str, str, str], int] = {}
+    delivery_tries: dict[str, int] = {}
     series: dict[str, dict[str, Counted]] = {"step_seconds": {}, "estimate_ratio": {}}
     for name, step, outcome, code, bucket, number, total in rows:
         if name == "attempts":
             tried[step, outcome, code] = tried.get((step, outcome, code), 0) + number
+            continue
+        if name == "delivery_tries":
+            delivery_tries[outcome] = number
             continue
         width = len(SECONDS if name == "step_seconds" else RATIOS) + 1
         before = series[name].get(step, Counted(numbers=(0,) * width, total=0.0))
@@ -154,6 +178,7 @@ def _counters(conn: Connection) -> dict[str, Any]:
         series[name][step] = Counted(numbers=numbers, total=before.total + float(total))
     return {
         "attempts": tried,
+        "delivery_tries": delivery_tries,
         "step_seconds": series["step_seconds"],
         "estimate_ratios": series["estimate_ratio"],
     }

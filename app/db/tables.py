@@ -10,6 +10,7 @@ from typing import Any
 from sqlalchemy import (
     ARRAY,
     BigInteger,
+    Boolean,
     Column,
     DateTime,
     Double,
@@ -312,6 +313,53 @@ events = Table(
     Column("type", Text, nullable=False),
     Column("data", JSONB, nullable=False),
     _now(),
+)
+
+webhooks = Table(
+    "webhooks",
+    metadata,
+    Column("id", Text, primary_key=True),
+    _project(),
+    Column("url", Text, nullable=False),
+    Column("events", ARRAY(Text), nullable=False),
+    Column("description", Text, nullable=False, server_default=""),
+    Column("enabled", Boolean, nullable=False, server_default=text("true")),
+    Column("disabled_reason", Text),  # where the service did it
+    Column("secret_version", Integer, nullable=False, server_default=text("1")),  # the secret itself is nowhere
+    Column("pepper_mark", Text, nullable=False),  # which pepper the secret comes from
+    _time("rotated_at"),
+    _time("failing_since"),  # the first failed try since the last that succeeded
+    _now(),
+    Index(None, "project_id", "id"),
+)
+
+webhook_deliveries = Table(
+    "webhook_deliveries",
+    metadata,
+    Column("id", Text, primary_key=True),  # also the `webhook-id` that is sent
+    _project(),
+    Column("webhook_id", Text, ForeignKey("webhooks.id", ondelete="CASCADE"), nullable=False),
+    Column("job_id", Text),  # which may be gone
+    Column("type", Text, nullable=False),
+    Column("data", JSONB, nullable=False),
+    Column("status", Text, nullable=False, server_default="pending"),
+    Column("token", Integer, nullable=False, server_default=text("0")),  # fencing token of the newest try
+    Column("attempts", Integer, nullable=False, server_default=text("0")),
+    Column("tries", Integer, nullable=False, server_default=text("0")),  # the same, since it was last asked for
+    _time("lease_until"),  # somebody is sending it
+    Column("next_try_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
+    _time("tried_at"),
+    Column("response_status", Integer),
+    Column("error", Text),
+    _now(),
+    _time("finished_at"),
+    Index(None, "webhook_id", "id"),
+    Index(None, "finished_at"),
+)
+Index(
+    "ix_webhook_deliveries_due",
+    webhook_deliveries.c.next_try_at,
+    postgresql_where=webhook_deliveries.c.status == "pending",
 )
 
 idempotency_keys = Table(

@@ -7,12 +7,17 @@ from typing import Any
 from sqlalchemy import Select, func, select
 
 from app.db.engine import Connection
-from app.db.tables import artifacts, datasets, head_maps, jobs, uploads
+from app.db.tables import artifacts, datasets, head_maps, jobs, uploads, webhooks
 
 
 def open_jobs(conn: Connection) -> int:
     """Jobs that have not ended."""
     return _number(conn, select(func.count()).select_from(jobs).where(jobs.c.finished_at.is_(None)))
+
+
+def webhooks_made(conn: Connection) -> int:
+    """Webhooks, enabled or not."""
+    return _number(conn, select(func.count()).select_from(webhooks))
 
 
 def stored_rows(conn: Connection) -> int:

@@ -27,10 +27,18 @@ PREFIX = {
     "head-maps": "hm",
     "selections": "sel",
     "keys": "key",
+    "webhooks": "wh",
 }
 JOB = {"kind": "adapt", "base_model": "stub", "dataset": HERE.get("dataset"), "heads": {"proxy_rows": 8}}
 HEADS = {name: JOB[name] for name in ("base_model", "dataset", "heads")}
-BODIES = {"/jobs": JOB, "/estimates": JOB, "/jobs/{id}/clone": {"name": "again"}, "/head-maps": HEADS}
+BODIES = {
+    "/jobs": JOB,
+    "/estimates": JOB,
+    "/jobs/{id}/clone": {"name": "again"},
+    "/head-maps": HEADS,
+    "/webhooks": {"url": "https://hooks.example/p2d"},
+    "/webhooks/{id}": {"url": "https://hooks.example/moved"},
+}
 """JSON bodies that are good."""
 
 rng = random.Random(HERE.get("seed"))
@@ -58,6 +66,8 @@ def before_call(context: Any, case: Any, kwargs: dict[str, Any]) -> None:
         path["id"] = rng.choice(there)
     if case.path.endswith("/diff"):
         case.query["with"] = rng.choice([one for one in known if one.startswith("hm_")])
+    if "delivery" in path and (sent := sorted(one for one in known if one.startswith("whd_"))):
+        path["delivery"] = rng.choice(sent)
     if case.path in BODIES and case.media_type == "application/json":
         case.headers.pop("Idempotency-Key", None)
         case.body = BODIES[case.path]

@@ -140,5 +140,7 @@ def test_usage_says_what_the_project_has_of_what_it_may(lab: Api) -> None:
         "stored_bytes_quota": 40_000,
         "rows": 50,
         "rows_quota": 200,
+        "webhooks": 0,
+        "webhooks_quota": 20,
         "requests_per_minute": 40,
     }

@@ -33,7 +33,7 @@ SHARED = {"objects", "tallies"}
 
 OPEN = {"/healthz", "/readyz", "/version"}
 FOR_THE_OPERATOR = "/metrics"
-FOR_ADMINS = ("/keys", "/audit", FOR_THE_OPERATOR)
+FOR_ADMINS = ("/keys", "/webhooks", "/audit", FOR_THE_OPERATOR)
 OF_ALL = ("/models",)
 """Resources of the service, not of a project."""
 
@@ -44,6 +44,7 @@ PREFIX = {
     "artifacts": "art_",
     "head-maps": "hm_",
     "selections": "sel_",
+    "webhooks": "wh_",
 }
 
 
@@ -80,7 +81,7 @@ class Tenants:
         """The path with the owner's ids in it. An id that is not known here fails the test."""
         room = path.split("/")[1]
         path = path.replace("{id}", self.ids[room]) if "{id}" in path else path
-        path = path.replace("{number}", "1").replace("{name}", "stub")
+        path = path.replace("{number}", "1").replace("{name}", "stub").replace("{delivery}", self.ids["deliveries"])
         path += f"?with={self.ids['head-maps']}" if path.endswith("/diff") else ""
         assert "{" not in path, f"add an id for {path} to this test"
         return path
@@ -110,6 +111,8 @@ def tenants(module_settings: Settings) -> Iterator[Tenants]:
             revoke_key(conn, id_of(owner["revoked"]))
         with authorized(api, owner["write"]):
             ids = one_of_everything(api)
+        with authorized(api, owner["admin"]):
+            ids |= a_webhook(api)
         ids["keys"] = id_of(owner["read"])
         other = key(engine, settings, "other", "admin")
         yield Tenants(api, owner, other, ids, frozenset({*ids.values(), "owners-secret"}))
@@ -139,6 +142,14 @@ def one_of_everything(api: Api) -> dict[str, str]:
     dataset = api.upload(rows(61), name="owners-secret.jsonl").json()
     ids = {"jobs": job_id, "datasets": dataset["id"], "uploads": upload["id"], "artifacts": artifacts[0]["id"]}
     return {**ids, "head-maps": job["head_map"], "selections": job["selection"]}
+
+
+def a_webhook(api: Api) -> dict[str, str]:
+    """The ids of a webhook and of a delivery to it."""
+    body = {"url": "https://hooks.example/owners-secret", "description": "owners-secret"}
+    webhook = api.http.post("/webhooks", json=body).json()
+    delivery = api.http.post(f"/webhooks/{webhook['id']}/test").json()
+    return {"webhooks": webhook["id"], "deliveries": delivery["id"]}
 
 
 def everything(conn: Connection) -> dict[str, Any]:
@@ -209,6 +220,18 @@ def test_lists_hold_what_is_the_projects_own(tenants: Tenants) -> None:
         assert tenants.ask("GET", path, tenants.other).json()["data"] == []
         assert len(tenants.ask("GET", path, tenants.owner["read"]).json()["data"]) > 0
     assert [one["project"] for one in tenants.ask("GET", "/keys", tenants.other).json()["data"]] == ["other"]
+    assert tenants.ask("GET", "/webhooks", tenants.other).json()["data"] == []
+    assert len(tenants.ask("GET", "/webhooks", tenants.owner["admin"]).json()["data"]) == 1
+
+
+def test_a_delivery_is_found_through_its_own_webhook_alone(tenants: Tenants) -> None:
+    with authorized(tenants.api, tenants.other):
+        mine = a_webhook(tenants.api)
+        foreign = f"/webhooks/{mine['webhooks']}/deliveries/{tenants.ids['deliveries']}/redeliver"
+        answer = tenants.api.http.post(foreign)
+        tenants.api.http.delete(f"/webhooks/{mine['webhooks']}")
+
+    assert (answer.status_code, answer.json()["code"]) == (404, "delivery.not_found")
     assert len(tenants.ask("GET", "/keys", tenants.owner["admin"]).json()["data"]) == 5
 
 

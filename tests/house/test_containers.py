@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
+from app.settings import Settings
+
 ROOT = Path(__file__).resolve().parents[2]
 COMPOSE = ROOT / "docker-compose.yml"
 SERVICES: dict[str, dict[str, Any]] = yaml.safe_load(COMPOSE.read_text(encoding="utf-8"))["services"]
@@ -27,7 +29,7 @@ def test_the_dockerfile_passes_its_linter() -> None:
 
 
 def test_all_parts_of_the_service_are_there_and_migration_is_its_own_one_shot() -> None:
-    assert set(SERVICES) == {"postgres", "valkey", "s3", "migrate", "api", "worker"}
+    assert set(SERVICES) == {"postgres", "valkey", "s3", "migrate", "api", "worker", "courier"}
     assert SERVICES["migrate"]["command"] == ["migrate"]
     assert SERVICES["migrate"]["restart"] == "no"
     for name in ("api", "worker"):
@@ -72,6 +74,16 @@ def test_every_container_is_unprivileged(name: str) -> None:
 def test_every_lasting_container_says_whether_it_is_well(name: str) -> None:
     assert SERVICES[name]["healthcheck"]["test"]
     assert SERVICES[name]["restart"] == "unless-stopped"
+
+
+def test_who_computes_reaches_nobody_outside_and_another_sends_to_webhooks() -> None:
+    worker, courier = SERVICES["worker"], SERVICES["courier"]
+
+    assert (worker["networks"], worker["environment"]["P2D_WEBHOOK_HANDS"]) == (["data"], "0")
+    assert "P2D_KEY_PEPPER" not in worker["environment"]
+    assert courier["networks"] == ["data", "front"]
+    assert courier["environment"]["P2D_WORKER_QUEUE"] != Settings().worker_queue
+    assert courier["environment"]["P2D_KEY_PEPPER"] == SERVICES["api"]["environment"]["P2D_KEY_PEPPER"]
 
 
 @pytest.mark.parametrize("name", ["postgres", "valkey", "s3"])
