@@ -7,11 +7,10 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse
-from pydantic import AwareDatetime
 
 from app.access_errors import StorageFull
 from app.api.bodies import Received, read_json, receive, work_folder
-from app.api.context import Context, Cursor, DatasetId, IdempotencyKey, Limit, Services, page_after, page_of
+from app.api.context import Context, Cursor, DatasetId, IdempotencyKey, Limit, Moment, Services, page_after, page_of
 from app.api.documentation import DATASET_BODY, DATASET_KNOWN, errors
 from app.api.idempotency import Once
 from app.api.receipts import receipt
@@ -90,8 +89,8 @@ def get_datasets(
     q: Annotated[Text | None, Query(min_length=1, max_length=200, description="Stands in the name.")] = None,
     format: Annotated[Format | None, Query(description="Only files that came in this format.")] = None,
     content_hash: Annotated[Sha256 | None, Query(description="Only the dataset of this content.")] = None,
-    created_after: Annotated[AwareDatetime | None, Query(description="Made then or later.")] = None,
-    created_before: Annotated[AwareDatetime | None, Query(description="Made before.")] = None,
+    created_after: Annotated[Moment | None, Query(description="Made then or later.")] = None,
+    created_before: Annotated[Moment | None, Query(description="Made before.")] = None,
     order: Annotated[Order, Query(description="`desc` = newest first.")] = "desc",
 ) -> Page[DatasetView]:
     """The datasets of the project."""

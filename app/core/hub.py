@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
@@ -27,8 +27,8 @@ FILE = "https://huggingface.co/datasets/{repo}/resolve/{commit}/{path}"
 MAX_API_BYTES = 4 << 20
 """Longest answer of the API that is read: some 50,000 files. It bounds the work on names as well."""
 
-MAX_PATTERNS = 50
-"""Most patterns of paths in one config of a card; plain paths are not counted."""
+MAX_MATCHED_CHARS = 30_000_000
+"""Most characters of names that the patterns of one config are held against: 1 or 2 seconds of work, at any form of name."""
 
 MAX_FILES = 200
 """Most files of one split. Each is a request; what needs more would pass the limit on bytes anyway."""
@@ -150,7 +150,7 @@ def choose_files(
     if split is None and len(splits) == 1:
         split = next(iter(splits))
     if split not in splits:
-        there = ", ".join(sorted(splits)) or "none: its rows are not in files that are read here"
+        there = _listed(sorted(splits)) or "none: its rows are not in files that are read here"
         raise SourceInvalid(f"Name one split of the config {config!r}; the repository has {there}.")
     assert config is not None
     assert split is not None
@@ -165,8 +165,14 @@ def _pick_config(configs: Sequence[CardConfig], wanted: str | None) -> CardConfi
     else:
         found = by_name.get(wanted)
     if found is None:
-        raise SourceInvalid(f"Name one config; the repository has {', '.join(by_name)}.")
+        raise SourceInvalid(f"Name one config; the repository has {_listed(by_name)}.")
     return found
+
+
+def _listed(names: Collection[str]) -> str:
+    """Names of a stranger's choice, within bounds."""
+    said = ", ".join(name[:100] for name in [*names][:30])
+    return f"{said} and {len(names) - 30} others" if len(names) > 30 else said
 
 
 def _card_splits(files: list[str], config: CardConfig) -> dict[str, list[str]]:
@@ -176,7 +182,7 @@ def _card_splits(files: list[str], config: CardConfig) -> dict[str, list[str]]:
     if config.data_files is None:
         return _split_by_name([name for name in files if name.startswith(base)], base)
     given = [config.data_files] if isinstance(config.data_files, str) else config.data_files
-    there, globs = set(files), 0
+    there, matched, whole = set(files), 0, sum(map(len, files))
     splits: dict[str, dict[str, None]] = {}
     for one in given:
         entry = one if isinstance(one, DataFiles) else DataFiles(path=one)
@@ -186,11 +192,9 @@ def _card_splits(files: list[str], config: CardConfig) -> dict[str, list[str]]:
             if not set("*?[") & set(wanted):
                 found.update(dict.fromkeys({wanted} & there))
                 continue
-            globs += 1
-            if globs > MAX_PATTERNS:
-                raise SourceInvalid(
-                    f"The config has more than {MAX_PATTERNS} patterns of paths; name one file by its path."
-                )
+            matched += whole
+            if matched > MAX_MATCHED_CHARS:
+                raise SourceInvalid("The config has too many files and patterns of paths; name one file by its path.")
             found.update(dict.fromkeys(name for name in files if _is_like(name, wanted)))
     return {split: list(found) for split, found in splits.items()}
 

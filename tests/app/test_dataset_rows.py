@@ -111,7 +111,7 @@ def test_a_list_holds_what_was_asked_for_in_the_order_that_was(api: Api) -> None
         {"q": "a\x00b"},
         {"format": "xml"},
         {"content_hash": "x"},
-        {"created_after": "2026-01-01T00:00:00"},
+        *({"created_after": text} for text in ("2026-01-01T00:00:00", "0.5", "1767225600", "2026-01-01", "yesterday")),
         {"order": "up"},
     ],
 )

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from app.core.hub import API, MAX_PATTERNS, CardConfig, HubFiles, _Repository, choose_files
+from app.core.hub import API, MAX_MATCHED_CHARS, CardConfig, HubFiles, _Repository, choose_files
 from app.dataset_errors import SourceInvalid
 from tests.hub import COMMIT, repository
 
@@ -110,11 +111,24 @@ def test_the_hubs_own_conversion_is_read_by_its_folders() -> None:
         choose_files(names, [], config="de", split="test")
 
 
-def test_a_card_of_very_many_patterns_is_refused() -> None:
-    card = CardConfig(data_files=["*" * 400 + str(n) for n in range(MAX_PATTERNS + 1)])
+def test_a_card_of_very_many_configs_makes_no_long_message() -> None:
+    configs = [CardConfig(config_name=f"{n} " + "x" * 1000) for n in range(1000)]
+
+    with pytest.raises(SourceInvalid, match="and 970 others") as refused:
+        choose_files(FILES, configs, config="y", split=None)
+
+    assert len(refused.value.text) < 4000
+
+
+def test_a_card_that_would_take_very_long_is_refused() -> None:
+    names = ["x" * 4000 + f"{number}.csv" for number in range(100)]
+    patterns = ["*x" * 200 + "y"] * (MAX_MATCHED_CHARS // (4000 * len(names)) + 1)
+    start = time.process_time()
 
     with pytest.raises(SourceInvalid, match="patterns"):
-        choose_files(["x" * 4000 + ".csv"] * 100, [card], config=None, split=None)
+        choose_files(names, [CardConfig(data_files=patterns)], config=None, split=None)
+
+    assert time.process_time() - start < 20  # 1 s; patterns that backtrack would take for ever
 
 
 def test_addresses_are_those_that_the_hubs_client_uses() -> None:
