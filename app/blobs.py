@@ -10,7 +10,7 @@ import hashlib
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Protocol
@@ -130,6 +130,31 @@ class BlobStore:
         """Yield the bytes from `start` up to, without, `end`. Raises BlobMissing before the first chunk."""
         options = {"range": (start, end)} if end is not None else {"range": {"offset": start}} if start else None
         yield from self._stream(key(sha256), sha256, options)
+
+    def lines(self, sha256: str, size_bytes: int, start: int = 0) -> Iterator[tuple[int, bytes]]:
+        """Yield each line from `start` on, without its newline, with the byte at which it begins. Raises BlobMissing."""
+        if start >= size_bytes:
+            return
+        rest, offset = b"", start
+        for chunk in self.stream(sha256, start, size_bytes):
+            *lines, rest = (rest + chunk).split(b"\n")
+            for line in lines:
+                yield offset, line
+                offset += len(line) + 1
+        if rest:
+            yield offset, rest
+
+    def ranges(self, sha256: str, spans: Sequence[tuple[int, int]]) -> list[bytes]:
+        """The bytes of several spans (start, end), fetched together. Raises BlobMissing."""
+        if not spans:
+            return []
+        starts, ends = zip(*spans, strict=True)
+        try:
+            return [bytes(part) for part in obstore.get_ranges(self._store, key(sha256), starts=starts, ends=ends)]
+        except FileNotFoundError:
+            raise BlobMissing(sha256=sha256) from None
+        except (BaseError, OSError) as error:
+            raise StoreUnavailable() from error
 
     def size(self, sha256: str) -> int | None:
         """Size in bytes, or None if the object is not there."""

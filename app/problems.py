@@ -97,6 +97,8 @@ STATUS = {
     "head_map.in_use": 409,
     "selection.not_found": 404,
     "selection.mismatch": 409,
+    "selection.in_use": 409,
+    "selection.row_not_found": 404,
     "idempotency.mismatch": 422,
     "idempotency.in_flight": 409,
     "job.not_found": 404,

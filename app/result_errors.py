@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from app.errors import Conflict, RequestError
+from app.errors import Conflict, NotFound, RequestError, ServiceError
 
 
 class HeadMapInvalid(RequestError):
@@ -22,6 +22,24 @@ class HeadMapInUse(Conflict):
 
     def __init__(self, *, id: str, by: Sequence[str]) -> None:
         super().__init__("A job that has not ended needs the head map.", id=id, by=list(by))
+
+
+class SelectionInUse(Conflict):
+    """A selection that a job which has not ended reads, or has just made."""
+
+    code, hint = "selection.in_use", "Wait for the jobs in facts.by, or cancel them, and delete the selection then."
+
+    def __init__(self, *, id: str, by: Sequence[str]) -> None:
+        super().__init__("A job that has not ended needs the selection.", id=id, by=list(by))
+
+
+class SelectionRowNotFound(NotFound):
+    """No row of that number in the selection."""
+
+    code, hint = "selection.row_not_found", "Rows are counted from 0; GET /selections/{id} says how many there are."
+
+    def __init__(self, *, row: int, rows: int) -> None:
+        ServiceError.__init__(self, f"There is no row {row}; the selection has {rows}.", row=row, rows=rows)
 
 
 class ResultsGone(Conflict):

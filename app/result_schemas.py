@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, JsonValue, create_model
 
-from app.schemas import Body, HeadsBody, JobBody, Sha256, Text, TrainingBody
+from app.schemas import Body, DataBody, HeadsBody, JobBody, Sha256, Text, TrainingBody
 from app.views import View
 from p2d.config import Projection
 
@@ -25,15 +25,26 @@ def _without(of: type[Body], name: str, text: str, *left_out: str, **changed: ty
     return create_model(name, __base__=Body, __doc__=text, __module__=__name__, **fields)
 
 
+_ScoringBody = _without(
+    TrainingBody, "ScoringBody", "How the model is run, and the proxy trained.", "rank", "epochs", "learning_rate"
+)
+
 HeadMapBody = _without(
     JobBody,
     "HeadMapBody",
     "What `POST /head-maps` takes: a job's body without what only later stages need.",
     *("kind", "data", "controls"),
     heads=_without(HeadsBody, "HeadMapHeadsBody", "How heads are scored.", "ratio", "head_map"),
-    training=_without(
-        TrainingBody, "HeadMapTrainingBody", "How the proxy is trained.", "rank", "epochs", "learning_rate"
-    ),
+    training=_ScoringBody,
+)
+
+SelectionBody = _without(
+    JobBody,
+    "SelectionBody",
+    "What `POST /selections` takes: a job's body without what only training needs.",
+    *("kind", "controls"),
+    data=_without(DataBody, "SelectionDataBody", "How rows are scored, and how many are kept.", "selection"),
+    training=_ScoringBody,
 )
 
 Score = Annotated[float, Field(allow_inf_nan=False)]
@@ -125,5 +136,60 @@ class HeadMapDiffView(View):
     only_other: list[tuple[int, int]]
 
 
-BODIES: tuple[type[BaseModel], ...] = (HeadMapBody,)
+class SelectionView(View):
+    """A selection: a score for every row of a dataset."""
+
+    id: str
+    job_id: str
+    artifact_id: str
+    base_model: str
+    model_digest: str
+    dataset_id: str
+    validation_dataset_id: str | None
+    scorer: str
+    rows: int
+    kept: int = Field(description="Rows that are kept, by the selection itself or at the ratio that was asked for.")
+    ratio: float | None = Field(default=None, description="The ratio that was asked for.")
+    created_at: datetime
+
+
+class PlacedRowView(View):
+    """A row of a selection by its place in the ranking."""
+
+    row: int = Field(description="0-based, of the rows that were left for training.")
+    line: int = Field(description="Line of the user's file.")
+    score: float | None = Field(description="Null where the row was not scored.")
+    quality: float | None = Field(description="Null where the row was not scored, or the scorer has none.")
+    rank: int = Field(description="0 = best; rows that were not scored come last.")
+    kept: bool
+
+
+class HeadResponseView(View):
+    """One chosen head's response to a row."""
+
+    layer: int
+    head: int
+    response: float
+
+
+class RowReasonView(PlacedRowView):
+    """Why a row was kept or dropped: what its score is made of, and its neighbours in the ranking."""
+
+    prompt: str | None = Field(description="Null where the job's rows are gone.")
+    answer: str | None
+    formula: str | None = Field(description="How the score is made of the figures below.")
+    response: float | None = Field(description="Sum of `heads`, and of `stand_in` for each of `stand_ins`.")
+    heads: list[HeadResponseView] = Field(description="The chosen heads that were scored, best head first.")
+    stand_ins: int = Field(description="Chosen heads in layers that were not scored.")
+    stand_in: float = Field(description="What stands in for each of them: the mean of all scored heads.")
+    scored: int = Field(description="Rows of the selection that were scored.")
+    response_rank: int | None = Field(description="0 = best; where the formula is of ranks.")
+    quality_rank: int | None
+    border: float | None = Field(description="Lowest score that is kept.")
+    nearest_kept: PlacedRowView | None = Field(description="In rank, the row itself left out.")
+    nearest_dropped: PlacedRowView | None
+    not_known: list[str] = Field(description="Files that were deleted, without which the score has no parts.")
+
+
+BODIES: tuple[type[BaseModel], ...] = (HeadMapBody, SelectionBody)
 """What /openapi.json must know beyond the routes' types."""

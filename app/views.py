@@ -253,22 +253,6 @@ class ArtifactView(View):
     created_at: datetime
 
 
-class SelectionView(View):
-    """A selection: a score for every row of a dataset."""
-
-    id: str
-    job_id: str
-    artifact_id: str
-    base_model: str
-    model_digest: str
-    dataset_id: str
-    validation_dataset_id: str | None
-    scorer: str
-    rows: int
-    kept: int
-    created_at: datetime
-
-
 class ModelView(View):
     """A base model, usable or not. What only its files say is absent where there are none."""
 

@@ -13,11 +13,12 @@ from __future__ import annotations
 import json
 import os
 import signal
+import struct
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from p2d.config import least_proxy_rows, resolve
+from p2d.config import least_proxy_rows, resolve, top_count
 from p2d.errors import Diverged
 from p2d.files import write_json
 from p2d.head_maps import HeadMap, Reproducibility
@@ -143,21 +144,43 @@ def _heads(call: StepCall) -> None:
 
 
 def _respond(call: StepCall) -> None:
-    rows = load_rows(call.inputs / "rows.jsonl")
-    mine = shard_range(len(rows), call.shard, call.shards)
-    (call.out / f"responses-{call.shard:05d}.safetensors").write_text(f"{mine.start}-{mine.stop}\n")
+    """Every head responds less to every further row: a shard as `p2d.response_matrix.save_shard` writes it, without numpy."""
+    rows, info = load_rows(call.inputs / "rows.jsonl"), load_plan(call.inputs / "plan.json").model
+    mine, heads = shard_range(len(rows), call.shard, call.shards), info.n_layers * info.n_heads
+    facts = {"span": [mine.start, mine.stop], "layers": [0, info.n_layers], "n_heads": info.n_heads}
+    split, end = 8 * len(mine), 8 * len(mine) + 2 * len(mine) * heads
+    header = {
+        "__metadata__": {"facts": json.dumps(facts | {"scorer": "stub", "combine": "response"})},
+        "rows": {"dtype": "I64", "shape": [len(mine)], "data_offsets": [0, split]},
+        "response": {"dtype": "F16", "shape": [len(mine), heads], "data_offsets": [split, end]},
+    }
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    numbers = struct.pack(f"<{len(mine)}q", *mine)
+    numbers += struct.pack(f"<{len(mine) * heads}e", *(-row / 8 for row in mine for _ in range(heads)))
+    path = call.out / f"responses-{call.shard:05d}.safetensors"
+    path.write_bytes(struct.pack("<Q", len(text)) + text + numbers)
+
+
+def _span(path: Path) -> list[int]:
+    content = path.read_bytes()
+    header = json.loads(content[8 : 8 + struct.unpack("<Q", content[:8])[0]])
+    span: list[int] = json.loads(header["__metadata__"]["facts"])["span"]
+    return span
 
 
 def _select(call: StepCall) -> None:
     rows = load_rows(call.inputs / "rows.jsonl")
-    shards = sorted(call.inputs.glob("responses-*.safetensors"))
-    covered = [path.read_text().strip().split("-") for path in shards]
-    assert [int(a) for a, _ in covered] == [0, *(int(b) for _, b in covered[:-1])], "shards leave a gap"
-    assert int(covered[-1][1]) == len(rows), "shards do not cover all rows"
+    plan = load_plan(call.inputs / "plan.json")
+    covered = [_span(path) for path in sorted(call.inputs.glob("responses-*.safetensors"))]
+    assert [a for a, _ in covered] == [0, *(b for _, b in covered[:-1])], "shards leave a gap"
+    assert covered[-1][1] == len(rows), "shards do not cover all rows"
     kept = max(1, len(rows) // 10)
+    heads = top_count(plan.config.heads.ratio, plan.model.n_layers * plan.model.n_heads)
     with (call.out / "selection.jsonl").open("w") as file:
         for index, row in enumerate(rows):
-            scored = {"row": index, "line": row.line, "score": float(-index), "quality": None, "rank": index}
+            score = -index / 8 * heads
+            scored = {"row": index, "line": row.line, "score": score, "quality": None, "rank": index}
             text = {"prompt": row.prompt, "answer": row.answer} if index < kept else {}
             file.write(json.dumps(scored | {"kept": index < kept} | text) + "\n")
     summary = {"rows": len(rows), "kept": kept, "scorer": "stub", "combine": "sum", "heads": 1}

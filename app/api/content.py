@@ -58,11 +58,11 @@ def send_blob(
     status_code = 200 if wanted is None else 206
     if request.method == "HEAD" or start == end:
         return Response(status_code=status_code, headers=headers, media_type=media_type)
-    chunks = _primed(blobs.stream(blob.sha256, start, end))
+    chunks = primed(blobs.stream(blob.sha256, start, end))
     return StreamingResponse(chunks, status_code=status_code, headers=headers, media_type=media_type)
 
 
-def _primed(chunks: Iterator[bytes]) -> Iterator[bytes]:
+def primed(chunks: Iterator[bytes]) -> Iterator[bytes]:
     """The same chunks, the first of them already read, so that a store that fails still gets an answer of its own."""
     first = next(chunks, b"")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Protocol
 
 from fastapi import Depends, Header, Path, Query, Request
@@ -16,6 +16,7 @@ from app.api.event_hub import EventHub
 from app.blobs import BlobStore
 from app.core.egress import Egress
 from app.core.keys import Caller
+from app.core.selection_tables import SelectionTables
 from app.db.audit import Action, Entry, append_entry
 from app.db.engine import Connection, Engine, Json, for_project
 from app.db.ids import ID_PATTERN
@@ -56,6 +57,7 @@ class Services:
     hub: EventHub
     door: Door
     egress: Egress
+    tables: SelectionTables = field(default_factory=SelectionTables)
     caller: Caller | None = None
     request_id: str = ""
 

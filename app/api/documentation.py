@@ -86,6 +86,29 @@ JOB_BODY = {
     }
 }
 
+
+SELECTION_BODY = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "application/json": {"schema": {"$ref": "#/components/schemas/SelectionBody"}},
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "required": ["dataset", "job"],
+                    "properties": {
+                        "dataset": _FILE,
+                        "validation_dataset": _FILE,
+                        "job": {"$ref": "#/components/schemas/SelectionBody"},
+                    },
+                    "additionalProperties": False,
+                },
+                "encoding": {"job": {"contentType": "application/json"}},
+            },
+        },
+    }
+}
+
 HEAD_MAP_BODY = {
     "requestBody": {
         "required": True,

@@ -15,25 +15,23 @@ from fastapi import APIRouter, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 
 from app.access_errors import StorageFull, TooManyJobs
-from app.api.bodies import Received, read_json, receive
+from app.api.bodies import Received, receive
 from app.api.content import send_blob
 from app.api.context import Context, Cursor, HeadMapId, IdempotencyKey, Limit, Services, page_after, page_of
 from app.api.documentation import HEAD_MAP_BODY, errors
 from app.api.head_map_imports import import_head_map
-from app.api.idempotency import Once
-from app.api.job_requests import FILES, REFUSALS, parse_job
-from app.api.jobs import queue_job
+from app.api.job_requests import FILES, REFUSALS
+from app.api.jobs import queue_stage
 from app.api.receipts import receipt
 from app.blobs import Blob
 from app.core.results import delete_head_map
 from app.db.head_maps import HeadMapRecord, get_head_map, list_head_maps
-from app.errors import HeadMapMismatch, HeadMapNotFound, IdempotencyInFlight, IdempotencyMismatch, RequestInvalid
+from app.errors import HeadMapMismatch, HeadMapNotFound, IdempotencyInFlight, IdempotencyMismatch
 from app.key_schemas import ReceiptView
 from app.result_errors import HeadMapInUse, HeadMapInvalid
 from app.result_schemas import HeadMapBody, HeadMapDiffView, HeadMapSummary, HeadMapView
 from app.views import JobView, Page
 from p2d.config import DEFAULT_RATIO
-from p2d.errors import ErrorDetail
 from p2d.head_map_diff import compare
 from p2d.head_maps import HeadMap
 
@@ -183,14 +181,7 @@ def delete_one_head_map(head_map_id: HeadMapId, services: Context) -> ReceiptVie
 
 
 def _create(services: Services, received: Received, key: str | None) -> Response:
-    if received.json is None:
-        text = "Send the part 'job' with what to score, or the part 'head_map' with a file to import."
-        raise RequestInvalid(text, errors=[ErrorDetail(code="field.missing", message=text, pointer="/job")])
-    asked = read_json(HeadMapBody, received.json).model_dump(mode="json", exclude_unset=True)
-    job = Received(received.files, json.dumps({**asked, "kind": "identify_heads"}).encode(), received.plain)
-    body = parse_job(job)
-    once = Once.of("POST /head-maps", key, body.model_dump(mode="json"), job)
-    return queue_job(services, body, job, once)
+    return queue_stage(services, received, key, shape=HeadMapBody, kind="identify_heads", path="/head-maps")
 
 
 def _find(services: Services, head_map_id: str) -> HeadMapRecord:

@@ -28,7 +28,7 @@ from app.db.engine import Connection
 from app.db.jobs import find_job, list_jobs
 from app.errors import IdempotencyInFlight, IdempotencyMismatch, JobNotFound
 from app.estimate_schemas import EstimateView
-from app.schemas import JobBody
+from app.schemas import Body, JobBody
 from app.views import JobSummary, JobView, Page, Status
 from p2d.config import Kind
 
@@ -110,6 +110,17 @@ def _clone(services: Services, job_id: str, body: bytes, key: str | None) -> Res
     asked = {**job.config, **inputs, "name": job.name, "metadata": job.metadata, "priority": job.priority}
     received = Received(json=json.dumps(merge_patch(asked, patch)).encode())
     return queue_job(services, parse_job(received), received, once)
+
+
+def queue_stage(
+    services: Services, received: Received, key: str | None, *, shape: type[Body], kind: Kind, path: str
+) -> Response:
+    """Queue a job of the first stages alone, asked for at a path of its own with a body of `shape`; as `queue_job`."""
+    if received.json is not None:
+        asked = read_json(shape, received.json).model_dump(mode="json", exclude_unset=True)
+        received = Received(received.files, json.dumps({**asked, "kind": kind}).encode(), received.plain)
+    body = parse_job(received)
+    return queue_job(services, body, received, Once.of(f"POST {path}", key, body.model_dump(mode="json"), received))
 
 
 def queue_job(services: Services, body: JobBody, received: Received, once: Once) -> Response:

@@ -13,6 +13,7 @@ _ACTIONS: dict[Deleted, Action] = {
     "job": "job.delete",
     "dataset": "dataset.delete",
     "head_map": "head_map.delete",
+    "selection": "selection.delete",
 }
 
 

@@ -1,41 +1,290 @@
-"""Selections: a score for every row of a dataset, and the rows page by page, straight from the stored file."""
+"""Selections: made alone, listed, and every row with its score, page by page or one with its reasons; the kept rows as a file.
+
+`ratio` gives another view of a selection: other rows are kept of the same ranking, and no model is asked.
+"""
 
 from __future__ import annotations
 
-from typing import Annotated
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Query
+from fastapi import APIRouter, Path, Query, Request, Response
+from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import StreamingResponse
 from pydantic import JsonValue
 
-from app.api.context import Context, Cursor, Limit, SelectionId, Services
-from app.api.documentation import errors
-from app.api.stored_lines import page_of_lines
-from app.blobs import Blob
-from app.db.selections import SelectionRecord, get_selection
-from app.errors import CursorInvalid, SelectionNotFound
-from app.views import Page, SelectionView
+from app.access_errors import StorageFull, TooManyJobs
+from app.api.bodies import receive
+from app.api.content import primed
+from app.api.context import Context, Cursor, IdempotencyKey, Limit, SelectionId, Services, page_after, page_of
+from app.api.cursors import read_cursor, write_cursor
+from app.api.documentation import SELECTION_BODY, errors
+from app.api.head_maps import OfDataset, OfModel, OfScorer
+from app.api.job_requests import FILES, REFUSALS
+from app.api.jobs import queue_stage
+from app.api.receipts import receipt
+from app.api.stored_lines import PAGE_BYTES, page_of_lines
+from app.blobs import Blob, BlobStore
+from app.core.results import delete_selection
+from app.core.row_reasons import nearest, reason_of, sources_of, text_of
+from app.db.datasets import get_dataset
+from app.db.selections import SelectionRecord, get_selection, list_selections
+from app.errors import (
+    BlobMissing,
+    CursorInvalid,
+    DatasetNotFound,
+    IdempotencyInFlight,
+    IdempotencyMismatch,
+    SelectionNotFound,
+)
+from app.key_schemas import ReceiptView
+from app.result_errors import SelectionInUse, SelectionRowNotFound
+from app.result_schemas import PlacedRowView, RowReasonView, SelectionBody, SelectionView
+from app.views import JobView, Page
+from p2d.config import top_count
+from p2d.selection_reasons import FORMULAS
+from p2d.selection_table import SelectionTable
 
 router = APIRouter(tags=["selections"])
 
 Kept = Annotated[bool | None, Query(description="Only rows that were kept (or dropped).")]
+Order = Annotated[Literal["row", "score"], Query(description="In the order of the file, or best first.")]
+Ratio = Annotated[
+    float | None,
+    Query(gt=0, le=1, allow_inf_nan=False, description="Share of rows that is kept; absent = the selection's own."),
+]
+RowNumber = Annotated[int, Path(ge=0, le=2**31 - 1, description="0-based, as `row` in the rows.")]
+
+_MORE = (IdempotencyInFlight, IdempotencyMismatch, StorageFull, TooManyJobs)
+_LINES: dict[int | str, dict[str, Any]] = {
+    200: {"description": "One row a line, `prompt` and `answer`.", "content": {"application/x-ndjson": {}}},
+}
 
 
-@router.get("/selections/{id}", responses=errors(SelectionNotFound))
-def get_one_selection(selection_id: SelectionId, services: Context) -> SelectionView:
+@router.post(
+    "/selections",
+    status_code=202,
+    response_model=JobView,
+    responses=errors(*REFUSALS, *_MORE),
+    openapi_extra=SELECTION_BODY,
+)
+async def create_selection(request: Request, services: Context, key: IdempotencyKey) -> Response:
+    """Score all rows of a dataset: 202 with a job of kind `select_data`, whose `selection` it then is."""
+    async with receive(request, services.settings, files=FILES, json_part="job", json=True) as received:
+        return await run_in_threadpool(
+            queue_stage, services, received, key, shape=SelectionBody, kind="select_data", path="/selections"
+        )
+
+
+@router.get("/selections")
+def get_selections(
+    services: Context,
+    limit: Limit = 20,
+    cursor: Cursor = None,
+    base_model: OfModel = None,
+    dataset: OfDataset = None,
+    scorer: OfScorer = None,
+) -> Page[SelectionView]:
+    """All selections, newest first."""
+    before = page_after(cursor)
+    with services.engine.connect() as conn:
+        found = list_selections(
+            conn, limit=limit + 1, before=before, base_model=base_model, dataset_id=dataset, scorer=scorer
+        )
+    views = [SelectionView.model_validate(one) for one in found]
+    return Page[SelectionView].model_validate(page_of(views, [one.id for one in found], limit))
+
+
+@router.get("/selections/{id}", responses=errors(SelectionNotFound, BlobMissing))
+def get_one_selection(selection_id: SelectionId, services: Context, ratio: Ratio = None) -> SelectionView:
     """A selection; a later job over the same dataset may name it as `data.selection`."""
-    return SelectionView.model_validate(_find(services, selection_id))
-
-
-@router.get("/selections/{id}/rows", responses=errors(SelectionNotFound, CursorInvalid))
-def get_selection_rows(
-    selection_id: SelectionId, services: Context, limit: Limit = 20, cursor: Cursor = None, kept: Kept = None
-) -> Page[dict[str, JsonValue]]:
-    """The rows in file order: line, score, rank and whether each was kept; the text of kept rows only."""
     found = _find(services, selection_id)
-    blob = Blob(found.sha256, found.size_bytes)
-    return page_of_lines(
-        services.blobs, blob, cursor=cursor, limit=limit, want=lambda row: kept is None or row.get("kept") is kept
+    kept = found.kept if ratio is None else services.tables.get(services.blobs, found).kept_at(ratio)
+    return SelectionView.model_validate({**asdict(found), "kept": kept, "ratio": ratio})
+
+
+@router.delete("/selections/{id}", responses=errors(SelectionNotFound, SelectionInUse))
+def delete_one_selection(selection_id: SelectionId, services: Context) -> ReceiptView:
+    """Delete a selection and its file. Refused while a job that has not ended needs it; its job stays."""
+    with services.engine.begin() as conn:
+        return receipt(services, conn, "selection", selection_id, delete_selection(conn, selection_id))
+
+
+# --- rows ------------------------------------------------------------------------------------------------------------
+
+
+@router.get("/selections/{id}/rows", responses=errors(SelectionNotFound, CursorInvalid, BlobMissing))
+def get_selection_rows(
+    selection_id: SelectionId,
+    services: Context,
+    limit: Limit = 20,
+    cursor: Cursor = None,
+    kept: Kept = None,
+    order: Order = "row",
+    ratio: Ratio = None,
+) -> Page[dict[str, JsonValue]]:
+    """The rows: line, score, rank and whether each is kept; the text of rows that are kept and that the selection itself keeps.
+
+    `/rows/{row}` and `/export` have the text of the others.
+    """
+    found = _find(services, selection_id)
+    if order == "score":
+        return _best_first(services, found, limit=limit, cursor=cursor, kept=kept, ratio=ratio)
+    page = page_of_lines(
+        services.blobs,
+        Blob(found.sha256, found.size_bytes),
+        cursor=cursor,
+        limit=limit,
+        want=lambda row: kept is None or _is_kept(row, found, ratio) is kept,
     )
+    return page.model_copy(update={"data": [_seen_at(row, found, ratio) for row in page.data]})
+
+
+@router.get("/selections/{id}/rows/{row}", responses=errors(SelectionNotFound, SelectionRowNotFound, BlobMissing))
+def get_selection_row(
+    selection_id: SelectionId, row: RowNumber, services: Context, ratio: Ratio = None
+) -> RowReasonView:
+    """Why a row is kept or dropped: its score, what each chosen head adds to it, and its neighbours in the ranking.
+
+    The figures add up to the score. Where files of the job were deleted, `not_known` names them and the parts are absent.
+    """
+    found = _find(services, selection_id)
+    table = services.tables.get(services.blobs, found)
+    if row >= table.rows:
+        raise SelectionRowNotFound(row=row, rows=table.rows)
+    with services.engine.connect() as conn:
+        sources = sources_of(conn, found, row)
+    reason = reason_of(services.blobs, sources, row)
+    kept = table.kept_at(ratio)
+    by_response, by_quality = table.rank_parts(row) if reason and reason.combine == "rank" else (None, None)
+    near = [None if at is None else _placed(table, at, kept) for at in nearest(table, row, kept)]
+    text = text_of(services.blobs, sources, row) or _own_text(services.blobs, found, table, row)
+    return RowReasonView(
+        **_placed(table, row, kept).model_dump(),
+        prompt=text[0] if text else None,
+        answer=text[1] if text else None,
+        formula=FORMULAS[reason.combine] if reason else None,
+        response=reason.response if reason and reason.combine != "quality" else None,
+        heads=[asdict(head) for head in reason.heads] if reason else [],
+        stand_ins=reason.stand_ins if reason else 0,
+        stand_in=reason.stand_in if reason else 0.0,
+        scored=table.scored,
+        response_rank=by_response,
+        quality_rank=by_quality,
+        border=float(table.score_R[table.row_by_rank[kept - 1]]),
+        nearest_kept=near[0],
+        nearest_dropped=near[1],
+        not_known=list(sources.missing),
+    )
+
+
+@router.get(
+    "/selections/{id}/export",
+    response_class=Response,
+    responses={**_LINES, **errors(SelectionNotFound, DatasetNotFound, BlobMissing)},
+)
+def export_selection(selection_id: SelectionId, services: Context, ratio: Ratio = None) -> Response:
+    """The kept rows as JSON Lines, in the order of the dataset, from which they are read: it must not be deleted yet."""
+    found = _find(services, selection_id)
+    table = services.tables.get(services.blobs, found)
+    with services.engine.begin() as conn:
+        dataset = get_dataset(conn, found.dataset_id)
+        if dataset is None:
+            raise DatasetNotFound(id=found.dataset_id)
+        kept = table.kept_at(ratio)
+        services.note(conn, "selection.export", selection_id, {"rows": kept, "dataset_id": dataset.id})
+    lines = set(table.line_R[table.rank_R < kept].tolist())
+    stored = services.blobs.lines(dataset.sha256, dataset.stored_bytes)
+    headers = {
+        "Content-Disposition": f'attachment; filename="{selection_id}.jsonl"',
+        "X-Content-Type-Options": "nosniff",
+    }
+    content = primed(_exported((line for _, line in stored), lines))
+    return StreamingResponse(content, media_type="application/x-ndjson", headers=headers)
+
+
+# --- inside ----------------------------------------------------------------------------------------------------------
+
+
+def _best_first(
+    services: Services,
+    found: SelectionRecord,
+    *,
+    limit: int,
+    cursor: str | None,
+    kept: bool | None,
+    ratio: float | None,
+) -> Page[dict[str, JsonValue]]:
+    table = services.tables.get(services.blobs, found)
+    most = table.kept_at(ratio)
+    first, end = {None: (0, table.rows), True: (0, most), False: (most, table.rows)}[kept]
+    start = max(first, _rank(cursor, table))
+    stop = min(end, start + limit)
+    spans = [table.span(int(row)) for row in table.row_by_rank[start:stop]]
+    while sum(last - first for first, last in spans) > PAGE_BYTES and len(spans) > 1:
+        spans.pop()
+    stop = start + len(spans)
+    lines = services.blobs.ranges(found.sha256, spans)
+    rows = [_seen_at(json.loads(line), found, ratio) for line in lines]
+    more = stop < end
+    # Two numbers: no place in the file, which is what the cursor of the other order holds.
+    return Page(data=rows, has_more=more, next_cursor=write_cursor([0, stop]) if more else None)
+
+
+def _is_kept(row: dict[str, Any], found: SelectionRecord, ratio: float | None) -> bool:
+    """Whether a ratio keeps the row of a line of selection.jsonl."""
+    if ratio is None:
+        return bool(row["kept"])
+    return row["score"] is not None and row["rank"] < top_count(ratio, found.rows)
+
+
+def _seen_at(row: dict[str, Any], found: SelectionRecord, ratio: float | None) -> dict[str, Any]:
+    """A line of selection.jsonl as a ratio sees it."""
+    kept = _is_kept(row, found, ratio)
+    shown = row if kept else {name: value for name, value in row.items() if name not in ("prompt", "answer")}
+    return {**shown, "kept": kept}
+
+
+def _placed(table: SelectionTable, row: int, kept: int) -> PlacedRowView:
+    scored = bool(table.score_R[row] == table.score_R[row])  # not NaN
+    quality = float(table.quality_R[row])
+    return PlacedRowView(
+        row=row,
+        line=int(table.line_R[row]),
+        score=float(table.score_R[row]) if scored else None,
+        quality=quality if quality == quality else None,
+        rank=int(table.rank_R[row]),
+        kept=bool(table.rank_R[row] < kept),
+    )
+
+
+def _own_text(blobs: BlobStore, found: SelectionRecord, table: SelectionTable, row: int) -> tuple[str, str] | None:
+    """Prompt and answer of a row that the selection itself keeps."""
+    if table.rank_R[row] >= table.kept:
+        return None
+    line = json.loads(blobs.ranges(found.sha256, [table.span(row)])[0])
+    return line["prompt"], line["answer"]
+
+
+def _exported(rows: Iterator[bytes], lines: set[int]) -> Iterator[bytes]:
+    """Normalised rows of these lines, without the number of the line, which ends each of them (`p2d.rows.row_line`)."""
+    for row in rows:
+        text, _, line = row.rpartition(b',"line":')
+        if int(line.rstrip(b"}")) in lines:
+            yield text + b"}\n"
+
+
+def _rank(cursor: str | None, table: SelectionTable) -> int:
+    if cursor is None:
+        return 0
+    value = read_cursor(cursor)
+    if not (isinstance(value, list) and len(value) == 2 and all(type(one) is int for one in value)):
+        raise CursorInvalid()
+    if value[0] != 0 or not 0 < value[1] < table.rows:
+        raise CursorInvalid()
+    return int(value[1])
 
 
 def _find(services: Services, selection_id: str) -> SelectionRecord:

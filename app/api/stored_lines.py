@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from app.api.cursors import read_cursor, write_cursor
@@ -21,7 +21,7 @@ def page_of_lines(
     """Up to `limit` entries that are wanted, from the cursor on. Raises CursorInvalid, BlobMissing, StoreUnavailable."""
     start, taken = _offset(blobs, cursor, blob), 0
     entries: list[Any] = []
-    for offset, line in _lines(blobs, blob.sha256, start, blob.size_bytes):
+    for offset, line in blobs.lines(blob.sha256, blob.size_bytes, start):
         entry = json.loads(line)
         if not want(entry):
             continue
@@ -30,20 +30,6 @@ def page_of_lines(
         entries.append(entry)
         taken += len(line)
     return Page(data=entries, has_more=False)
-
-
-def _lines(blobs: BlobStore, sha256: str, start: int, size: int) -> Iterator[tuple[int, bytes]]:
-    """Yield each line with the offset at which it begins."""
-    if start >= size:
-        return
-    rest, offset = b"", start
-    for chunk in blobs.stream(sha256, start, size):
-        *lines, rest = (rest + chunk).split(b"\n")
-        for line in lines:
-            yield offset, line
-            offset += len(line) + 1
-    if rest:
-        yield offset, rest
 
 
 def _offset(blobs: BlobStore, cursor: str | None, blob: Blob) -> int:

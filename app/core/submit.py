@@ -16,7 +16,7 @@ from app.db.datasets import Dataset, get_dataset
 from app.db.engine import Connection, Json
 from app.db.head_maps import get_head_map, keep_head_map
 from app.db.jobs import Job, get_job, insert_job
-from app.db.selections import SelectionRecord, get_selection
+from app.db.selections import SelectionRecord, get_selection, keep_selection
 from app.db.steps import insert_steps
 from app.errors import DatasetNotFound, HeadMapMismatch, HeadMapNotFound, SelectionMismatch, SelectionNotFound
 from p2d.config import JobConfig, Resolution, check, check_rank, config_json, least_proxy_rows, resolve
@@ -53,6 +53,8 @@ def submit(conn: Connection, request: JobRequest, *, shard_rows: int, queue: str
         validation = find_dataset(conn, request.validation_dataset_id, "/validation_dataset")
     if config.heads.head_map is not None:
         keep_head_map(conn, config.heads.head_map)
+    if config.data.selection is not None:
+        keep_selection(conn, config.data.selection)
     for error in refusals(conn, config, request.model, dataset, validation):
         raise error
     job = insert_job(

@@ -25,6 +25,8 @@ Action = Literal[
     "job.delete",
     "head_map.import",
     "head_map.delete",
+    "selection.export",
+    "selection.delete",
     "artifact.download",
     "webhook.create",
     "webhook.update",

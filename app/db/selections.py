@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import datetime
 
-from sqlalchemy import insert, select
+from sqlalchemy import delete, insert, select
 
 from app.db.engine import Connection
 from app.db.ids import new_id
-from app.db.tables import artifacts, selections
+from app.db.tables import artifacts, jobs, selections
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,3 +81,46 @@ def selection_of_job(conn: Connection, job_id: str) -> SelectionRecord | None:
     """The selection that a job made, or None while it has none."""
     row = conn.execute(_QUERY.where(selections.c.job_id == job_id)).first()
     return SelectionRecord(**row._mapping) if row else None
+
+
+def list_selections(
+    conn: Connection,
+    *,
+    limit: int,
+    before: str | None = None,
+    base_model: str | None = None,
+    dataset_id: str | None = None,
+    scorer: str | None = None,
+) -> list[SelectionRecord]:
+    """Newest first, filtered; `before` is the id of the last one of the page before."""
+    query = _QUERY.order_by(selections.c.id.desc()).limit(limit)
+    if before is not None:
+        query = query.where(selections.c.id < before)
+    for column, wanted in (("base_model", base_model), ("dataset_id", dataset_id), ("scorer", scorer)):
+        if wanted is not None:
+            query = query.where(selections.c[column] == wanted)
+    return [SelectionRecord(**row._mapping) for row in conn.execute(query)]
+
+
+def keep_selection(conn: Connection, selection_id: str) -> None:
+    """Let nobody delete the selection until the caller's transaction, which is about to refer to it, has ended."""
+    mine = selections.c.id == selection_id
+    conn.execute(select(selections.c.id).where(mine).with_for_update(read=True, key_share=True))
+
+
+def lock_selection(conn: Connection, selection_id: str) -> SelectionRecord | None:
+    """The selection, which no job can come to read until the transaction ends; or None."""
+    conn.execute(select(selections.c.id).where(selections.c.id == selection_id).with_for_update())
+    return get_selection(conn, selection_id)
+
+
+def readers_of_selection(conn: Connection, selection: SelectionRecord) -> list[str]:
+    """Jobs that have not ended and need it: those that name it, and the one that made it."""
+    needs = (jobs.c.config[("data", "selection")].astext == selection.id) | (jobs.c.id == selection.job_id)
+    query = select(jobs.c.id).where(jobs.c.finished_at.is_(None), needs).order_by(jobs.c.id)
+    return list(conn.scalars(query))
+
+
+def delete_selection(conn: Connection, selection_id: str) -> None:
+    """Delete the row of a locked selection."""
+    conn.execute(delete(selections).where(selections.c.id == selection_id))

@@ -36,6 +36,7 @@ BODIES = {
     "/estimates": JOB,
     "/jobs/{id}/clone": {"name": "again"},
     "/head-maps": HEADS,
+    "/selections": HEADS,
     "/webhooks": {"url": "https://hooks.example/p2d"},
     "/webhooks/{id}": {"url": "https://hooks.example/moved"},
 }

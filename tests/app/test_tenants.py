@@ -81,7 +81,8 @@ class Tenants:
         """The path with the owner's ids in it. An id that is not known here fails the test."""
         room = path.split("/")[1]
         path = path.replace("{id}", self.ids[room]) if "{id}" in path else path
-        path = path.replace("{number}", "1").replace("{name}", "stub").replace("{delivery}", self.ids["deliveries"])
+        for name, value in (("number", "1"), ("row", "0"), ("name", "stub"), ("delivery", self.ids["deliveries"])):
+            path = path.replace("{" + name + "}", value)
         path += f"?with={self.ids['head-maps']}" if path.endswith("/diff") else ""
         assert "{" not in path, f"add an id for {path} to this test"
         return path
@@ -216,7 +217,7 @@ def test_what_another_project_has_answers_404_on_every_route(tenants: Tenants) -
 
 
 def test_lists_hold_what_is_the_projects_own(tenants: Tenants) -> None:
-    for path in ["/jobs", "/datasets", "/head-maps"]:
+    for path in ["/jobs", "/datasets", "/head-maps", "/selections"]:
         assert tenants.ask("GET", path, tenants.other).json()["data"] == []
         assert len(tenants.ask("GET", path, tenants.owner["read"]).json()["data"]) > 0
     assert [one["project"] for one in tenants.ask("GET", "/keys", tenants.other).json()["data"]] == ["other"]

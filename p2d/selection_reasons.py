@@ -1,0 +1,77 @@
+"""Why a row has its score: what each chosen head responds to it, and how that adds up. Arithmetic on one shard, no torch.
+
+The sum is the score's own: fp16 responses add up exactly in float64, in any order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from p2d.head_maps import Head
+from p2d.response_matrix import Combine, ResponseShard
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HeadResponse:
+    """One chosen head's response to the row."""
+
+    layer: int
+    head: int
+    response: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RowReason:
+    """What a row's score is made of."""
+
+    combine: Combine
+    heads: tuple[HeadResponse, ...]
+    """Of the chosen heads that were scored, best head first."""
+    stand_ins: int
+    """Chosen heads in layers that were not scored; `stand_in` is added for each."""
+    stand_in: float
+    """Mean of all scored heads' responses to the row; 0 where none stands in."""
+    response: float
+    """Sum over `heads`, and `stand_ins * stand_in`."""
+    quality: float | None
+
+
+FORMULAS: dict[Combine, str] = {
+    "response": "score = response",
+    "product": "score = response * quality",
+    "quality": "score = quality",
+    "rank": "score = (scored - 1) - (response_rank + quality_rank) / 2",
+}
+"""How a score is made of its parts; `p2d.selection.combine` does it for all rows at once."""
+
+
+def explain(shard: ResponseShard, row: int, heads: Sequence[Head]) -> RowReason | None:
+    """What the row's score is made of; None where the row was not scored.
+
+    Args:   shard: the one whose span has the row. heads: the chosen ones, best first.
+    """
+    assert row in shard.span
+    place = int(np.searchsorted(shard.row_R, row))
+    if place == len(shard.row_R) or shard.row_R[place] != row:
+        return None
+    response_N = shard.response_RN[place].astype(np.float64)
+    scored = [
+        HeadResponse(
+            layer=layer, head=head, response=float(response_N[(layer - shard.layers.start) * shard.n_heads + head])
+        )
+        for layer, head in heads
+        if layer in shard.layers
+    ]
+    stand_ins = len(heads) - len(scored) if len(shard.layers) else 0
+    stand_in = float(response_N.mean()) if stand_ins else 0.0
+    return RowReason(
+        combine=shard.combine,
+        heads=tuple(scored),
+        stand_ins=stand_ins,
+        stand_in=stand_in,
+        response=sum(head.response for head in scored) + stand_ins * stand_in,
+        quality=None if shard.quality_R is None else float(shard.quality_R[place]),
+    )

@@ -1,0 +1,121 @@
+"""Figures about a row add up to its score, whatever the score is made of; a ratio is a view of the same ranking."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from p2d.response_matrix import Combine, ResponseShard, load_shard, save_shard
+from p2d.rows import Row
+from p2d.selection import select_rows, write_selection
+from p2d.selection_reasons import RowReason, explain
+from p2d.selection_table import SelectionTable, read_table
+
+LAYERS, HEADS, ROWS = 6, 4, 60
+CHOSEN = [(1, 2), (5, 3), (4, 0), (3, 1), (5, 0)]
+
+
+def shards(combine: Combine, seed: int, *, layers: range = range(LAYERS), pool: bool = False) -> list[ResponseShard]:
+    """Two shards of random numbers; in a pool every third row was scored."""
+    chance = np.random.default_rng(seed)
+    made = []
+    for span in (range(25), range(25, ROWS)):
+        row_R = np.array([row for row in span if not pool or row % 3 == 0], dtype=np.int64)
+        made.append(
+            ResponseShard(
+                span=span,
+                row_R=row_R,
+                layers=layers,
+                n_heads=HEADS,
+                response_RN=chance.normal(size=(len(row_R), len(layers) * HEADS)).astype(np.float16),
+                quality_R=None if combine == "response" else chance.normal(size=len(row_R)).astype(np.float32),
+                scorer="alignment",
+                combine=combine,
+            )
+        )
+    return made
+
+
+def table_of(folder: Path, made: list[ResponseShard], ratio: float = 0.2) -> SelectionTable:
+    path = folder / "selection.jsonl"
+    write_selection(path, select_rows(made, CHOSEN, ratio), [Row(f"p{i}", f"a{i}", i + 10) for i in range(ROWS)])
+    return read_table(path.read_bytes().removesuffix(b"\n").split(b"\n"))
+
+
+def added_up(reason: RowReason, table: SelectionTable, row: int) -> float:
+    response = sum(head.response for head in reason.heads) + reason.stand_ins * reason.stand_in
+    if reason.combine == "rank":
+        by_response, by_quality = table.rank_parts(row)
+        return table.scored - 1 - (by_response + by_quality) / 2
+    if reason.combine == "response":
+        return response
+    assert reason.quality is not None
+    return reason.quality if reason.combine == "quality" else response * reason.quality
+
+
+@pytest.mark.parametrize("pool", [False, True])
+@pytest.mark.parametrize("layers", [range(LAYERS), range(4, LAYERS)], ids=["all layers", "upper third"])
+@pytest.mark.parametrize("combine", ["response", "product", "rank"])
+def test_the_figures_of_every_row_add_up_to_its_score(
+    combine: Combine, layers: range, pool: bool, tmp_path: Path, seed: int
+) -> None:
+    made = shards(combine, seed, layers=layers, pool=pool)
+    table = table_of(tmp_path, made)
+
+    for shard in made:
+        path = tmp_path / f"{shard.span.start}.safetensors"
+        save_shard(path, shard)
+        for row in shard.span:
+            reason = explain(load_shard(path), row, CHOSEN)
+            if reason is None:
+                assert np.isnan(table.score_R[row])
+                continue
+            assert added_up(reason, table, row) == table.score_R[row]
+            assert len(reason.heads) + reason.stand_ins == len(CHOSEN)
+            assert reason.response == sum(head.response for head in reason.heads) + reason.stand_ins * reason.stand_in
+
+
+def test_the_rank_by_response_is_the_one_of_the_responses(tmp_path: Path, seed: int) -> None:
+    made = shards("rank", seed)
+    table = table_of(tmp_path, made)
+    responses = [explain(shard, row, CHOSEN) for shard in made for row in shard.span]
+    sums = [reason.response for reason in responses if reason]
+
+    assert [table.rank_parts(row)[0] for row in range(ROWS)] == np.argsort(
+        np.argsort(-np.array(sums), kind="stable"), kind="stable"
+    ).tolist()
+
+
+def test_a_quality_alone_needs_no_heads(tmp_path: Path, seed: int) -> None:
+    made = shards("quality", seed, layers=range(0))
+    table = table_of(tmp_path, made)
+
+    reason = explain(made[0], 3, CHOSEN)
+
+    assert reason is not None
+    assert (reason.heads, reason.stand_ins, reason.quality) == ((), 0, table.score_R[3])
+
+
+@pytest.mark.parametrize("pool", [False, True])
+@pytest.mark.parametrize("ratio", [0.01, 0.2, 0.33, 0.5, 1.0])
+def test_a_ratio_keeps_the_rows_that_a_selection_of_it_keeps(
+    ratio: float, pool: bool, tmp_path: Path, seed: int
+) -> None:
+    made = shards("response", seed, pool=pool)
+    anew = select_rows(made, CHOSEN, ratio)
+
+    table = table_of(tmp_path, made, ratio=0.2)
+
+    assert np.flatnonzero(table.rank_R < table.kept_at(ratio)).tolist() == anew.kept_rows
+    assert table.kept_at(None) == table.kept_at(0.2)
+
+
+def test_the_table_knows_the_place_of_every_line(tmp_path: Path, seed: int) -> None:
+    table = table_of(tmp_path, shards("response", seed))
+    content = (tmp_path / "selection.jsonl").read_bytes()
+
+    lines = content.splitlines()
+    assert [content[slice(*table.span(row))] for row in range(ROWS)] == lines
+    assert table.line_R.tolist() == list(range(10, 10 + ROWS))
