@@ -12,7 +12,7 @@ from app.views import View
 
 Scope = Literal["read", "write", "admin"]
 
-Deleted = Literal["job", "dataset", "head_map", "selection"]
+Deleted = Literal["job", "dataset", "head_map", "selection", "artifact"]
 """What a receipt can be about."""
 
 MAX_DAYS = 3650

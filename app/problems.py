@@ -91,6 +91,8 @@ STATUS = {
     "delivery.not_found": 404,
     "resource.not_found": 404,
     "artifact.not_found": 404,
+    "artifact.expired": 410,
+    "artifact.in_use": 409,
     "head_map.not_found": 404,
     "head_map.mismatch": 409,
     "head_map.invalid": 422,

@@ -5,6 +5,7 @@ app.errors.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import datetime
 
 from app.errors import Conflict, NotFound, RequestError, ServiceError
 
@@ -42,10 +43,32 @@ class SelectionRowNotFound(NotFound):
         ServiceError.__init__(self, f"There is no row {row}; the selection has {rows}.", row=row, rows=rows)
 
 
+class ArtifactInUse(Conflict):
+    """An artifact that a job which has not ended, a head map or a selection needs."""
+
+    code, hint = (
+        "artifact.in_use",
+        "Wait for the jobs in facts.by, or cancel them; the file of a head map or selection goes when that is deleted.",
+    )
+
+    def __init__(self, *, id: str, by: Sequence[str]) -> None:
+        super().__init__("The artifact is still needed.", id=id, by=list(by))
+
+
+class ArtifactExpired(NotFound):
+    """An artifact whose time to live is over."""
+
+    code, hint = "artifact.expired", "Clone its job to make it anew; a longer artifact_ttl keeps it longer."
+
+    def __init__(self, *, id: str, expires_at: datetime | None) -> None:
+        at = expires_at.isoformat() if expires_at else None
+        ServiceError.__init__(self, "The artifact has expired.", id=id, expires_at=at)
+
+
 class ResultsGone(Conflict):
     """Files that finished steps of the job had made are gone, so it cannot go on behind them."""
 
     code, hint = "job.results_gone", "Clone the job: the new one makes them anew."
 
     def __init__(self, *, job_id: str, names: Sequence[str]) -> None:
-        super().__init__("Files that the job had made were deleted.", job_id=job_id, names=list(names))
+        super().__init__("Files that the job had made were deleted or have expired.", job_id=job_id, names=list(names))

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, JsonValue, create_model
 
-from app.schemas import Body, DataBody, HeadsBody, JobBody, Sha256, Text, TrainingBody
+from app.schemas import Body, DataBody, HeadsBody, JobBody, Sha256, Text, TrainingBody, Ttl
 from app.views import View
 from p2d.config import Projection
 
@@ -46,6 +46,15 @@ SelectionBody = _without(
     data=_without(DataBody, "SelectionDataBody", "How rows are scored, and how many are kept.", "selection"),
     training=_ScoringBody,
 )
+
+
+class ArtifactPatch(Body):
+    """What `PATCH /artifacts/{id}` takes."""
+
+    artifact_ttl: Ttl | None = Field(
+        default=None, description="Seconds from now on; null keeps the file as long as its job; absent changes nothing."
+    )
+
 
 Score = Annotated[float, Field(allow_inf_nan=False)]
 Layers = Annotated[list[list[Score]], Field(description="[layer][head]")]
@@ -191,5 +200,5 @@ class RowReasonView(PlacedRowView):
     not_known: list[str] = Field(description="Files that were deleted, without which the score has no parts.")
 
 
-BODIES: tuple[type[BaseModel], ...] = (HeadMapBody, SelectionBody)
+BODIES: tuple[type[BaseModel], ...] = (HeadMapBody, SelectionBody, ArtifactPatch)
 """What /openapi.json must know beyond the routes' types."""

@@ -50,6 +50,9 @@ MAX_METADATA = 16
 
 Priority = Annotated[int, Field(ge=-10, le=10)]
 
+Ttl = Annotated[int, Field(ge=60, le=10 * 366 * 86400)]
+"""Seconds that a file stays: a minute to ten years."""
+
 Count = Annotated[int, Field(le=1_000_000)]
 
 
@@ -245,6 +248,12 @@ class JobBody(Body):
     name: Annotated[Text, Field(max_length=200)] = Field(default="", description="A name of your own.")
     priority: Priority = Field(
         default=0, description="Within a project, ready steps of a higher one are claimed first; none is stopped."
+    )
+
+    artifact_ttl: Ttl | None = Field(
+        default=None,
+        description="Seconds that the job's files stay after its end, but for its head map and selection; absent = as long as "
+        "the job.",
     )
 
     def config(self) -> JobConfig:

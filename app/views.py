@@ -80,6 +80,9 @@ class JobSummary(View):
     cancel_requested_at: datetime | None
     pause_requested_at: datetime | None = Field(description="Null again once the job was told to go on.")
     retries: int = Field(description="How often it was queued again after it had ended.")
+    artifact_ttl: int | None = Field(
+        default=None, description="Seconds that its files stay after its end; null = as long as the job."
+    )
 
 
 class JobView(JobSummary):
@@ -251,6 +254,10 @@ class ArtifactView(View):
     sha256: str
     size_bytes: int
     created_at: datetime
+    expires_at: datetime | None = Field(
+        default=None, description="When its bytes go; null while its job runs, or where they stay as long as the job."
+    )
+    expired: bool = Field(default=False, description="Its bytes are gone, and its content answers 410.")
 
 
 class ModelView(View):

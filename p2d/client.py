@@ -228,11 +228,10 @@ class Client:
         return report
 
     def artifacts(self, job_id: str) -> list[Artifact]:
-        """The job's files so far."""
+        """The job's files so far, but for those that have expired."""
         fields = Artifact.__dataclass_fields__
-        return [
-            Artifact(**{key: entry[key] for key in fields}) for entry in self._pages(f"/jobs/{job_id}/artifacts", {})
-        ]
+        entries = self._pages(f"/jobs/{job_id}/artifacts", {})
+        return [Artifact(**{key: entry[key] for key in fields}) for entry in entries if not entry.get("expired")]
 
     def events(self, job_id: str, *, after: int = 0) -> Iterator[Event]:
         """Every event after number `after`, as it happens, until the job has ended.

@@ -1,16 +1,33 @@
-"""Artifacts: the immutable files of a job, listed, described and downloaded."""
+"""Artifacts: the immutable files of a job, listed, described, downloaded, and given up."""
 
 from __future__ import annotations
 
 from fastapi import APIRouter, Request, Response
+from fastapi.concurrency import run_in_threadpool
 
+from app.api.bodies import read_json, receive_json
 from app.api.content import send_blob
 from app.api.context import ArtifactId, Context, JobId, Services
-from app.api.documentation import errors
+from app.api.documentation import ARTIFACT_PATCH_BODY, errors
+from app.api.receipts import receipt
 from app.blobs import Blob
-from app.db.artifacts import Artifact, find_artifact, get_artifact, list_artifacts
+from app.core.results import delete_artifact, find_artifact, set_ttl, unexpired
+from app.db.artifacts import Artifact, list_artifacts
+from app.db.artifacts import find_artifact as artifact_of_job
 from app.db.jobs import find_job
-from app.errors import ArtifactNotFound, BlobCorrupt, BlobMissing, JobNotFound, RangeNotSatisfiable
+from app.errors import (
+    ArtifactNotFound,
+    BlobCorrupt,
+    BlobMissing,
+    JobNotFound,
+    RangeNotSatisfiable,
+    RequestError,
+    RequestTooLarge,
+    UnsupportedMediaType,
+)
+from app.key_schemas import ReceiptView
+from app.result_errors import ArtifactExpired, ArtifactInUse
+from app.result_schemas import ArtifactPatch
 from app.views import ArtifactView, Page
 
 router = APIRouter(tags=["artifacts"])
@@ -44,30 +61,60 @@ def get_job_artifacts(job_id: JobId, services: Context) -> Page[ArtifactView]:
     response_class=Response,
     responses={
         200: {"description": "The file `report.json`.", "content": {"application/json": {}}},
-        **errors(JobNotFound, ArtifactNotFound),
+        **errors(JobNotFound, ArtifactNotFound, ArtifactExpired),
     },
 )
 def get_job_report(request: Request, job_id: JobId, services: Context) -> Response:
     """The report of a finished job."""
     with services.engine.connect() as conn:
         find_job(conn, job_id)
-        artifact = find_artifact(conn, job_id, "report.json")
+        artifact = artifact_of_job(conn, job_id, "report.json")
     if artifact is None:
         raise ArtifactNotFound(id=f"{job_id}/report.json")
-    return send_artifact(request, services, artifact)
+    return send_artifact(request, services, unexpired(artifact))
 
 
 @router.get("/artifacts/{id}", responses=errors(ArtifactNotFound))
 def get_one_artifact(artifact_id: ArtifactId, services: Context) -> ArtifactView:
-    """One file, described."""
-    return ArtifactView.model_validate(_find(services, artifact_id))
+    """One file, described; also when its bytes have expired."""
+    with services.engine.connect() as conn:
+        return ArtifactView.model_validate(find_artifact(conn, artifact_id))
+
+
+@router.patch(
+    "/artifacts/{id}",
+    response_model=ArtifactView,
+    responses=errors(
+        *(ArtifactNotFound, ArtifactExpired, ArtifactInUse),
+        *(RequestError, RequestTooLarge, UnsupportedMediaType),
+    ),
+    openapi_extra=ARTIFACT_PATCH_BODY,
+)
+async def patch_artifact(request: Request, artifact_id: ArtifactId, services: Context) -> ArtifactView:
+    """Say how long a file stays from now on, once its job has ended; null keeps it as long as the job."""
+    patch = read_json(ArtifactPatch, await receive_json(request, services.settings))
+    return await run_in_threadpool(_patch, services, artifact_id, patch)
+
+
+@router.delete("/artifacts/{id}", responses=errors(ArtifactNotFound, ArtifactInUse))
+def delete_one_artifact(artifact_id: ArtifactId, services: Context) -> ReceiptView:
+    """Delete a file of a job that has ended. That of a head map or selection goes with it alone.
+
+    A failed or cancelled job that lacks a file cannot be retried any more, only cloned.
+    """
+    with services.engine.begin() as conn:
+        return receipt(services, conn, "artifact", artifact_id, delete_artifact(conn, artifact_id))
 
 
 @router.head("/artifacts/{id}/content", include_in_schema=False)
 @router.get(
     "/artifacts/{id}/content",
     response_class=Response,
-    responses={**CONTENT, **PAST, **errors(ArtifactNotFound, RangeNotSatisfiable, BlobMissing, BlobCorrupt)},
+    responses={
+        **CONTENT,
+        **PAST,
+        **errors(ArtifactNotFound, ArtifactExpired, RangeNotSatisfiable, BlobMissing, BlobCorrupt),
+    },
 )
 def get_artifact_content(request: Request, artifact_id: ArtifactId, services: Context) -> Response:
     """Download a file: whole, or one Range of it. Check what arrives against its sha256.
@@ -75,7 +122,9 @@ def get_artifact_content(request: Request, artifact_id: ArtifactId, services: Co
     With an S3 store, and where the operator set `P2D_PRESIGN`, the answer is 307 to a URL of the store that lives for five
     minutes; send the Range there too.
     """
-    return send_artifact(request, services, _find(services, artifact_id), past=services.settings.presign)
+    with services.engine.connect() as conn:
+        artifact = unexpired(find_artifact(conn, artifact_id))
+    return send_artifact(request, services, artifact, past=services.settings.presign)
 
 
 def send_artifact(request: Request, services: Services, artifact: Artifact, *, past: bool = False) -> Response:
@@ -97,9 +146,10 @@ def _way_of(answer: Response) -> dict[str, str]:
     return {"range": answer.headers["Content-Range"]} if answer.status_code == 206 else {}
 
 
-def _find(services: Services, artifact_id: str) -> Artifact:
-    with services.engine.connect() as conn:
-        artifact = get_artifact(conn, artifact_id)
-    if artifact is None:
-        raise ArtifactNotFound(id=artifact_id)
-    return artifact
+def _patch(services: Services, artifact_id: str, patch: ArtifactPatch) -> ArtifactView:
+    with services.engine.begin() as conn:
+        if "artifact_ttl" not in patch.model_fields_set:
+            return ArtifactView.model_validate(find_artifact(conn, artifact_id))
+        artifact = set_ttl(conn, artifact_id, patch.artifact_ttl)
+        services.note(conn, "artifact.expire", artifact_id, {"artifact_ttl": patch.artifact_ttl})
+    return ArtifactView.model_validate(artifact)

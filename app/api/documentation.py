@@ -11,7 +11,7 @@ from pydantic import BaseModel, TypeAdapter
 
 from app.key_schemas import KeyBody
 from app.problems import MEDIA_TYPE, STATUS
-from app.result_schemas import BODIES
+from app.result_schemas import BODIES, ArtifactPatch
 from app.schemas import (
     CompleteBody,
     JobBody,
@@ -195,6 +195,7 @@ STORED_PART_BODY = _json_body(StoredPartBody, required=True)
 KEY_BODY = _json_body(KeyBody, required=True)
 WEBHOOK_BODY = _json_body(WebhookBody, required=True)
 PATCH_BODY = _json_body(JobPatch, required=True, types=("json", "merge-patch+json"))
+ARTIFACT_PATCH_BODY = _json_body(ArtifactPatch, required=True, types=("json", "merge-patch+json"))
 WEBHOOK_PATCH_BODY = _json_body(WebhookPatch, required=True, types=("json", "merge-patch+json"))
 MODEL_CHECK_BODY = _json_body(ModelCheckBody, required=True)
 COMPLETE_BODY = _json_body(CompleteBody, required=False)

@@ -107,7 +107,8 @@ def _clone(services: Services, job_id: str, body: bytes, key: str | None) -> Res
     with services.engine.connect() as conn:
         job = find_job(conn, job_id)
     inputs = {"base_model": job.base_model, "dataset": job.dataset_id, "validation_dataset": job.validation_dataset_id}
-    asked = {**job.config, **inputs, "name": job.name, "metadata": job.metadata, "priority": job.priority}
+    own = {name: getattr(job, name) for name in ("name", "metadata", "priority", "artifact_ttl")}
+    asked = {**job.config, **inputs, **own}
     received = Received(json=json.dumps(merge_patch(asked, patch)).encode())
     return queue_job(services, parse_job(received), received, once)
 
@@ -144,6 +145,7 @@ def queue_job(services: Services, body: JobBody, received: Received, once: Once)
             name=body.name,
             metadata=body.metadata,
             priority=body.priority,
+            artifact_ttl=body.artifact_ttl,
         )
         job = submit(conn, request, shard_rows=services.settings.shard_rows, queue=services.settings.worker_queue)
         services.note(conn, "job.create", job.id, {"kind": job.kind, "dataset_id": job.dataset_id})

@@ -14,6 +14,7 @@ _ACTIONS: dict[Deleted, Action] = {
     "dataset": "dataset.delete",
     "head_map": "head_map.delete",
     "selection": "selection.delete",
+    "artifact": "artifact.delete",
 }
 
 

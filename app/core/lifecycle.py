@@ -20,7 +20,7 @@ from typing import Literal, get_args
 from app.core.foresight import estimate_json, time_left
 from app.core.webhooks import tell_webhooks
 from app.db import attempts, jobs, leases, steps
-from app.db.artifacts import Artifact, NewArtifact, insert_artifacts
+from app.db.artifacts import Artifact, NewArtifact, expire_artifacts, insert_artifacts
 from app.db.engine import Connection, Json
 from app.db.estimates import past_errors
 from app.db.events import append_event, open_log
@@ -280,6 +280,8 @@ def end_job(conn: Connection, job: Job, status: Status, error: Json | None = Non
     if status == "cancelled" and job.status == "running":
         job = set_status(conn, job, "cancelling")
     job = set_status(conn, job, status, error)
+    if job.artifact_ttl is not None:
+        expire_artifacts(conn, job.id, job.artifact_ttl)
     append_event(conn, job.id, "end", {"status": status})
     return job
 

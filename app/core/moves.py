@@ -12,7 +12,7 @@ from typing import Literal
 from app.core.lifecycle import end_job, set_status
 from app.core.submit import find_inputs
 from app.db import attempts, jobs, measures, steps
-from app.db.artifacts import deleted_names, list_artifacts
+from app.db.artifacts import expire_artifacts, gone_names, list_artifacts
 from app.db.engine import Connection
 from app.db.jobs import Job, Status
 from app.errors import JobAlreadyFinal, JobInUse, MoveNotAllowed
@@ -83,8 +83,9 @@ def request_retry(conn: Connection, job_id: str) -> Job:
     job = jobs.find_job(conn, job_id, lock=True)
     _allow(job, "retry")
     find_inputs(conn, job)
-    if gone := deleted_names(conn, job_id):
+    if gone := gone_names(conn, job_id):
         raise ResultsGone(job_id=job_id, names=gone)
+    expire_artifacts(conn, job_id, None)  # until it ends again
     steps.restart_steps(conn, job_id)  # first: it waits for a claim that is under way, whose attempt is then seen
     attempts.close_attempts_of_job(conn, job_id, "cancelled")
     steps.unblock_steps(conn, job_id)

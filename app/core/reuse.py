@@ -91,10 +91,12 @@ def find_earlier(conn: Connection, project_id: str, fingerprint: str) -> Earlier
     step = find_step(conn, project_id, fingerprint)
     if step is None:
         return None
+    made = [one for one in list_artifacts(conn, step.job_id) if one.step_id == step.id]
+    if any(one.expired for one in made):
+        return None
     files = [
         NewArtifact(name=one.name, media_type=one.media_type, sha256=one.sha256, size_bytes=one.size_bytes)
-        for one in list_artifacts(conn, step.job_id)
-        if one.step_id == step.id
+        for one in made
     ]
     facts = StepFacts(accounting=step.facts or {}, fingerprint=fingerprint, reused=_origin(step))
     return Earlier(files=files, facts=facts) if files else None
@@ -124,7 +126,7 @@ def earlier_costs(conn: Connection, job: Job) -> EarlierCosts:
 def _add(conn: Connection, costs: EarlierCosts, job_id: str, names: Collection[str]) -> None:
     made = {step.id: step for step in list_steps(conn, job_id) if step.step in names}
     for artifact in list_artifacts(conn, job_id):
-        if artifact.step_id in made and artifact.name.startswith("accounting-"):
+        if artifact.step_id in made and artifact.name.startswith("accounting-") and not artifact.expired:
             costs.files[artifact.name] = artifact.sha256
             costs.reused.append(_entry(made[artifact.step_id]))
 

@@ -37,6 +37,7 @@ class JobRequest:
     name: str = ""
     metadata: Mapping[str, Any] = field(default_factory=dict)
     priority: int = 0
+    artifact_ttl: int | None = None
 
 
 def submit(conn: Connection, request: JobRequest, *, shard_rows: int, queue: str) -> Job:
@@ -71,6 +72,7 @@ def submit(conn: Connection, request: JobRequest, *, shard_rows: int, queue: str
         max_seconds=config.limits.max_seconds,
         metadata=dict(request.metadata),
         resolved=_resolved(config, request.model, dataset, validation),
+        artifact_ttl=request.artifact_ttl,
     )
     digest = request.model.digest
     planned = plan_job(config, rows=dataset.rows, shard_rows=shard_rows, queue=queue, model_digest=digest)

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Select, func, insert, select, update
+from sqlalchemy import ColumnElement, Select, false, func, insert, or_, select, update
 
 from app.db.engine import Connection
 from app.db.ids import new_id
 from app.db.objects import hold_objects
-from app.db.tables import artifacts, steps
+from app.db.tables import artifacts, head_maps, selections, steps
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,9 +37,16 @@ class Artifact:
     sha256: str
     size_bytes: int
     created_at: datetime
+    expires_at: datetime | None
+    expired: bool
+    """Its bytes are gone, or go with the next sweep."""
 
 
-_FIELDS = [artifacts.c[name] for name in Artifact.__dataclass_fields__]
+_EXPIRED = func.coalesce(artifacts.c.expires_at <= func.now(), false())
+_FIELDS = [
+    *(artifacts.c[name] for name in Artifact.__dataclass_fields__ if name != "expired"),
+    _EXPIRED.label("expired"),
+]
 
 
 def insert_artifacts(conn: Connection, job_id: str, step_id: str, new: Sequence[NewArtifact]) -> list[Artifact]:
@@ -88,10 +95,36 @@ def delete_artifact(conn: Connection, artifact_id: str) -> None:
     conn.execute(update(steps).where(steps.c.id == step_id).values(fingerprint=None))
 
 
-def deleted_names(conn: Connection, job_id: str) -> list[str]:
-    """Names of the files that a job had made and that were deleted since."""
-    gone = artifacts.c.deleted_at.is_not(None)
+def gone_names(conn: Connection, job_id: str) -> list[str]:
+    """Names of the files that a job had made and that were deleted or have expired since."""
+    gone = or_(artifacts.c.deleted_at.is_not(None), _EXPIRED)
     return list(conn.scalars(select(artifacts.c.name).where(artifacts.c.job_id == job_id, gone)))
+
+
+def is_held(conn: Connection, artifact_id: str) -> bool:
+    """Whether the file is a head map's or a selection's, which keep it as long as they are there."""
+    return conn.execute(select(artifacts.c.id).where(artifacts.c.id == artifact_id, _held())).first() is not None
+
+
+def expire_artifact(conn: Connection, artifact_id: str, ttl_s: int | None) -> Artifact:
+    """Let a file expire in so many seconds, or never."""
+    query = update(artifacts).where(artifacts.c.id == artifact_id).values(expires_at=_in(ttl_s)).returning(*_FIELDS)
+    return Artifact(**conn.execute(query).one()._mapping)
+
+
+def expire_artifacts(conn: Connection, job_id: str, ttl_s: int | None) -> None:
+    """Let all files of a locked job expire in so many seconds, or never, but those of its head map and selection."""
+    conn.execute(update(artifacts).where(artifacts.c.job_id == job_id, ~_held()).values(expires_at=_in(ttl_s)))
+
+
+def _held() -> ColumnElement[bool]:
+    return or_(
+        *(select(table.c.id).where(table.c.artifact_id == artifacts.c.id).exists() for table in (head_maps, selections))
+    )
+
+
+def _in(seconds: int | None) -> ColumnElement[datetime] | None:
+    return None if seconds is None else func.now() + func.make_interval(0, 0, 0, 0, 0, 0, seconds)
 
 
 def _there() -> Select[Any]:

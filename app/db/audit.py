@@ -28,6 +28,8 @@ Action = Literal[
     "selection.export",
     "selection.delete",
     "artifact.download",
+    "artifact.expire",
+    "artifact.delete",
     "webhook.create",
     "webhook.update",
     "webhook.rotate",

@@ -48,6 +48,8 @@ class Job:
     eta_p10_at: datetime | None
     eta_p90_at: datetime | None
     max_seconds: int | None
+    artifact_ttl: int | None
+    """Seconds that the job's files live after its end; None: as long as the job."""
     error: Json | None
     metadata: Json
     event_seq: int
@@ -81,6 +83,7 @@ def insert_job(
     max_seconds: int | None,
     metadata: Json,
     resolved: Json,
+    artifact_ttl: int | None = None,
 ) -> Job:
     """Record a queued job; its steps and first event (`open_log`) are written by the caller in the same transaction."""
     values = {
@@ -98,6 +101,7 @@ def insert_job(
         "metadata": metadata,
         "resolved": resolved,
         "event_seq": 1,
+        "artifact_ttl": artifact_ttl,
     }
     return Job(**conn.execute(insert(jobs).values(values).returning(jobs)).one()._mapping)
 

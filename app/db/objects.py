@@ -133,11 +133,17 @@ def _referenced() -> ColumnElement[bool]:
     files = func.jsonb_each_text(steps.c.checkpoint["files"]).table_valued("key", "value", joins_implicitly=True)
     in_checkpoint = select(files.c.value.cast(Text)).select_from(steps).where(_has_checkpoint())
     return or_(
-        select(artifacts.c.id).where(artifacts.c.sha256 == objects.c.sha256, artifacts.c.deleted_at.is_(None)).exists(),
+        select(artifacts.c.id).where(artifacts.c.sha256 == objects.c.sha256, *_alive()).exists(),
         select(head_maps.c.id).where(head_maps.c.sha256 == objects.c.sha256).exists(),
         select(datasets.c.id).where(by_dataset).exists(),
         objects.c.sha256.in_(in_checkpoint.correlate(None)),
     )
+
+
+def _alive() -> tuple[ColumnElement[bool], ...]:
+    """Of artifacts whose bytes somebody may still ask for."""
+    unexpired = or_(artifacts.c.expires_at.is_(None), artifacts.c.expires_at > func.now())
+    return artifacts.c.deleted_at.is_(None), unexpired
 
 
 def _has_checkpoint() -> ColumnElement[bool]:

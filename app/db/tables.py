@@ -170,6 +170,7 @@ jobs = Table(
     _time("eta_p10_at"),
     _time("eta_p90_at"),
     Column("max_seconds", Integer),
+    Column("artifact_ttl", Integer),  # seconds from the end of the job; null: its files stay
     Column("error", JSONB),
     Column("metadata", JSONB, nullable=False, server_default=text("'{}'::jsonb")),
     Column("event_seq", Integer, nullable=False, server_default=text("0")),
@@ -251,6 +252,7 @@ artifacts = Table(
     Column("size_bytes", BigInteger, nullable=False),
     _now(),
     _time("deleted_at"),
+    _time("expires_at"),  # set when its job ends, or by its owner; null: it stays as long as its job
     UniqueConstraint("job_id", "name"),
     Index(None, "sha256"),
 )

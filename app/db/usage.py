@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import Select, func, select
+from sqlalchemy import Select, false, func, select
 
 from app.db.engine import Connection
 from app.db.tables import artifacts, datasets, head_maps, jobs, uploads, webhooks
@@ -28,10 +28,11 @@ def stored_rows(conn: Connection) -> int:
 def stored_bytes(conn: Connection) -> int:
     """Bytes of datasets, of open uploads, of jobs' files and of imported head maps. What equal content saves is not taken off."""
     gone = uploads.c.dataset_id.is_not(None) | uploads.c.deleted_at.is_not(None) | (uploads.c.expires_at <= func.now())
+    expired = func.coalesce(artifacts.c.expires_at <= func.now(), false())
     sums = (
         select(func.sum(datasets.c.stored_bytes)).where(datasets.c.deleted_at.is_(None)),
         select(func.sum(uploads.c.size_bytes)).where(~gone),
-        select(func.sum(artifacts.c.size_bytes)).where(artifacts.c.deleted_at.is_(None)),
+        select(func.sum(artifacts.c.size_bytes)).where(artifacts.c.deleted_at.is_(None), ~expired),
         select(func.sum(head_maps.c.size_bytes)),  # of those that were imported
     )
     return sum(_number(conn, one) for one in sums)
