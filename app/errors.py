@@ -218,12 +218,14 @@ class MoveNotAllowed(Conflict):
 
 
 class JobInUse(Conflict):
-    """A job whose head map or selection another job reads that has not ended."""
+    """A job whose head map, selection or adapter another job reads that has not ended."""
 
     code, hint = "job.in_use", "Wait for the jobs in facts.by, or cancel them, and delete this one then."
 
     def __init__(self, *, job_id: str, by: Sequence[str]) -> None:
-        super().__init__("A job that has not ended reads its head map or selection.", job_id=job_id, by=list(by))
+        super().__init__(
+            "A job that has not ended reads its head map, selection or adapter.", job_id=job_id, by=list(by)
+        )
 
 
 class DatasetInUse(Conflict):

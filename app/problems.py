@@ -93,6 +93,7 @@ STATUS = {
     "artifact.not_found": 404,
     "artifact.expired": 410,
     "artifact.in_use": 409,
+    "artifact.not_an_adapter": 409,
     "head_map.not_found": 404,
     "head_map.mismatch": 409,
     "head_map.invalid": 422,

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 from p2d.client import Event
-from p2d.pipeline import STEPS, PlannedStep
+from p2d.pipeline import PlannedStep, spec_of
 
 STAGES = {
     "validating": "checking the rows",
@@ -171,7 +171,7 @@ def watching_steps(console: Console) -> Iterator[Callable[[PlannedStep, int, int
         def show(step: PlannedStep, done: int, total: int, metrics: Mapping[str, float]) -> None:
             key = (step.step, step.shard)
             if key not in bars:
-                bars[key] = progress.add_task(stage_name({"stage": STEPS[step.step].stage}), left="", metrics="")
+                bars[key] = progress.add_task(stage_name({"stage": spec_of(step.step).stage}), left="", metrics="")
                 if not console.is_terminal:
                     console.print(f"{step.step} ...", highlight=False)
             progress.update(bars[key], completed=done, total=total, metrics=_metrics(metrics))

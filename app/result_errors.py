@@ -65,6 +65,15 @@ class ArtifactExpired(NotFound):
         ServiceError.__init__(self, "The artifact has expired.", id=id, expires_at=at)
 
 
+class NotAnAdapter(Conflict):
+    """An artifact that is not the weights of a head adapter."""
+
+    code, hint = "artifact.not_an_adapter", "Name the artifact heads.safetensors of a job of kind adapt."
+
+    def __init__(self, *, id: str, name: str) -> None:
+        super().__init__(f"{name!r} is not a head adapter.", id=id, name=name)
+
+
 class ResultsGone(Conflict):
     """Files that finished steps of the job had made are gone, so it cannot go on behind them."""
 

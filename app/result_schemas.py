@@ -9,9 +9,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, JsonValue, create_model
 
-from app.schemas import Body, DataBody, HeadsBody, JobBody, Sha256, Text, TrainingBody, Ttl
+from app.schemas import MAX_METADATA, Body, DataBody, HeadsBody, JobBody, Priority, Sha256, Text, TrainingBody, Ttl
 from app.views import View
 from p2d.config import Projection
+
+Format = Literal["merged", "peft"]
+"""Forms that a head adapter can be brought into."""
 
 # --- asked for --------------------------------------------------------------------------------------------------------
 
@@ -54,6 +57,23 @@ class ArtifactPatch(Body):
     artifact_ttl: Ttl | None = Field(
         default=None, description="Seconds from now on; null keeps the file as long as its job; absent changes nothing."
     )
+
+
+class MergeBody(Body):
+    """What `POST /artifacts/{id}/merge` takes."""
+
+    formats: list[Format] = Field(
+        default=["merged"],
+        min_length=1,
+        max_length=2,
+        description="`merged` = a full model: the base with the adapter in its weights. `peft` = a LoRA of the base.",
+    )
+    name: Annotated[Text, Field(max_length=200)] = Field(default="", description="A name of your own.")
+    metadata: dict[Annotated[Text, Field(max_length=64)], Annotated[Text, Field(max_length=512)]] = Field(
+        default={}, max_length=MAX_METADATA, description="Pairs of text of your own."
+    )
+    priority: Priority = Field(default=0, description="As a job's.")
+    artifact_ttl: Ttl | None = Field(default=None, description="As a job's.")
 
 
 Score = Annotated[float, Field(allow_inf_nan=False)]
@@ -200,5 +220,5 @@ class RowReasonView(PlacedRowView):
     not_known: list[str] = Field(description="Files that were deleted, without which the score has no parts.")
 
 
-BODIES: tuple[type[BaseModel], ...] = (HeadMapBody, SelectionBody, ArtifactPatch)
+BODIES: tuple[type[BaseModel], ...] = (HeadMapBody, SelectionBody, ArtifactPatch, MergeBody)
 """What /openapi.json must know beyond the routes' types."""

@@ -9,6 +9,9 @@ from typing import Any, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
+JobKind = Literal["identify_heads", "select_data", "adapt", "export"]
+"""What `GET /jobs` can be asked for; kinds may grow. `export` is made by POST /artifacts/{id}/merge."""
+
 Status = Literal["queued", "running", "pausing", "paused", "cancelling", "cancelled", "succeeded", "failed"]
 
 
@@ -59,7 +62,7 @@ class JobSummary(View):
     """A job in a list."""
 
     id: str
-    kind: str
+    kind: str = Field(description="`identify_heads`, `select_data`, `adapt` or `export`; kinds may grow.")
     name: str
     status: Status = Field(description="Match on this; the last three are final.")
     stage: str | None = Field(description="What it is doing; stages may grow.")
@@ -80,6 +83,7 @@ class JobSummary(View):
     cancel_requested_at: datetime | None
     pause_requested_at: datetime | None = Field(description="Null again once the job was told to go on.")
     retries: int = Field(description="How often it was queued again after it had ended.")
+    adapter_id: str | None = Field(default=None, description="The artifact that an `export` is of.")
     artifact_ttl: int | None = Field(
         default=None, description="Seconds that its files stay after its end; null = as long as the job."
     )

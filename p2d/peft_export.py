@@ -17,6 +17,7 @@ Legend: S chosen places of a module, I, O its inputs and outputs, E head width, 
 
 from __future__ import annotations
 
+import json
 import os
 from collections import defaultdict
 from pathlib import Path
@@ -29,9 +30,10 @@ from torch import Tensor
 from p2d.adapters import Adapter, SliceEntry, open_pair
 from p2d.arch.spec import ArchSpec, unit_rows, unit_view
 from p2d.errors import ModelError
+from p2d.files import read_json
 from p2d.model_info import ModelInfo
 
-WEIGHTS = "adapter_model.safetensors"
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
 def export_peft(base_dir: Path, adapter_dir: Path, out: Path) -> Path:
@@ -67,6 +69,9 @@ def export_peft(base_dir: Path, adapter_dir: Path, out: Path) -> Path:
         inference_mode=True,
     )
     config.save_pretrained(os.fspath(out))
+    settings = read_json(out / CONFIG)
+    settings["target_modules"].sort()  # peft holds them as a set, in another order in each process
+    (out / CONFIG).write_text(json.dumps(settings, indent=2, sort_keys=True))
     return out
 
 

@@ -124,6 +124,31 @@ STEPS: Mapping[str, StepSpec] = {
 writes it (see `p2d.accounting.Attempt`), so that failed attempts count in the cost."""
 
 
+EXPORTS: Mapping[str, StepSpec] = {
+    "merge": StepSpec(
+        stage="packaging",
+        reads=("heads.safetensors", "manifest.json"),
+        writes=("config.json", "tokenizer.json", "*.safetensors", "accounting-merge.json"),
+        optional_writes=("*.json", "*.jinja", "*.model", "LICENSE*", "README.md"),
+        needs_model=False,
+        needs_tokenizer=True,
+    ),
+    "export_peft": StepSpec(
+        stage="packaging",
+        reads=("heads.safetensors", "manifest.json"),
+        writes=("adapter_config.json", "adapter_model.safetensors", "accounting-export_peft.json"),
+        needs_model=False,
+        needs_tokenizer=True,
+    ),
+}
+"""Steps that bring a head adapter into another form, whenever somebody asks: no part of the job that trained it."""
+
+
+def spec_of(step: str) -> StepSpec:
+    """What a step of a job, or an export, reads and writes."""
+    return STEPS[step] if step in STEPS else EXPORTS[step]
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlannedStep:
     """One step of a job, or one shard of it, and the steps it waits for (all shards of each)."""
@@ -169,7 +194,7 @@ def shard_range(rows: int, shard: int, shards: int) -> range:
 
 def is_input(step: str, name: str) -> bool:
     """Whether a file of this name belongs into the `inputs/` of a step."""
-    spec = STEPS[step]
+    spec = spec_of(step)
     return any(fnmatch(name, pattern) for pattern in spec.reads + spec.optional_reads)
 
 
@@ -250,4 +275,4 @@ def run_step(
             models.drop()  # whatever it was doing to the weights, the next step starts from the files
 
 
-_BODIES = {step: f"p2d.steps:{step}" for step in STEPS}
+_BODIES = {step: f"p2d.steps:{step}" for step in (*STEPS, *EXPORTS)}

@@ -6,6 +6,7 @@ Which files those are and in which order steps run is `p2d.pipeline`. Imports st
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -334,3 +335,34 @@ def package(call: StepCall, progress: Progress, models: ModelCache, on_checkpoin
     write_report(call.inputs, call.out / "report.json", started=meter.started, device="cpu")
     progress(1, 1, {})
     meter.write(tokens=0, rows=0, device="cpu")
+
+
+# --- exports ---------------------------------------------------------------------------------------------------------
+
+
+def merge(call: StepCall, progress: Progress, models: ModelCache, on_checkpoint: OnCheckpoint) -> None:
+    """The base model's files with the adapter's values in its weights. No weight is loaded beside the file that it is in."""
+    from p2d.adapters import merge as merge_adapter
+
+    meter = _Meter(call)
+    _flatten(merge_adapter(call.model_dir, call.inputs, call.out / "merged"), call.out)
+    progress(1, 1, {})
+    meter.write(tokens=0, rows=0, device="cpu")
+
+
+def export_peft(call: StepCall, progress: Progress, models: ModelCache, on_checkpoint: OnCheckpoint) -> None:
+    """The adapter as a PEFT LoRA of the same base model."""
+    from p2d.peft_export import export_peft as export
+
+    meter = _Meter(call)
+    _flatten(export(call.model_dir, call.inputs, call.out / "peft"), call.out)
+    progress(1, 1, {})
+    meter.write(tokens=0, rows=0, device="cpu")
+
+
+def _flatten(folder: Path, out: Path) -> None:
+    """Move the files of a folder to where a step's outputs are looked for."""
+    for path in folder.iterdir():
+        if path.is_file():
+            path.rename(out / path.name)
+    shutil.rmtree(folder)

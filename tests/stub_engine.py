@@ -205,6 +205,18 @@ def _package(call: StepCall) -> None:
     write_json(call.out / "report.json", {"attempts": ran["steps"], "reused": ran["reused"], "files": files})
 
 
+def _merge(call: StepCall) -> None:
+    for path in call.model_dir.iterdir():
+        if path.suffix in (".json", ".safetensors"):
+            (call.out / path.name).write_bytes(path.read_bytes())
+    (call.out / "model.safetensors").write_bytes(b"merged with " + (call.inputs / "heads.safetensors").read_bytes())
+
+
+def _export_peft(call: StepCall) -> None:
+    write_json(call.out / "adapter_config.json", {"base_model_name_or_path": call.model_dir.name})
+    (call.out / "adapter_model.safetensors").write_bytes((call.inputs / "heads.safetensors").read_bytes())
+
+
 def _counts(rows: Sequence[Row]) -> RowCounts:
     return RowCounts(rows=len(rows), tokens=10 * len(rows), answer_tokens=5 * len(rows), longest=10)
 
@@ -230,4 +242,6 @@ _BODIES: dict[str, Callable[[StepCall], None]] = {
     "train": _train,
     "evaluate": _evaluate,
     "package": _package,
+    "merge": _merge,
+    "export_peft": _export_peft,
 }

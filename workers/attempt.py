@@ -39,7 +39,7 @@ from app.errors import LeaseLost, LimitReached, ObjectCollected, Stalled, StoreU
 from app.settings import Settings
 from p2d.errors import ModelError, P2DError
 from p2d.model_info import find_model, model_digest
-from p2d.pipeline import STEPS
+from p2d.pipeline import spec_of
 from workers.engine_process import ChildDied, EngineProcess
 from workers.heart import Heart, Order
 from workers.transfer import (
@@ -179,7 +179,7 @@ class Attempt:
         """Run the step in the child. Returns the error that it ended with, if any."""
         settings, process = self._shop.settings, self._shop.process
         model_dir = settings.models_dir / job.base_model
-        spec = STEPS[self._lease.step]
+        spec = spec_of(self._lease.step)
         if spec.needs_model or spec.needs_tokenizer:
             model_dir = _model_of(job, settings.models_dir)
         self._look()

@@ -16,7 +16,7 @@ from typing import Any
 from app.blobs import BlobStore
 from app.core.lifecycle import StepFacts
 from app.core.reuse import earlier_costs
-from app.db.artifacts import NewArtifact, list_artifacts
+from app.db.artifacts import NewArtifact, get_artifact, list_artifacts
 from app.db.attempts import list_attempts
 from app.db.datasets import get_dataset
 from app.db.engine import Connection
@@ -26,7 +26,7 @@ from app.db.leases import Lease
 from app.db.selections import get_selection
 from p2d.config import config_json
 from p2d.errors import EngineError
-from p2d.pipeline import STEPS, is_input
+from p2d.pipeline import is_input, spec_of
 from p2d.plans import load_plan
 from p2d.versions import versions
 
@@ -85,6 +85,8 @@ def inputs_of(conn: Connection, job: Job, lease: Lease) -> Inputs:
     if earlier[1] and (selection := get_selection(conn, earlier[1])):
         stored["selection.jsonl"] = selection.sha256
     stored |= {artifact.name: artifact.sha256 for artifact in list_artifacts(conn, job.id)}
+    if job.adapter_id is not None and (adapter := get_artifact(conn, job.adapter_id)):
+        stored |= {one.name: one.sha256 for one in list_artifacts(conn, adapter.job_id)}
     steps_json = None
     if is_input(lease.step, "steps.json"):
         costs = earlier_costs(conn, job)
@@ -133,7 +135,7 @@ def put_checkpoint(store: BlobStore, checkpoint: Path) -> dict[str, str]:
 
 def put_outputs(store: BlobStore, lease: Lease, out: Path) -> list[NewArtifact]:
     """Store what the step wrote. Raises EngineError when a file that it owes is not there, StoreUnavailable."""
-    spec = STEPS[lease.step]
+    spec = spec_of(lease.step)
     written = {path.name: path for path in sorted(out.iterdir()) if path.is_file()}
     for pattern in spec.writes:
         if not any(fnmatch(name, pattern) for name in written):

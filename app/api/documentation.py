@@ -11,7 +11,7 @@ from pydantic import BaseModel, TypeAdapter
 
 from app.key_schemas import KeyBody
 from app.problems import MEDIA_TYPE, STATUS
-from app.result_schemas import BODIES, ArtifactPatch
+from app.result_schemas import BODIES, ArtifactPatch, MergeBody
 from app.schemas import (
     CompleteBody,
     JobBody,
@@ -198,6 +198,7 @@ PATCH_BODY = _json_body(JobPatch, required=True, types=("json", "merge-patch+jso
 ARTIFACT_PATCH_BODY = _json_body(ArtifactPatch, required=True, types=("json", "merge-patch+json"))
 WEBHOOK_PATCH_BODY = _json_body(WebhookPatch, required=True, types=("json", "merge-patch+json"))
 MODEL_CHECK_BODY = _json_body(ModelCheckBody, required=True)
+MERGE_BODY = _json_body(MergeBody, required=False)
 COMPLETE_BODY = _json_body(CompleteBody, required=False)
 PART_BODY = {
     "requestBody": {

@@ -28,6 +28,7 @@ from app.db.engine import Connection
 from app.db.jobs import Job, find_job, update_job
 from app.db.steps import set_priority
 from app.errors import (
+    ArtifactNotFound,
     DatasetNotFound,
     HeadMapNotFound,
     IdempotencyInFlight,
@@ -90,7 +91,7 @@ def resume_job(job_id: JobId, services: Context, key: IdempotencyKey) -> Respons
     response_model=JobView,
     responses=errors(
         *(JobNotFound, MoveNotAllowed, IdempotencyInFlight, TooManyJobs),
-        *(DatasetNotFound, HeadMapNotFound, SelectionNotFound, ResultsGone),
+        *(DatasetNotFound, HeadMapNotFound, SelectionNotFound, ArtifactNotFound, ResultsGone),
     ),
 )
 def retry_job(job_id: JobId, services: Context, key: IdempotencyKey) -> Response:

@@ -29,7 +29,7 @@ from app.db.jobs import find_job, list_jobs
 from app.errors import IdempotencyInFlight, IdempotencyMismatch, JobNotFound
 from app.estimate_schemas import EstimateView
 from app.schemas import Body, JobBody
-from app.views import JobSummary, JobView, Page, Status
+from app.views import JobKind, JobSummary, JobView, Page, Status
 from p2d.config import Kind
 
 router = APIRouter(tags=["jobs"])
@@ -65,7 +65,7 @@ def get_jobs(
     limit: Limit = 20,
     cursor: Cursor = None,
     status: Annotated[Status | None, Query(description="Only jobs in this status.")] = None,
-    kind: Annotated[Kind | None, Query(description="Only jobs of this kind.")] = None,
+    kind: Annotated[JobKind | None, Query(description="Only jobs of this kind.")] = None,
 ) -> Page[JobSummary]:
     """All jobs, newest first."""
     before = page_after(cursor)

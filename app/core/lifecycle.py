@@ -30,7 +30,7 @@ from app.db.leases import Lease, Pulse
 from app.db.selections import insert_selection
 from app.errors import LeaseLost, LimitReached, WorkerLost
 from p2d.errors import P2DError
-from p2d.pipeline import STEPS
+from p2d.pipeline import spec_of
 from p2d.plans import RowCounts
 
 STAGES: tuple[Stage, ...] = get_args(Stage)
@@ -96,7 +96,7 @@ def begin_step(conn: Connection, lease: Lease) -> Job:
     if job.status == "queued":
         job = jobs.start_job(conn, job.id)
         _tell_status(conn, job)
-    stage: Stage = STEPS[lease.step].stage  # type: ignore[assignment]  # a test compares the two lists
+    stage: Stage = spec_of(lease.step).stage  # type: ignore[assignment]  # a test compares the two lists
     if job.stage is None or STAGES.index(stage) > STAGES.index(job.stage):
         job = jobs.update_job(conn, job.id, stage=stage)
         append_event(conn, job.id, "job.stage", {"stage": stage})

@@ -77,8 +77,8 @@ def request_resume(conn: Connection, job_id: str) -> Job:
 def request_retry(conn: Connection, job_id: str) -> Job:
     """Queue a job again that failed or was cancelled: what is done stays done, the rest starts again, its time anew.
 
-    Raises: JobNotFound, MoveNotAllowed; DatasetNotFound, HeadMapNotFound, SelectionNotFound for inputs deleted since;
-            ResultsGone for files of finished steps.
+    Raises: JobNotFound, MoveNotAllowed; DatasetNotFound, HeadMapNotFound, SelectionNotFound (of
+            an export ArtifactNotFound) for inputs deleted since; ResultsGone for files of finished steps.
     """
     job = jobs.find_job(conn, job_id, lock=True)
     _allow(job, "retry")

@@ -12,13 +12,21 @@ from typing import Any, Protocol
 
 from app.core.lifecycle import open_job
 from app.core.plan import plan_job
+from app.db.artifacts import get_artifact
 from app.db.datasets import Dataset, get_dataset
 from app.db.engine import Connection, Json
 from app.db.head_maps import get_head_map, keep_head_map
 from app.db.jobs import Job, get_job, insert_job
 from app.db.selections import SelectionRecord, get_selection, keep_selection
 from app.db.steps import insert_steps
-from app.errors import DatasetNotFound, HeadMapMismatch, HeadMapNotFound, SelectionMismatch, SelectionNotFound
+from app.errors import (
+    ArtifactNotFound,
+    DatasetNotFound,
+    HeadMapMismatch,
+    HeadMapNotFound,
+    SelectionMismatch,
+    SelectionNotFound,
+)
 from p2d.config import JobConfig, Resolution, check, check_rank, config_json, least_proxy_rows, resolve
 from p2d.errors import ConfigError, DatasetTooSmall, ErrorDetail, P2DError
 from p2d.model_info import ModelInfo
@@ -157,8 +165,12 @@ def find_dataset(conn: Connection, dataset_id: str, pointer: str) -> Dataset:
 def find_inputs(conn: Connection, job: Job) -> None:
     """Make sure that everything a recorded job reads is still there.
 
-    Raises: DatasetNotFound, HeadMapNotFound, SelectionNotFound.
+    Raises: DatasetNotFound, HeadMapNotFound, SelectionNotFound; for an export ArtifactNotFound.
     """
+    if job.kind == "export":
+        if job.adapter_id is None or get_artifact(conn, job.adapter_id) is None:
+            raise ArtifactNotFound(id=job.adapter_id or "")
+        return
     find_dataset(conn, job.dataset_id, "/dataset")
     if job.validation_dataset_id is not None:
         find_dataset(conn, job.validation_dataset_id, "/validation_dataset")

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Literal
 
-from sqlalchemy import ColumnElement, case, delete, func, insert, select, update
+from sqlalchemy import ColumnElement, case, delete, func, insert, or_, select, update
 
 from app.db.engine import Connection, Json
 from app.db.ids import new_id
-from app.db.tables import head_maps, jobs, selections
+from app.db.tables import artifacts, head_maps, jobs, selections
 from app.errors import JobNotFound
 
 Status = Literal["queued", "running", "pausing", "paused", "cancelling", "cancelled", "succeeded", "failed"]
@@ -48,6 +48,8 @@ class Job:
     eta_p10_at: datetime | None
     eta_p90_at: datetime | None
     max_seconds: int | None
+    adapter_id: str | None
+    """The artifact that an export is of."""
     artifact_ttl: int | None
     """Seconds that the job's files live after its end; None: as long as the job."""
     error: Json | None
@@ -84,6 +86,7 @@ def insert_job(
     metadata: Json,
     resolved: Json,
     artifact_ttl: int | None = None,
+    adapter_id: str | None = None,
 ) -> Job:
     """Record a queued job; its steps and first event (`open_log`) are written by the caller in the same transaction."""
     values = {
@@ -102,6 +105,7 @@ def insert_job(
         "resolved": resolved,
         "event_seq": 1,
         "artifact_ttl": artifact_ttl,
+        "adapter_id": adapter_id,
     }
     return Job(**conn.execute(insert(jobs).values(values).returning(jobs)).one()._mapping)
 
@@ -131,14 +135,24 @@ def lock_job(conn: Connection, job_id: str) -> Job | None:
 
 
 def readers_of(conn: Connection, job_id: str) -> list[str]:
-    """Jobs that have not ended and read the head map or the selection of this one."""
+    """Jobs that have not ended and read the head map, the selection or the adapter of this one."""
     head_map = select(head_maps.c.id).where(head_maps.c.job_id == job_id)
     selection = select(selections.c.id).where(selections.c.job_id == job_id)
-    reads = jobs.c.config[("heads", "head_map")].astext.in_(head_map) | jobs.c.config[("data", "selection")].astext.in_(
-        selection
+    adapter = select(artifacts.c.id).where(artifacts.c.job_id == job_id)
+    reads = or_(
+        jobs.c.config[("heads", "head_map")].astext.in_(head_map),
+        jobs.c.config[("data", "selection")].astext.in_(selection),
+        jobs.c.adapter_id.in_(adapter),
     )
     query = select(jobs.c.id).where(jobs.c.finished_at.is_(None), reads).order_by(jobs.c.id)
     return [row[0] for row in conn.execute(query)]
+
+
+def exports_of(conn: Connection, job_id: str) -> list[str]:
+    """Exports of this job's adapter that have not ended."""
+    adapter = select(artifacts.c.id).where(artifacts.c.job_id == job_id)
+    query = select(jobs.c.id).where(jobs.c.finished_at.is_(None), jobs.c.adapter_id.in_(adapter))
+    return list(conn.scalars(query.order_by(jobs.c.id)))
 
 
 def delete_job(conn: Connection, job_id: str) -> None:

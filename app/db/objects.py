@@ -142,7 +142,15 @@ def _referenced() -> ColumnElement[bool]:
 
 def _alive() -> tuple[ColumnElement[bool], ...]:
     """Of artifacts whose bytes somebody may still ask for."""
-    unexpired = or_(artifacts.c.expires_at.is_(None), artifacts.c.expires_at > func.now())
+    adapter = artifacts.alias("adapter")
+    exported = (
+        select(adapter.c.job_id).join(jobs, jobs.c.adapter_id == adapter.c.id).where(jobs.c.finished_at.is_(None))
+    )
+    unexpired = or_(
+        artifacts.c.expires_at.is_(None),
+        artifacts.c.expires_at > func.now(),
+        artifacts.c.job_id.in_(exported),
+    )
     return artifacts.c.deleted_at.is_(None), unexpired
 
 

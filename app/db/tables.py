@@ -170,6 +170,8 @@ jobs = Table(
     _time("eta_p10_at"),
     _time("eta_p90_at"),
     Column("max_seconds", Integer),
+    # What an export is of. No rule against a circle of references: artifacts are deleted with their jobs, or not at all.
+    Column("adapter_id", Text, ForeignKey("artifacts.id", ondelete="SET NULL", use_alter=True)),
     Column("artifact_ttl", Integer),  # seconds from the end of the job; null: its files stay
     Column("error", JSONB),
     Column("metadata", JSONB, nullable=False, server_default=text("'{}'::jsonb")),
@@ -183,6 +185,11 @@ jobs = Table(
     _time("started_at"),
     _time("finished_at"),
     Index(None, "project_id", "id"),
+    Index(
+        "ix_jobs_open_exports",
+        "adapter_id",
+        postgresql_where=text("adapter_id is not null and finished_at is null"),
+    ),
     postgresql_with={"fillfactor": 70},  # progress rewrites the row each second: leave room for HOT updates
 )
 

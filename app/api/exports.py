@@ -1,0 +1,88 @@
+"""Exports: ask for a head adapter in another form. A worker makes it, in a job of kind `export`."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request, Response
+from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import JSONResponse
+
+from app.access_errors import TooManyJobs
+from app.api.bodies import read_json, receive_json
+from app.api.context import ArtifactId, Context, IdempotencyKey, Services
+from app.api.documentation import MERGE_BODY, errors
+from app.api.idempotency import Once
+from app.api.job_views import new_view
+from app.api.jobs import POLL_AFTER_S
+from app.core.exports import ExportRequest, find_adapter, submit_export
+from app.core.quotas import allow_job
+from app.errors import (
+    ArtifactNotFound,
+    IdempotencyInFlight,
+    IdempotencyMismatch,
+    RequestError,
+    RequestTooLarge,
+    UnsupportedMediaType,
+)
+from app.result_errors import ArtifactExpired, NotAnAdapter
+from app.result_schemas import MergeBody
+from app.views import JobView
+from p2d.errors import AdapterMismatch, ModelError, ModelNotFound, ModelUnsupported
+from p2d.model_info import find_model, read_model_info
+
+router = APIRouter(tags=["artifacts"])
+
+
+@router.post(
+    "/artifacts/{id}/merge",
+    status_code=202,
+    response_model=JobView,
+    responses=errors(
+        *(
+            ArtifactNotFound,
+            ArtifactExpired,
+            NotAnAdapter,
+            ModelNotFound,
+            ModelError,
+            ModelUnsupported,
+            AdapterMismatch,
+        ),
+        *(RequestError, RequestTooLarge, UnsupportedMediaType, TooManyJobs, IdempotencyInFlight, IdempotencyMismatch),
+    ),
+    openapi_extra=MERGE_BODY,
+)
+async def merge_artifact(request: Request, artifact_id: ArtifactId, services: Context, key: IdempotencyKey) -> Response:
+    """Bring an adapter (`heads.safetensors`) into another form: a full model, a PEFT LoRA, or both.
+
+    202 with a job of kind `export`, whose artifacts are the files: those of a model directory, those of a LoRA.
+    """
+    body = read_json(MergeBody, await receive_json(request, services.settings) or b"{}")
+    return await run_in_threadpool(_merge, services, artifact_id, body, key)
+
+
+def _merge(services: Services, artifact_id: str, body: MergeBody, key: str | None) -> Response:
+    once = Once.of(f"POST /artifacts/{artifact_id}/merge", key, body.model_dump(mode="json"))
+    if (replay := once.earlier(services.engine)) is not None:
+        return replay
+    with services.engine.begin() as conn:
+        if (replay := once.take(conn)) is not None:
+            return replay
+        allow_job(conn, services.settings)
+        _, trained = find_adapter(conn, artifact_id)
+        info = read_model_info(find_model(services.settings.models_dir, trained.base_model))
+        if info.digest != trained.model_digest:
+            text = f"The installed {info.name!r} is not the one that the adapter was trained on."
+            raise AdapterMismatch(text, expected=trained.model_digest, found=info.digest)
+        request = ExportRequest(
+            formats=body.formats,
+            name=body.name,
+            metadata=body.metadata,
+            priority=body.priority,
+            artifact_ttl=body.artifact_ttl,
+        )
+        job = submit_export(conn, artifact_id, request, queue=services.settings.worker_queue)
+        services.note(conn, "job.create", job.id, {"kind": job.kind, "adapter_id": artifact_id})
+        view = new_view(job).model_dump(mode="json")
+        headers = {"Location": f"/jobs/{job.id}", "Retry-After": str(POLL_AFTER_S)}
+        once.keep(conn, 202, headers, view)
+    services.waker.wake(job.queue)  # after the commit, and only a hint
+    return JSONResponse(view, status_code=202, headers=headers)

@@ -1,0 +1,67 @@
+"""What comes of a real job, over HTTP: figures that add up to the engine's own scores, and exports that are the engine's own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from app.service import Service
+from p2d.adapters import merge
+from p2d.client import Client
+from p2d.peft_export import export_peft
+from tests.e2e.conftest import MODEL
+from tests.e2e.test_service import SMALL, finish
+
+
+def added_up(reason: dict[str, Any]) -> float:
+    response = sum(head["response"] for head in reason["heads"]) + reason["stand_ins"] * reason["stand_in"]
+    assert response == reason["response"]
+    formulas = {
+        "score = response": response,
+        "score = (scored - 1) - (response_rank + quality_rank) / 2": reason["scored"]
+        - 1
+        - ((reason["response_rank"] or 0) + (reason["quality_rank"] or 0)) / 2,
+    }
+    return float(formulas[reason["formula"]])
+
+
+@pytest.mark.parametrize("scorer", ["alignment", "alignment_likelihood"])
+def test_every_row_of_a_real_selection_is_explained(
+    service: Service, client: Client, examples: Path, scorer: str
+) -> None:
+    body = SMALL | {"kind": "select_data", "data": {"ratio": 0.2, "scorer": scorer}}
+    job = finish(client, client.submit(body, dataset=examples / "train.jsonl"))
+    path = f"/selections/{job.raw['selection']}"
+
+    with httpx.Client(base_url=service.url, timeout=60) as http:
+        rows = http.get(f"{path}/rows", params={"limit": 100, "order": "score"}).json()["data"]
+        for row in rows:
+            reason = http.get(f"{path}/rows/{row['row']}").json()
+            assert added_up(reason) == row["score"] == reason["score"]
+            assert reason["not_known"] == []
+            assert reason["prompt"]
+            if row["kept"]:
+                assert (reason["prompt"], reason["answer"]) == (row["prompt"], row["answer"])
+
+    assert [row["rank"] for row in rows] == list(range(len(rows)))
+
+
+def test_an_export_is_what_the_commands_write(service: Service, client: Client, examples: Path, tmp_path: Path) -> None:
+    trained = finish(client, client.submit(SMALL | {"kind": "adapt"}, dataset=examples / "train.jsonl"))
+    client.download(trained.id, tmp_path / "adapter", names=["heads.safetensors", "manifest.json"])
+    adapter = next(one.id for one in client.artifacts(trained.id) if one.name == "heads.safetensors")
+
+    answer = httpx.post(f"{service.url}/artifacts/{adapter}/merge", json={"formats": ["merged", "peft"]}, timeout=60)
+    export = finish(client, client.job(answer.json()["id"]))
+
+    made = {path.name: path.read_bytes() for path in client.download(export.id, tmp_path / "export")}
+    base = service.settings.models_dir / MODEL
+    for folder in (
+        merge(base, tmp_path / "adapter", tmp_path / "m"),
+        export_peft(base, tmp_path / "adapter", tmp_path / "p"),
+    ):
+        for path in folder.iterdir():
+            assert made[path.name] == path.read_bytes(), path.name
