@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict
 from typing import Annotated
 
@@ -19,6 +20,8 @@ from p2d.errors import ModelError, ModelNotFound
 from p2d.model_info import ModelShape, find_model, list_models, read_model_info, shape_of
 
 router = APIRouter(tags=["models"])
+
+_DIGEST = re.compile("[0-9a-f]{64}")
 
 
 @router.get("/models")
@@ -46,14 +49,21 @@ async def check_model(request: Request, services: Context) -> ModelView:
         return _view(body.name, error)
 
 
-@router.get("/models/{name}", responses=errors(ModelNotFound))
-def get_one_model(name: Annotated[str, PathParameter(max_length=128)], services: Context) -> ModelView:
-    """One installed model."""
-    directory = find_model(services.settings.models_dir, name)
+@router.get("/models/{ref}", responses=errors(ModelNotFound))
+def get_one_model(
+    ref: Annotated[str, PathParameter(max_length=128, description="Name or digest.")], services: Context
+) -> ModelView:
+    """One installed model, by its name or by its digest, as jobs and head maps tell it."""
+    models_dir = services.settings.models_dir
+    if _DIGEST.fullmatch(ref):
+        for name, model in list_models(models_dir):
+            if not isinstance(model, ModelError) and model.digest == ref:
+                return _view(name, model)
+    directory = find_model(models_dir, ref)
     try:
-        return _view(name, read_model_info(directory))
+        return _view(ref, read_model_info(directory))
     except ModelError as error:
-        return _view(name, error)
+        return _view(ref, error)
 
 
 def _view(name: str, model: ModelShape | ModelError) -> ModelView:

@@ -25,6 +25,14 @@ def test_a_config_alone_says_what_the_installed_model_says(api: Api) -> None:
     assert answer.json() == {**installed, **dict.fromkeys(NOTHING_INSTALLED)}
 
 
+def test_a_model_is_found_by_its_digest_too(api: Api) -> None:
+    installed = api.http.get(f"/models/{MODEL}").json()
+
+    assert api.http.get(f"/models/{installed['digest']}").json() == installed
+    unknown = api.http.get(f"/models/{'0' * 64}")
+    assert (unknown.status_code, unknown.json()["code"]) == (404, "model.not_found")
+
+
 @pytest.mark.parametrize(
     ("change", "code", "said"),
     [

@@ -81,7 +81,7 @@ class Tenants:
         """The path with the owner's ids in it. An id that is not known here fails the test."""
         room = path.split("/")[1]
         path = path.replace("{id}", self.ids[room]) if "{id}" in path else path
-        for name, value in (("number", "1"), ("row", "0"), ("name", "stub"), ("delivery", self.ids["deliveries"])):
+        for name, value in (("number", "1"), ("row", "0"), ("ref", "stub"), ("delivery", self.ids["deliveries"])):
             path = path.replace("{" + name + "}", value)
         path += f"?with={self.ids['head-maps']}" if path.endswith("/diff") else ""
         assert "{" not in path, f"add an id for {path} to this test"
