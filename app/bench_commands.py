@@ -21,7 +21,7 @@ def add_to(cli: typer.Typer) -> None:
 
 
 def bench(context: typer.Context) -> None:
-    """Measure what the engine costs beside its peers (a quarter of an hour); `--help` lists parts and options."""
+    """Measure what the engine costs beside its peers (15 to 25 minutes); `--help` lists parts and options."""
     _on_the_demos_model("benchmarks", context)
 
 

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from pydantic import ValidationError
 from rich.console import Console
 
 from app.bench_commands import add_to
@@ -27,7 +26,6 @@ from app.model_commands import models
 from app.processes import Terminated, raise_on_term
 from app.progress import watching, watching_steps
 from app.report import foreseen, headline
-from app.schemas import JobBody
 from app.settings import Settings
 from p2d.client import Client, DownloadCorrupt, Job, NoSuchFile, ServiceProblem, ServiceUnreachable
 from p2d.config import JobConfig, check
@@ -406,12 +404,9 @@ def _body(kind: str, recipe: str, fields: list[str]) -> dict[str, Any]:
 
 def _config(body: dict[str, Any]) -> JobConfig:
     """The same checks as POST /jobs makes. Raises RequestInvalid, ConfigError."""
-    from app.problems import body_faults, invalid
+    from app.job_bodies import read_job_body
 
-    try:
-        config = JobBody.model_validate({**body, "base_model": "local"}).config()
-    except ValidationError as error:
-        raise invalid(body_faults(error.errors())) from None
+    config = read_job_body({**body, "base_model": "local"}).config()
     check(config)
     return config
 

@@ -250,7 +250,10 @@ def proxy_guide_rows(proxy_rows: int, guide_rows: int) -> int:
 
 def check(config: JobConfig) -> None:
     """Raise ConfigError (`config.invalid`) with one entry in errors[] for every field that is wrong."""
-    errors = list(_faults(config))
+    _refuse([*_faults(config), *_unproven(config)])
+
+
+def _refuse(errors: list[ErrorDetail]) -> None:
     if errors:
         raise ConfigError(
             counted(len(errors), "field of the job is wrong.", "fields of the job are wrong."), errors=errors
@@ -344,9 +347,7 @@ def _contradictions(config: JobConfig) -> Iterator[ErrorDetail]:
             message=f"The head scorer {head_scorer!r} sees q, k and v alone; training.slices has none of them.",
             pointer="/heads/scorer",
         )
-    scorer = data.scorer
-    if scorer == "auto" and config.recipe in RECIPES:
-        scorer = RECIPES[config.recipe].data_scorer_in(data.mode)
+    scorer = _data_scorer(config)
     metric = DataConfig().metric
     if data.metric != metric and scorer != "icl":
         yield ErrorDetail(
@@ -360,10 +361,22 @@ def _contradictions(config: JobConfig) -> Iterator[ErrorDetail]:
             message="The data scorer 'random' costs nothing: it has no fast mode.",
             pointer="/data/mode",
         )
-    if data.mode == "fast" and scorer == "icl" and data.metric != metric:
+
+
+def _data_scorer(config: JobConfig) -> str:
+    """The one that is named, or the recipe's."""
+    if config.data.scorer != "auto" or config.recipe not in RECIPES:
+        return config.data.scorer
+    return RECIPES[config.recipe].data_scorer_in(config.data.mode)
+
+
+def _unproven(config: JobConfig) -> Iterator[ErrorDetail]:
+    """What can be computed, and measured by a benchmark, but is not offered before its worth is shown."""
+    if config.data.mode == "fast" and _data_scorer(config) == "icl":
         yield ErrorDetail(
             code="config.mode",
-            message="In fast mode 'icl' judges no answers; leave data.metric out or use mode 'faithful'.",
+            message="Nothing shows yet that the fast mode of 'icl' is as good as its faithful mode; leave data.mode out, or name "
+            "the data scorer 'alignment_likelihood', of which docs/results/fast_mode.md shows it.",
             pointer="/data/mode",
         )
 
@@ -385,7 +398,7 @@ def resolve(config: JobConfig, *, rows: int, context_length: int) -> Resolution:
     Args:    rows: training rows of the dataset. context_length: of the base model, in tokens.
     Raises:  ConfigError if a field is wrong (see `check`).
     """
-    check(config)
+    _refuse(list(_faults(config)))
     recipe, heads, data, training = RECIPES[config.recipe], config.heads, config.data, config.training
     because = f"recipe {config.recipe!r}: {recipe.reason}"
     reasons: dict[str, str] = {}

@@ -158,12 +158,18 @@ def _scores(value: Sequence[Sequence[float]]) -> tuple[tuple[float, ...], ...]:
 
 
 def check_head_map(path: Path, info: ModelInfo) -> HeadMap:
-    """Load the head map of a model. Raises ModelError if it is none, ConfigError (`config.invalid`) if it is another model's."""
-    head_map = HeadMap.load(path)
+    """Load the head map of a model. Raises ConfigError (`config.invalid`) if the file is none, or of another model."""
+    try:
+        head_map = HeadMap.load(path)
+    except ModelError as error:
+        raise _unusable(error.text) from error
     if head_map.model_digest != info.digest:
-        text = f"The head map is of {head_map.model_name!r}; the job's base model is {info.name!r}."
-        raise ConfigError(text, errors=[ErrorDetail(code="config.head_map", message=text, pointer="/heads/head_map")])
+        raise _unusable(f"The head map is of {head_map.model_name!r}; the job's base model is {info.name!r}.")
     return head_map
+
+
+def _unusable(text: str) -> ConfigError:
+    return ConfigError(text, errors=[ErrorDetail(code="config.head_map", message=text, pointer="/heads/head_map")])
 
 
 def _proxy_facts(value: dict[str, Any]) -> ProxyFacts:

@@ -97,6 +97,7 @@ def load_base_model(directory: Path, *, precision: Precision = "auto", device: s
         raise ModelError(f"The weights of {info.name!r} cannot be loaded: {error}", model=info.name) from error
     _check_shapes(info, spec, module)
     module.to(where)  # type: ignore[arg-type]
+    _check_finite(info, module)
     use_attention(module)
     return BaseModel(info, spec, module, renderer, where, dtype, load_s=time.perf_counter() - started)
 
@@ -111,6 +112,14 @@ def _check_shapes(info: ModelInfo, spec: ArchSpec, module: PreTrainedModel) -> N
                 name = spec.weight_name(layer, projection)
                 text = f"{name} of {info.name!r} has the shape {shape}; its config.json makes it {expected}."
                 raise ModelError(text, model=info.name)
+
+
+def _check_finite(info: ModelInfo, module: PreTrainedModel) -> None:
+    """Raise ModelError if a weight is not a number: else the first loss that is none would be blamed on data or rate."""
+    bad = [name for name, weight in module.named_parameters() if not torch.isfinite(weight.sum(dtype=torch.float32))]
+    if bad:
+        text = f"Weights of {info.name!r} are not finite: {', '.join(bad[:5])}{' ...' if len(bad) > 5 else ''}."
+        raise ModelError(text, model=info.name)
 
 
 def convert_gguf(gguf: Path, out: Path) -> ModelInfo:

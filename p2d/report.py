@@ -35,18 +35,19 @@ def write_report(inputs: Path, path: Path, *, started: float, device: str) -> No
     plan = load_plan(inputs / "plan.json")
     training = _optional(inputs / "training.json")
     evaluation = _optional(inputs / "evaluation.json")
+    selection = _selection(inputs, plan)
     report: dict[str, Any] = {
         "format": FORMAT,
         "kind": plan.config.kind,
         "config": config_json(plan.config),
         "reasons": plan.reasons,
-        "warnings": plan.warnings + (training["warnings"] if training else []),
+        "warnings": [*plan.warnings, *(selection or {}).get("warnings", []), *(training or {}).get("warnings", [])],
         "base_model": asdict(plan.model),
         "device": plan.device,
         "dtype": plan.dtype,
         "rows": {"train": asdict(plan.train), "guide": asdict(plan.guide), "evaluation": asdict(plan.evaluation)},
         "heads": _heads(inputs, plan, training),
-        "selection": _selection(inputs, plan),
+        "selection": selection,
         "training": None if training is None else {key: training[key] for key in training if key != "log"},
         "evaluation": evaluation,
     }

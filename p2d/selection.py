@@ -72,6 +72,8 @@ class SelectionSummary:
     score_quantiles: list[float]
     """Of all scored rows: minimum, quarter, median, three quarters, maximum."""
     kept_score_min: float
+    warnings: list[str]
+    """What a user should know of the selection."""
 
 
 def select_rows(shards: Iterable[ResponseShard], heads: Sequence[tuple[int, int]], ratio: float) -> Selection:
@@ -79,7 +81,7 @@ def select_rows(shards: Iterable[ResponseShard], heads: Sequence[tuple[int, int]
 
     Args:    shards: all of one matrix, in row order; each is asked for once and let go. heads: (layer, head) pairs.
              ratio: share of all rows kept, (0, 1].
-    Raises:  EngineError if a score is not finite.
+    Raises:  EngineError if a score is not finite, or no row has one.
     """
     sums: list[Floats] = []
     qualities: list[npt.NDArray[np.float32]] = []
@@ -99,6 +101,8 @@ def select_rows(shards: Iterable[ResponseShard], heads: Sequence[tuple[int, int]
     bad = place_R[~np.isfinite(score)]
     if len(bad):
         raise EngineError(f"The scores of {len(bad)} rows are not finite.", rows=[int(row) for row in bad[:20]])
+    if not len(place_R):
+        raise EngineError("No row could be scored: each fills the model's context without room for another beside it.")
     score_R = _spread(score, place_R, rows)
     return Selection(
         score_R=score_R,
@@ -168,7 +172,19 @@ def summarise(selection: Selection) -> SelectionSummary:
         heads_scored=selection.heads_scored,
         score_quantiles=[float(q) for q in np.nanquantile(selection.score_R, [0, 0.25, 0.5, 0.75, 1])],
         kept_score_min=float(kept.min()),
+        warnings=_tie_warning(selection.score_R, kept),
     )
+
+
+def _tie_warning(score_R: Floats, kept: Floats) -> list[str]:
+    last = kept.min()
+    tied, chosen = int((score_R == last).sum()), int((kept == last).sum())
+    if tied == chosen:
+        return []
+    return [
+        f"{tied} rows share the score at which the selection ends. The {chosen} of them that stand first in the data were kept: "
+        "that part of the choice says nothing about the rows."
+    ]
 
 
 # --- selection.jsonl -------------------------------------------------------------------------------------------------

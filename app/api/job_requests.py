@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -24,6 +25,7 @@ from app.errors import (
     SelectionNotFound,
     UnsupportedMediaType,
 )
+from app.job_bodies import read_job_body
 from app.problems import invalid
 from app.schemas import JobBody, RowsBody, SourceBody
 from p2d.columns import mapped
@@ -62,7 +64,11 @@ def parse_job(received: Received) -> JobBody:
     if received.json is None:
         text = "The part 'job' with the job's JSON is missing."
         raise RequestInvalid(text, errors=[ErrorDetail(code="field.missing", message=text, pointer="/job")])
-    body = read_json(JobBody, received.json)
+    try:
+        body = read_json(JobBody, received.json)
+    except RequestInvalid:
+        read_job_body(json.loads(received.json))  # raises: wrong values are told with the wrong types
+        raise
     faults = []
     for name in FILES:
         named, sent = getattr(body, name) is not None, name in received.files

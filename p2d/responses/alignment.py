@@ -16,6 +16,7 @@ width, R row, L scored layer, H query head.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -214,7 +215,7 @@ class RowProducts:
         scale = np.sqrt(self._square_RLH * self._mean_square_LH)
         # Through where=scale != 0, not scale > 0: a NaN gradient must stay a NaN, so that it is noticed.
         cosine_RLH = np.divide(self._dot_RLH, scale, out=np.zeros_like(scale), where=scale != 0)
-        return cosine_RLH.reshape(len(cosine_RLH), -1)
+        return cosine_RLH.reshape(len(cosine_RLH), math.prod(cosine_RLH.shape[1:]))  # not -1: there may be no row
 
 
 def gradient_squares(cut_BTUE: Tensor, other_BTD: Tensor) -> Tensor:

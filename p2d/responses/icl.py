@@ -58,13 +58,15 @@ KEPT_RENDERED = 1024
 
 
 def icl(given: ResponseInput) -> Responses:
-    """Masses and gains of every row of the span. Raises Diverged if a likelihood or a mass is not finite."""
+    """Masses and gains of every row of the span, but of those that leave no room for any query.
+
+    Raises: Diverged if a likelihood or a mass is not finite.
+    """
     base, info, data = given.base, given.base.info, given.config.data
     fast = data.mode == "fast"
     layers = range(info.n_layers)
     render = lru_cache(KEPT_RENDERED)(lambda row: base.renderer.render(given.rows[row]))
-    row_R = given.wanted()
-    collected = _Collected(row_R, len(layers) * info.n_heads)
+    collected = _Collected(given.wanted(), len(layers) * info.n_heads)
     judge = None if fast else METRICS[data.metric](base)
     tokens, operations = 0, 0.0
     with torch.no_grad(), probe_attention() as probe:
@@ -78,7 +80,7 @@ def icl(given: ResponseInput) -> Responses:
             tokens += len(scene.ids) + verdict.tokens
             operations += scene.flops(info, judged=judge is not None) + verdict.flops
             given.progress(collected.rows_seen, collected.rows, {} if fast else {"quality": verdict.quality})
-    response_RN, quality_R = collected.finish()
+    row_R, response_RN, quality_R = collected.finish()
     if not (np.isfinite(response_RN).all() and np.isfinite(quality_R).all()):
         raise Diverged("A likelihood or an attention mass is not finite.")
     shard = ResponseShard(
@@ -121,12 +123,21 @@ def form_groups(given: ResponseInput, render: Callable[[int], RenderedRow]) -> I
     """Groups that show every wanted row of the span at least once, one after another as they are asked for.
 
     A pure function of the span, the seed and the dataset. A group that would not fit the model's context has fewer
-    demonstrations.
+    demonstrations; where not even one fits before its queries, it has fewer queries or another one. A row that fits before
+    no query at all is left out.
     """
     base, data, seed, span = given.base, given.config.data, given.config.training.seed, given.span
     fold_R = assign_folds(len(given.rows), seed)
     wanted = given.wanted()
     most = icl_demos(data, len(wanted))
+
+    def length_of(query: int) -> int:
+        return base.renderer.length(render(query))
+
+    def shown(demo: int) -> int:
+        row = render(demo)
+        return len(row.prompt_ids) + len(row.answer_ids) + len(base.renderer.separator_ids)
+
     turn = 0
     for fold in range(FOLDS):
         pool = query_pool(fold_R, fold)
@@ -139,15 +150,28 @@ def form_groups(given: ResponseInput, render: Callable[[int], RenderedRow]) -> I
         while waiting:
             queries = tuple(dict.fromkeys(pool[(turn + i) % len(pool)] for i in range(data.n_queries)))
             turn += data.n_queries
-            room = base.info.context_length - max(base.renderer.length(render(query)) for query in queries)
+            queries = _that_fit(shown(waiting[0]), queries, pool, length_of, base.info.context_length)
+            if not queries:
+                waiting.popleft()
+                continue
+            room = base.info.context_length - max(length_of(query) for query in queries)
             demos: list[int] = []
-            while waiting and len(demos) < size:
-                row = render(waiting[0])
-                room -= len(row.prompt_ids) + len(row.answer_ids) + len(base.renderer.separator_ids)
-                if demos and room < 0:
-                    break
+            while waiting and len(demos) < size and shown(waiting[0]) <= room:
+                room -= shown(waiting[0])
                 demos.append(waiting.popleft())
             yield Group(tuple(demos), queries)
+
+
+def _that_fit(
+    shown: int, queries: tuple[int, ...], pool: Sequence[int], length_of: Callable[[int], int], context: int
+) -> tuple[int, ...]:
+    """Those of the queries that fit the context behind a demonstration of `shown` tokens, else the shortest of the pool, if
+    that one does."""
+    fitting = tuple(query for query in queries if shown + length_of(query) <= context)
+    if fitting:
+        return fitting
+    shortest = min(pool, key=length_of)
+    return (shortest,) if shown + length_of(shortest) <= context else ()
 
 
 # --- one group -------------------------------------------------------------------------------------------------------
@@ -208,6 +232,7 @@ class _Collected:
     """Masses by row and by slot, until all groups of the span are read: one number per row and head, no more."""
 
     def __init__(self, row_R: npt.NDArray[np.int64], heads: int) -> None:
+        self._row_R = row_R
         self._place = {int(row): place for place, row in enumerate(row_R)}
         self._mass_RN = np.zeros((len(row_R), heads), dtype=np.float32)
         self._slot_R = np.full(len(row_R), -1)
@@ -230,8 +255,8 @@ class _Collected:
                 self._slot_R[place], self._quality_R[place] = slot, quality
                 self.rows_seen += 1
 
-    def finish(self) -> tuple[npt.NDArray[np.float32], Floats]:
-        """Response [R, N], each divided by its slot's mean per head; and quality [R]."""
+    def finish(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32], Floats]:
+        """The rows that were shown; their response [R, N], each divided by its slot's mean per head; and quality [R]."""
         for slots in share_means(self._times_S):
             times = sum(self._times_S[slot] for slot in slots)
             mean_N = (np.sum([self._sum_SN[slot] for slot in slots], axis=0) / times).astype(np.float32)
@@ -239,7 +264,10 @@ class _Collected:
             self._mass_RN[rows] = np.divide(
                 self._mass_RN[rows], mean_N, out=np.zeros_like(self._mass_RN[rows]), where=mean_N != 0
             )
-        return self._mass_RN, self._quality_R
+        seen = self._slot_R >= 0
+        if seen.all():  # nearly always: without a copy
+            return self._row_R, self._mass_RN, self._quality_R
+        return self._row_R[seen], self._mass_RN[seen], self._quality_R[seen]
 
 
 def share_means(times_S: Sequence[int]) -> list[list[int]]:
@@ -248,6 +276,8 @@ def share_means(times_S: Sequence[int]) -> list[list[int]]:
     Late slots are rare where groups are cut to fit the context. The first slot draws far more mass than any other: it
     shares with none.
     """
+    if not times_S:
+        return []
     runs: list[list[int]] = []
     for slot in range(len(times_S) - 1, 0, -1):
         if runs and sum(times_S[other] for other in runs[-1]) < SLOT_ROWS:

@@ -98,6 +98,31 @@ def test_a_field_that_may_be_auto_has_one_fault_at_its_own_place(api: Api) -> No
     assert answer.json()["errors"][0]["message"] == "Input should be a valid integer, or 'auto'."
 
 
+def test_wrong_types_and_wrong_values_are_told_together(api: Api) -> None:
+    wrong = a_job(
+        dataset=api.dataset(),
+        kind="adopt",
+        heads={"ratio": 2.0, "scorer": "nobody's"},
+        data={"mode": "quick", "ratio": -1.0},
+        training={"epochs": 1.5, "rank": 0, "learning_rate": -1.0},
+        colour="red",
+    )
+
+    answer = api.post(wrong)
+
+    assert codes(answer) == {
+        "/kind": "field.literal_error",
+        "/data/mode": "field.literal_error",
+        "/training/epochs": "field.int_type",
+        "/colour": "field.extra_forbidden",
+        "/heads/ratio": "config.ratio",
+        "/heads/scorer": "config.unknown_name",
+        "/data/ratio": "config.ratio",
+        "/training/rank": "config.too_small",
+        "/training/learning_rate": "config.learning_rate",
+    }
+
+
 def test_a_model_of_another_family_is_refused_by_name(api: Api) -> None:
     directory = api.settings.models_dir / "mamba"
     directory.mkdir()

@@ -11,6 +11,7 @@ import torch
 
 from p2d.batches import answer_nll, collate
 from p2d.config import (
+    DATA_SCORERS,
     FAST_DEMOS,
     POOL_FACTOR,
     DataConfig,
@@ -23,8 +24,9 @@ from p2d.generation import generate
 from p2d.metrics import rouge_l
 from p2d.models import BaseModel
 from p2d.probe import probe_attention
+from p2d.registry import load
 from p2d.rendering import RenderedRow
-from p2d.responses import ResponseInput
+from p2d.responses import ResponseInput, Responses
 from p2d.responses.icl import (
     METRICS,
     Group,
@@ -97,6 +99,39 @@ def test_a_group_never_outgrows_the_context(tiny: BaseModel) -> None:
         )
         assert query + shown + len(group.demos) * len(tiny.renderer.separator_ids) <= context
     assert {row for group in groups for row in group.demos} == set(range(20))
+
+
+def test_a_row_that_leaves_room_for_no_query_is_not_scored_and_no_other_group_outgrows_the_context(
+    tiny: BaseModel,
+) -> None:
+    length = {row: tiny.renderer.length(tiny.renderer.render(ROWS[row])) for row in range(20)}
+    shown = {row: length[row] - len(tiny.renderer.prefix_ids) + len(tiny.renderer.separator_ids) for row in length}
+    context = max(shown.values()) + min(length.values()) - 1  # the longest row fits before no query
+    small = replace(tiny, info=replace(tiny.info, context_length=context))
+
+    groups = groups_of(small)
+    shard = icl(given(small)).shard
+
+    assert groups
+    for group in groups:
+        assert sum(shown[row] for row in group.demos) + max(length[row] for row in group.queries) <= context
+    seen = {row for group in groups for row in group.demos}
+    assert seen < set(range(20))
+    assert set(shard.row_R.tolist()) == seen
+    assert np.isfinite(shard.response_RN).all()
+
+
+@pytest.mark.parametrize("scorer", sorted(DATA_SCORERS))
+def test_a_shard_without_a_row_of_the_pool_is_empty(tiny: BaseModel, scorer: str) -> None:
+    config = JobConfig(data=DataConfig(mode="fast", ratio=0.05, scorer=scorer))
+    shards = [replace(given(tiny, range(row, row + 1)), config=config, guide=ROWS[:4]) for row in range(20)]
+    empty = next(shard for shard in shards if not len(shard.wanted()))
+    score = load(DATA_SCORERS, scorer, what="data scorer", pointer="/data/scorer")
+
+    found: Responses = score(empty)
+
+    assert len(found.shard.row_R) == 0
+    assert len(found.shard.response_RN) == 0
 
 
 def test_the_likelihood_after_shared_demos_is_that_of_one_long_sequence(tiny: BaseModel) -> None:
@@ -179,8 +214,9 @@ def test_the_mass_of_a_slot_is_taken_out() -> None:
         sink = np.array([[20.0], [1.0], [1.0], [1.0]])  # the first slot draws twenty times the mass
         collected.add(Group(demos, (0,)), worth[list(demos)] * sink, quality=1.0)
 
-    response_RN, quality_R = collected.finish()
+    row_R, response_RN, quality_R = collected.finish()
 
+    assert row_R.tolist() == list(range(40))
     assert np.corrcoef(response_RN[:, 0], worth[:, 0])[0, 1] > 0.9
     assert (quality_R == 1).all()
 

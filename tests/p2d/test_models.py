@@ -51,6 +51,16 @@ def test_a_misshapen_weight_is_refused(tmp_path: Path) -> None:
         load_base_model(directory, device="cpu")
 
 
+def test_weights_that_are_no_numbers_are_named_before_anything_is_computed(tmp_path: Path) -> None:
+    directory = tiny_model_dir(tmp_path / "tiny")
+    tensors = load_file(directory / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = float("nan")
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+
+    with pytest.raises(ModelError, match=r"not finite: model\.layers\.1\.mlp\.up_proj\.weight\."):
+        load_base_model(directory, device="cpu")
+
+
 def test_pickled_weights_and_code_from_the_model_are_never_used(tmp_path: Path) -> None:
     directory = tiny_model_dir(tmp_path / "tiny")
     torch.save(load_file(directory / "model.safetensors"), directory / "pytorch_model.bin")

@@ -14,7 +14,7 @@ import pytest
 
 from p2d import Result, adapt, jobs
 from p2d.config import DataConfig, HeadsConfig, JobConfig, TrainingConfig, config_json
-from p2d.errors import ConfigError, ModelError, OutInUse, OutOfMemory
+from p2d.errors import ConfigError, OutInUse, OutOfMemory
 from p2d.pipeline import PlannedStep
 from p2d.rows import write_rows
 from p2d.work_folder import NAME, work_folder
@@ -176,6 +176,6 @@ def test_files_of_earlier_jobs_are_checked_before_the_model_works(tiny_dir: Path
     assert "of another dataset" in refused(other, selection=done.file("selection.jsonl")).text
     assert "not a selection" in refused(data, selection=done.file("head_map.json")).text
     (tmp_path / "mine.json").write_text("{}")
-    with pytest.raises(ModelError, match=r"^mine\.json is not a head map"):
+    with pytest.raises(ConfigError, match=r"^mine\.json is not a head map"):
         adapt(model=tiny_dir, data=data, out=tmp_path / "out", config=CONFIG, head_map=tmp_path / "mine.json")
     assert not set(steps) - {"validate"}

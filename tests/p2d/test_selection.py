@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -161,6 +162,23 @@ def test_the_summary_gives_the_border_of_what_was_kept() -> None:
 
     assert (summary.rows, summary.kept, summary.kept_score_min) == (10, 3, 7.0)
     assert summary.score_quantiles[0] == 0.0
+
+
+def test_a_choice_among_equal_scores_is_told() -> None:
+    tied = summarise(select_rows([a_shard([[0.0, 5.0, 0.0, 0.0]] * 9 + [[0.0, 6.0, 0.0, 0.0]])], HEADS, ratio=0.3))
+    clear = summarise(select_rows([a_shard([[0.0, 5.0, 0.0, 0.0]] * 7 + [[0.0, 6.0, 0.0, 0.0]] * 3)], HEADS, ratio=0.3))
+
+    assert tied.warnings[0].startswith("9 rows share the score at which the selection ends. The 2 of them")
+    assert clear.warnings == []
+
+
+def test_no_scored_row_at_all_stops_the_job() -> None:
+    none = replace(
+        a_shard([[0.0, 5.0, 0.0, 0.0]] * 3), row_R=np.zeros(0, dtype=np.int64), response_RN=np.zeros((0, 4), np.float16)
+    )
+
+    with pytest.raises(EngineError, match="No row could be scored"):
+        select_rows([none], HEADS, ratio=0.3)
 
 
 def test_selecting_and_reporting_leave_torch_alone() -> None:

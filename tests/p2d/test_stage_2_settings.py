@@ -43,13 +43,14 @@ def test_the_recipes_own_scorer_counts_where_none_is_named() -> None:
     ]
 
 
-def test_fast_mode_judges_no_answers_and_has_nothing_to_save_on_random_rows() -> None:
-    metric = JobConfig(data=DataConfig(scorer="icl", metric="exact_match", mode="fast"))
+def test_fast_mode_is_refused_where_it_is_not_shown_to_be_as_good_or_has_nothing_to_save() -> None:
+    shown = JobConfig(data=DataConfig(scorer="icl", mode="fast"))
+    by_recipe = JobConfig(recipe="paper", data=DataConfig(mode="fast"))
     random = JobConfig(data=DataConfig(scorer="random", mode="fast"))
 
-    assert list(refused(metric)) == [("config.mode", "/data/mode")]
-    assert list(refused(random)) == [("config.mode", "/data/mode")]
-    for scorer in set(DATA_SCORERS) - {"random"}:
+    for config in (shown, by_recipe, random):
+        assert list(refused(config)) == [("config.mode", "/data/mode")]
+    for scorer in set(DATA_SCORERS) - {"random", "icl"}:
         check(JobConfig(data=DataConfig(scorer=scorer, mode="fast")))
 
 
