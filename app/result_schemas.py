@@ -217,7 +217,9 @@ class RowReasonView(PlacedRowView):
     border: float | None = Field(description="Lowest score that is kept.")
     nearest_kept: PlacedRowView | None = Field(description="In rank, the row itself left out.")
     nearest_dropped: PlacedRowView | None
-    not_known: list[str] = Field(description="Files that were deleted, without which the score has no parts.")
+    not_known: list[str] = Field(
+        description="Files that were deleted or have expired, without which the score has no parts."
+    )
 
 
 BODIES: tuple[type[BaseModel], ...] = (HeadMapBody, SelectionBody, ArtifactPatch, MergeBody)

@@ -1,6 +1,6 @@
 """A whole selection.jsonl as arrays: every row's score, rank and place in the file, for views that need no model. No torch.
 
-A ratio is a view: it keeps the best rows by rank, whatever the selection itself kept. 40 bytes a row; no row text.
+A ratio is a view: it keeps the best rows by rank, whatever the selection itself kept. 48 bytes a row; no row text.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ from app.service import environment
 from app.settings import Settings
 from p2d.config import DataConfig, HeadsConfig, JobConfig, Kind, Limits
 from p2d.model_info import read_model_info
-from p2d.pipeline import STEPS
+from p2d.pipeline import spec_of
 from p2d.rows import Row, content_hash, write_rows
 from workers.loop import Worker
 
@@ -285,7 +285,7 @@ class Rig:
 
     def _check_complete(self, job: Job, steps: list[Step]) -> None:
         names = set(self.artifacts(job.id))
-        for spec in {step.step: STEPS[step.step] for step in steps}.values():
+        for spec in {step.step: spec_of(step.step) for step in steps}.values():
             for pattern in spec.writes:
                 assert any(Path(name).match(pattern) for name in names), f"{pattern} is missing"
 

@@ -1,4 +1,4 @@
-"""Exports: a head adapter in another form, made by a worker in a job of its own (docs/decisions/0021)."""
+"""Exports: a head adapter in another form, made by a worker in a job of its own (docs/decisions/0024)."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ class Sources:
 def sources_of(conn: Connection, selection: SelectionRecord, row: int) -> Sources:
     """Where the parts of a row's score are."""
     job = find_job(conn, selection.job_id)
-    files = {artifact.name: artifact for artifact in list_artifacts(conn, job.id)}
+    files = {artifact.name: artifact for artifact in list_artifacts(conn, job.id) if not artifact.expired}
     shards = sum(step.step == "respond" for step in list_steps(conn, job.id))
     shard = next(i for i in range(shards) if row in shard_range(selection.rows, i, shards))
     named = job.config["heads"]["head_map"]

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from app.core.garbage import collect
 from tests.app.conftest import MODEL, Api, a_job, rows
 from tests.app.test_artifacts import all_rows
 
@@ -199,3 +200,19 @@ def test_a_selection_that_a_job_needs_is_not_deleted(api: Api) -> None:
     assert api.http.get(f"/selections/{job['selection']}").status_code == 404
     assert api.http.get(f"/jobs/{job_id}").json()["selection"] is None
     assert api.post(body).json()["code"] == "selection.not_found"
+
+
+def test_what_has_expired_is_named_too(api: Api) -> None:
+    dataset = api.dataset(ROWS, start=1300)
+    job_id = api.http.post("/selections", json={**ASKED, "dataset": dataset, "artifact_ttl": 60}).json()["id"]
+    api.finish(job_id)
+    selection = api.http.get(f"/jobs/{job_id}").json()["selection"]
+    with api.engine.begin() as conn:
+        conn.exec_driver_sql("update artifacts set expires_at = now() where expires_at is not null")
+        conn.exec_driver_sql("update objects set used_at = now() - interval '2 days'")
+    collect(api.engine, api.blobs, kept_h=24)
+
+    last = api.http.get(f"/selections/{selection}/rows/47").json()
+
+    assert (last["not_known"], last["score"], last["prompt"]) == (["responses-00002.safetensors"], -23.5, None)
+    assert api.http.get(f"/selections/{selection}/rows", params={"order": "score"}).status_code == 200
