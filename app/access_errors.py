@@ -60,6 +60,16 @@ class TooManyJobs(TooMuch):
         super().__init__(text, limit=limit, retry_after_s=60)
 
 
+class TooManyProjectStreams(TooMuch):
+    """More open event streams of one project than one process of the service allows."""
+
+    code, hint = "limit.streams", "Close streams, or read the events as pages."
+
+    def __init__(self, *, limit: int) -> None:
+        text = f"The project has {limit} event streams open here, which is the most."
+        super().__init__(text, limit=limit, retry_after_s=30)
+
+
 class StorageFull(TooMuch):
     """More stored bytes or dataset rows of one project than the service allows."""
 

@@ -68,7 +68,12 @@ def create_app(settings: Settings, *, waker: Wake | None = None, egress: Egress 
             settings.url("database_url"), pool_size=settings.db_pool_size, pool_wait_s=settings.db_pool_wait_s
         )
         own = Waker(settings.url("broker_url")) if waker is None else None
-        hub = EventHub(engine, poll_s=settings.sse_poll_s, max_streams=settings.max_streams)
+        hub = EventHub(
+            engine,
+            poll_s=settings.sse_poll_s,
+            max_streams=settings.max_streams,
+            project_streams=settings.project_streams,
+        )
         blobs = BlobStore.open(settings.url("store_url"), ObjectBook(engine))
         registry.register(ledger := metrics.Ledger(engine))
         app.state.services = Services(

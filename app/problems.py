@@ -82,6 +82,7 @@ STATUS = {
     "limit.reached": 429,
     "limit.requests": 429,
     "limit.jobs": 429,
+    "limit.streams": 429,
     "limit.storage": 403,
     "limit.webhooks": 403,
     "key.not_found": 404,

@@ -149,6 +149,9 @@ class Settings(BaseSettings):
     """Seconds between two comment lines on a silent stream, so that proxies keep it open."""
     max_streams: int = Field(default=2000, ge=1)
     """Event streams open at once in one process; more are answered with 503."""
+    project_streams: int = Field(default=200, ge=1)
+    """Of these most of one project, over all its keys and with the requests that wait for events; more are answered with 429.
+    Not without keys."""
 
     @field_validator("egress", "source_buckets", "webhook_hosts", "webhook_inside", "webhook_retry_s", mode="before")
     @classmethod

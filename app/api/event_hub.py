@@ -13,6 +13,8 @@ from collections.abc import AsyncIterator
 import structlog
 from fastapi.concurrency import run_in_threadpool
 
+from app.access_errors import TooManyProjectStreams
+from app.core.keys import Caller
 from app.db.engine import DatabaseUnavailable, Engine, PoolTimeout
 from app.db.events import last_seqs
 from app.errors import TooManyStreams
@@ -23,9 +25,11 @@ log = structlog.get_logger()
 class EventHub:
     """Knows the number of the newest event of every watched job."""
 
-    def __init__(self, engine: Engine, *, poll_s: float, max_streams: int) -> None:
-        self._engine, self._poll_s, self._max_streams = engine, poll_s, max_streams
+    def __init__(self, engine: Engine, *, poll_s: float, max_streams: int, project_streams: int) -> None:
+        self._engine, self._poll_s = engine, poll_s
+        self._max_streams, self._project_streams = max_streams, project_streams
         self._watched: Counter[str] = Counter()
+        self._of_project: Counter[str] = Counter()
         self._seqs: dict[str, int] = {}
         self._changed = asyncio.Condition()
         self.closing = False
@@ -44,17 +48,23 @@ class EventHub:
             self._changed.notify_all()
 
     @contextlib.asynccontextmanager
-    async def watch(self, job_id: str) -> AsyncIterator[None]:
-        """Have the job looked at while the block runs. Raises TooManyStreams."""
+    async def watch(self, job_id: str, caller: Caller) -> AsyncIterator[None]:
+        """Have the job looked at while the block runs. Raises TooManyProjectStreams, TooManyStreams."""
+        project_id = caller.project_id
+        if caller.key_id is not None and self._of_project[project_id] >= self._project_streams:
+            raise TooManyProjectStreams(limit=self._project_streams)
         if self._watched.total() >= self._max_streams:
             raise TooManyStreams()
         self._watched[job_id] += 1
+        self._of_project[project_id] += 1
         try:
             yield
         finally:
-            self._watched[job_id] -= 1
-            if not self._watched[job_id]:
-                del self._watched[job_id]
+            for counter, name in ((self._watched, job_id), (self._of_project, project_id)):
+                counter[name] -= 1
+                if not counter[name]:
+                    del counter[name]
+            if job_id not in self._watched:
                 self._seqs.pop(job_id, None)
 
     async def wait(self, job_id: str, after: int, timeout_s: float) -> bool:

@@ -14,7 +14,7 @@ from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import StreamingResponse
 
-from app.access_errors import KeyRefused
+from app.access_errors import KeyRefused, TooManyProjectStreams
 from app.api.context import Context, JobId, Services
 from app.api.documentation import errors
 from app.db.events import Event, list_events
@@ -42,7 +42,7 @@ _STREAM = {
     responses={
         200: _STREAM,
         204: {"description": "The stream has ended before; do not come back."},
-        **errors(JobNotFound),
+        **errors(JobNotFound, TooManyProjectStreams),
     },
 )
 async def list_job_events(
@@ -66,7 +66,7 @@ async def list_job_events(
         return await _stream(services, job_id, max(after, _number(last_event_id, "/header/Last-Event-ID")))
     job, events = await run_in_threadpool(_read, services, job_id, after, limit + 1)
     if not events and wait and not job.is_final:
-        async with services.hub.watch(job_id):
+        async with services.hub.watch(job_id, services.known_caller):
             await services.hub.wait(job_id, after, wait)
         job, events = await run_in_threadpool(_read, services, job_id, after, limit + 1)
     page = {
@@ -82,8 +82,8 @@ async def _stream(services: Services, job_id: str, after: int) -> Response:
     if job.is_final and after >= job.event_seq:
         return Response(status_code=204)  # tells an EventSource to stop coming back
     after = min(after, job.event_seq)  # a number that was never given would skip what is to come
-    watch = services.hub.watch(job_id)
-    await watch.__aenter__()  # here and not in the generator: too many streams must still be a 503
+    watch = services.hub.watch(job_id, services.known_caller)
+    await watch.__aenter__()  # here and not in the generator: too many streams must still be a 429 or 503
     return _EventStream(_frames(services, job_id, after), watch)
 
 

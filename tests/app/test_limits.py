@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -13,9 +14,10 @@ from app.core.rates import Rates
 from app.settings import Settings
 from tests.app.conftest import Api, a_job, rows, serving
 from tests.app.test_tenants import authorized, key
+from tests.rig import wait_for
 from tests.s3_server import free_ports
 
-LIMITS = {"rate_per_minute": 40, "quota_jobs": 2, "quota_bytes": 40_000, "quota_rows": 200}
+LIMITS = {"project_streams": 2, "rate_per_minute": 40, "quota_jobs": 2, "quota_bytes": 40_000, "quota_rows": 200}
 
 
 @pytest.fixture(scope="module")
@@ -144,3 +146,31 @@ def test_usage_says_what_the_project_has_of_what_it_may(lab: Api) -> None:
         "webhooks_quota": 20,
         "requests_per_minute": 40,
     }
+
+
+def test_a_project_that_holds_its_streams_open_gets_no_more_and_others_do(limited: Api, lab: Api) -> None:
+    job_id, stream = lab.job(), {"Accept": "text/event-stream"}
+    with contextlib.ExitStack() as open_ones:
+        for _ in range(2):
+            lines = open_ones.enter_context(
+                lab.http.stream("GET", f"/jobs/{job_id}/events", headers=stream)
+            ).iter_lines()
+            next(lines)
+            open_ones.callback(lines.close)  # kept until then: a stream whose reader is gone is closed
+
+        answer = lab.http.get(f"/jobs/{job_id}/events", headers=stream)
+
+        assert refused(answer, 429, "limit.streams")["facts"]["limit"] == 2
+        assert answer.headers["retry-after"] == "30"
+        refused(lab.http.get(f"/jobs/{job_id}/events", params={"after": 1, "wait": 20}), 429, "limit.streams")
+        assert lab.http.get(f"/jobs/{job_id}/events").is_success, "a page waits for nothing"
+        with authorized(limited, key(limited.engine, limited.settings, "a third", "write")):
+            other = limited.job()
+            with limited.http.stream("GET", f"/jobs/{other}/events", headers=stream) as theirs:
+                assert theirs.status_code == 200
+
+    def again() -> bool:
+        with lab.http.stream("GET", f"/jobs/{job_id}/events", headers=stream) as mine:
+            return mine.status_code == 200
+
+    wait_for(again, "the streams that were closed to be given back")

@@ -126,10 +126,13 @@ class authorized:
         self._http, self._key = api.http, key
 
     def __enter__(self) -> None:
+        self._before = self._http.headers.get("Authorization")
         self._http.headers["Authorization"] = f"Bearer {self._key}"
 
     def __exit__(self, *error: object) -> None:
         del self._http.headers["Authorization"]
+        if self._before is not None:
+            self._http.headers["Authorization"] = self._before
 
 
 def one_of_everything(api: Api) -> dict[str, str]:
