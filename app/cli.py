@@ -151,20 +151,22 @@ def migrate() -> None:
 def gc(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed now.")] = False,
 ) -> None:
-    """Remove what nothing refers to any more from the store, as workers do from time to time."""
+    """Delete jobs older than P2D_JOBS_KEPT_D, and what nothing refers to from the store, as workers do from time to time."""
     from app.blobs import BlobStore
-    from app.core.garbage import collect, drop_checkpoints, foresee
+    from app.core.garbage import clear, foresee
+    from app.core.retention import old_jobs
     from app.db.engine import make_engine
 
     settings = _with_servers("database_url", "store_url")
     engine = make_engine(settings.url("database_url"))
     if dry_run:
+        jobs = len(old_jobs(engine, kept_d=settings.jobs_kept_d))
         done = foresee(engine, kept_h=settings.unreferenced_kept_h)
     else:
-        drop_checkpoints(engine, kept_d=settings.checkpoints_kept_d)
-        done = collect(engine, BlobStore.open(settings.url("store_url")), kept_h=settings.unreferenced_kept_h)
+        jobs, done = clear(engine, BlobStore.open(settings.url("store_url")), settings)
     engine.dispose()
     said = f"{counted(done.objects, 'object', 'objects')}, {done.size_bytes / 1e6:,.1f} MB"
+    said = said if settings.jobs_kept_d is None else f"{counted(jobs, 'job', 'jobs')}, {said}"
     out.print(f"{said} would be removed." if dry_run else f"Removed {said}.")
 
 

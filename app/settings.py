@@ -130,6 +130,9 @@ class Settings(BaseSettings):
     """Hours that an object stays in the store after it was last used, when no dataset, job or checkpoint refers to it."""
     checkpoints_kept_d: float = Field(default=7.0, ge=0)
     """Days that a job which failed or was cancelled keeps its checkpoint; a later retry trains from the beginning."""
+    jobs_kept_d: float | None = Field(default=None, ge=0)
+    """Days after which an ended job is deleted by itself, with all that `DELETE /jobs/{id}` deletes; but not while a job that
+    has not succeeded reads its head map, selection or adapter. Absent: jobs are kept for ever."""
     poll_s: float = Field(default=5.0, gt=0)
     """Seconds after which an idle worker looks for work without a wake-up."""
     cancel_grace_s: float = Field(default=10.0, gt=0)

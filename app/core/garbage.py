@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import structlog
 
 from app.blobs import BlobStore
+from app.core.retention import drop_jobs
 from app.db.deliveries import forget_deliveries
 from app.db.engine import Engine
 from app.db.jobs import lock_job
@@ -70,12 +71,20 @@ def sweep_garbage(engine: Engine, blobs: BlobStore, settings: Settings) -> None:
         if not try_advisory_lock(guard, GARBAGE_LOCK):
             return
         outlast_idleness(guard)
-        drop_checkpoints(engine, kept_d=settings.checkpoints_kept_d)
         with engine.begin() as conn:
             forget_deliveries(conn, kept_d=settings.webhook_kept_d)
-        done = collect(engine, blobs, kept_h=settings.unreferenced_kept_h)
+        jobs, done = clear(engine, blobs, settings)
+    if jobs:
+        log.info("jobs.deleted", jobs=jobs, kept_d=settings.jobs_kept_d)
     if done.objects:
         log.info("objects.collected", objects=done.objects, size_bytes=done.size_bytes)
+
+
+def clear(engine: Engine, blobs: BlobStore, settings: Settings) -> tuple[int, Collected]:
+    """All that the settings let go: how many jobs, and which objects."""
+    drop_checkpoints(engine, kept_d=settings.checkpoints_kept_d)
+    jobs = drop_jobs(engine, kept_d=settings.jobs_kept_d)
+    return jobs, collect(engine, blobs, kept_h=settings.unreferenced_kept_h)
 
 
 def drop_checkpoints(engine: Engine, *, kept_d: float) -> None:

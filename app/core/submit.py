@@ -16,7 +16,7 @@ from app.db.artifacts import get_artifact
 from app.db.datasets import Dataset, get_dataset
 from app.db.engine import Connection, Json
 from app.db.head_maps import get_head_map, keep_head_map
-from app.db.jobs import Job, get_job, insert_job
+from app.db.jobs import Job, get_job, insert_job, keep_job
 from app.db.selections import SelectionRecord, get_selection, keep_selection
 from app.db.steps import insert_steps
 from app.errors import (
@@ -60,10 +60,7 @@ def submit(conn: Connection, request: JobRequest, *, shard_rows: int, queue: str
     validation = None
     if request.validation_dataset_id is not None:
         validation = find_dataset(conn, request.validation_dataset_id, "/validation_dataset")
-    if config.heads.head_map is not None:
-        keep_head_map(conn, config.heads.head_map)
-    if config.data.selection is not None:
-        keep_selection(conn, config.data.selection)
+    _keep_earlier(conn, config.heads.head_map, config.data.selection)
     for error in refusals(conn, config, request.model, dataset, validation):
         raise error
     job = insert_job(
@@ -163,7 +160,7 @@ def find_dataset(conn: Connection, dataset_id: str, pointer: str) -> Dataset:
 
 
 def find_inputs(conn: Connection, job: Job) -> None:
-    """Make sure that everything a recorded job reads is still there.
+    """Make sure that everything a recorded job reads is still there, and stays until the transaction has ended.
 
     Raises: DatasetNotFound, HeadMapNotFound, SelectionNotFound; for an export ArtifactNotFound.
     """
@@ -174,11 +171,24 @@ def find_inputs(conn: Connection, job: Job) -> None:
     find_dataset(conn, job.dataset_id, "/dataset")
     if job.validation_dataset_id is not None:
         find_dataset(conn, job.validation_dataset_id, "/validation_dataset")
-    head_map, selection = job.config["heads"]["head_map"], job.config["data"]["selection"]
-    if head_map is not None and get_head_map(conn, head_map) is None:
-        raise _at("/heads/head_map", HeadMapNotFound(id=head_map))
-    if selection is not None and get_selection(conn, selection) is None:
-        raise _at("/data/selection", SelectionNotFound(id=selection))
+    _keep_earlier(conn, job.config["heads"]["head_map"], job.config["data"]["selection"])
+
+
+def _keep_earlier(conn: Connection, head_map: str | None, selection: str | None) -> None:
+    """Let nobody delete what a job names, nor the jobs that made it, before that job is committed and seen to need it."""
+    if head_map is not None:
+        found = get_head_map(conn, head_map)
+        if found is not None and found.job_id is not None:
+            keep_job(conn, found.job_id)  # first, because whoever deletes a job locks it before its head map
+        keep_head_map(conn, head_map)
+        if get_head_map(conn, head_map) is None:
+            raise _at("/heads/head_map", HeadMapNotFound(id=head_map))
+    if selection is not None:
+        if (chosen := get_selection(conn, selection)) is not None:
+            keep_job(conn, chosen.job_id)
+        keep_selection(conn, selection)
+        if get_selection(conn, selection) is None:
+            raise _at("/data/selection", SelectionNotFound(id=selection))
 
 
 def _head_map_refusals(conn: Connection, model: ModelInfo, head_map_id: str) -> Iterator[P2DError]:

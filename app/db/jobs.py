@@ -134,16 +134,21 @@ def lock_job(conn: Connection, job_id: str) -> Job | None:
     return Job(**row._mapping) if row else None
 
 
+def keep_job(conn: Connection, job_id: str) -> None:
+    """Let nobody delete the job before the caller's transaction has ended; if somebody just does, wait for that."""
+    conn.execute(select(jobs.c.id).where(jobs.c.id == job_id).with_for_update(key_share=True, read=True))
+
+
 def readers_of(conn: Connection, job_id: str) -> list[str]:
-    """Jobs that have not ended and read the head map, the selection or the adapter of this one."""
+    """Jobs that have not ended and read the head map, the selection or the adapter of this locked one.
+
+    None that names its head map or selection can be added until the caller's transaction has ended.
+    """
+    conn.execute(select(jobs.c.id).where(jobs.c.id == job_id).with_for_update())  # waits for whom `keep_job` holds it
     head_map = select(head_maps.c.id).where(head_maps.c.job_id == job_id)
     selection = select(selections.c.id).where(selections.c.job_id == job_id)
     adapter = select(artifacts.c.id).where(artifacts.c.job_id == job_id)
-    reads = or_(
-        jobs.c.config[("heads", "head_map")].astext.in_(head_map),
-        jobs.c.config[("data", "selection")].astext.in_(selection),
-        jobs.c.adapter_id.in_(adapter),
-    )
+    reads = or_(_HEAD_MAP.in_(head_map), _SELECTION.in_(selection), jobs.c.adapter_id.in_(adapter))
     query = select(jobs.c.id).where(jobs.c.finished_at.is_(None), reads).order_by(jobs.c.id)
     return [row[0] for row in conn.execute(query)]
 
@@ -153,6 +158,21 @@ def exports_of(conn: Connection, job_id: str) -> list[str]:
     adapter = select(artifacts.c.id).where(artifacts.c.job_id == job_id)
     query = select(jobs.c.id).where(jobs.c.finished_at.is_(None), jobs.c.adapter_id.in_(adapter))
     return list(conn.scalars(query.order_by(jobs.c.id)))
+
+
+def jobs_kept_long(conn: Connection, *, kept_d: float) -> list[str]:
+    """Jobs that ended that long ago, but for those of which a job that may still run reads something."""
+    query = select(jobs.c.id).where(_ended_before(kept_d)).order_by(jobs.c.id)
+    for made, named in ((head_maps, _HEAD_MAP), (selections, _SELECTION), (artifacts, jobs.c.adapter_id)):
+        read = select(named).where(jobs.c.status != "succeeded").correlate(None)
+        makers = select(made.c.job_id).where(made.c.job_id.is_not(None), made.c.id.in_(read))
+        query = query.where(jobs.c.id.not_in(makers))
+    return list(conn.scalars(query))
+
+
+def is_kept_long(conn: Connection, job_id: str, *, kept_d: float) -> bool:
+    """Whether a locked job ended that long ago."""
+    return conn.execute(select(jobs.c.id).where(jobs.c.id == job_id, _ended_before(kept_d))).first() is not None
 
 
 def delete_job(conn: Connection, job_id: str) -> None:
@@ -258,6 +278,13 @@ def finish_job(conn: Connection, job_id: str, status: Status, **values: Any) -> 
     """Write a final status and its time."""
     return update_job(conn, job_id, status=status, finished_at=func.now(), **_NO_ETA, **values)
 
+
+def _ended_before(kept_d: float) -> ColumnElement[bool]:
+    return jobs.c.finished_at < func.now() - func.make_interval(0, 0, 0, 0, 0, 0, kept_d * 86400)
+
+
+_HEAD_MAP, _SELECTION = jobs.c.config[("heads", "head_map")].astext, jobs.c.config[("data", "selection")].astext
+"""What a job names of an earlier one."""
 
 _ETA = ("eta_p10_at", "eta_at", "eta_p90_at")
 _NO_ETA: Mapping[str, None] = dict.fromkeys(_ETA)
