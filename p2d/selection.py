@@ -81,7 +81,7 @@ def select_rows(shards: Iterable[ResponseShard], heads: Sequence[tuple[int, int]
 
     Args:    shards: all of one matrix, in row order; each is asked for once and let go. heads: (layer, head) pairs.
              ratio: share of all rows kept, (0, 1].
-    Raises:  EngineError if a score is not finite, or no row has one.
+    Raises:  EngineError if a score is not finite; ConfigError (`config.invalid`) if no row has one.
     """
     sums: list[Floats] = []
     qualities: list[npt.NDArray[np.float32]] = []
@@ -102,7 +102,8 @@ def select_rows(shards: Iterable[ResponseShard], heads: Sequence[tuple[int, int]
     if len(bad):
         raise EngineError(f"The scores of {len(bad)} rows are not finite.", rows=[int(row) for row in bad[:20]])
     if not len(place_R):
-        raise EngineError("No row could be scored: each fills the model's context without room for another beside it.")
+        text = f"{shard.scorer!r} could score no row: each fills the model's context without room for another beside it."
+        raise ConfigError(text, errors=[ErrorDetail(code="config.scorer", message=text, pointer="/data/scorer")])
     score_R = _spread(score, place_R, rows)
     return Selection(
         score_R=score_R,

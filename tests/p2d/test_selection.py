@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from p2d.errors import EngineError
+from p2d.errors import ConfigError, EngineError
 from p2d.response_matrix import Combine, ResponseShard, read_shards, save_shard
 from p2d.rows import Row
 from p2d.selection import load_kept, read_selection, select_rows, summarise, write_selection
@@ -177,7 +177,7 @@ def test_no_scored_row_at_all_stops_the_job() -> None:
         a_shard([[0.0, 5.0, 0.0, 0.0]] * 3), row_R=np.zeros(0, dtype=np.int64), response_RN=np.zeros((0, 4), np.float16)
     )
 
-    with pytest.raises(EngineError, match="No row could be scored"):
+    with pytest.raises(ConfigError, match="could score no row"):
         select_rows([none], HEADS, ratio=0.3)
 
 
