@@ -52,6 +52,27 @@ from app.settings import Settings
 
 DESCRIPTION = "Adapt a language model by training about 10 % of its attention heads on about 10 % of the data."
 
+ROOMS = (
+    jobs,
+    job_views,
+    job_moves,
+    estimates,
+    events,
+    artifacts,
+    exports,
+    datasets,
+    uploads,
+    part_urls,
+    head_maps,
+    selections,
+    models,
+    keys,
+    webhooks,
+    audit,
+    usage,
+)
+"""Whose routes stand behind the door; `ops` and `metrics` say themselves who may ask."""
+
 
 def create_app(settings: Settings, *, waker: Wake | None = None, egress: Egress | None = None) -> FastAPI:
     """Build the application on servers that run already.
@@ -111,26 +132,7 @@ def create_app(settings: Settings, *, waker: Wake | None = None, egress: Egress 
     app.state.metrics = registry
     problems.install(app)
     documentation.install(app)
-    rooms = (
-        jobs,
-        job_views,
-        job_moves,
-        estimates,
-        events,
-        artifacts,
-        exports,
-        datasets,
-        uploads,
-        part_urls,
-        head_maps,
-        selections,
-        models,
-        keys,
-        webhooks,
-        audit,
-        usage,
-    )
-    for room in rooms:
+    for room in ROOMS:
         app.include_router(room.router, dependencies=CLOSED)
     for room in (ops, metrics):
         app.include_router(room.router)
