@@ -72,6 +72,15 @@ class ReceiptView(View):
     audit_id: str = Field(description="The entry of the audit log that says so.")
 
 
+class EstimateErrorView(View):
+    """How far estimates of seconds were off, whichever way."""
+
+    median: float = Field(
+        description="Of |actual / estimated - 1|: at 0.25 half of them were off by more than a quarter."
+    )
+    runs: int = Field(description="Finished steps, or jobs, behind it: the newest.")
+
+
 class UsageView(View):
     """What a project has, and the most that it may have."""
 
@@ -84,3 +93,6 @@ class UsageView(View):
     webhooks: int
     webhooks_quota: int
     requests_per_minute: int = Field(description="The most that are answered, once the service has keys.")
+    estimate_errors: dict[str, EstimateErrorView] = Field(
+        description="By step, and of whole jobs (`job`); absent where nothing has finished yet."
+    )

@@ -128,12 +128,34 @@ def foreseen(estimate: Mapping[str, Any]) -> RenderableType:
     for step in [*estimate["steps"], whole]:
         seconds = step["seconds"]
         table.add_row(step["step"], f"{seconds['p50']:.1f}", f"{seconds['p10']:.1f} to {seconds['p90']:.1f}")
-    kept, size = estimate["rows"], estimate["size_bytes"]["total"]
-    lines = [f"{kept['kept']} of {kept['train']} rows kept, up to {size / 1e6:,.1f} MB stored"]
+    kept, size, wait = estimate["rows"], estimate["artifacts"]["total"], estimate["wait"]
+    lines = [
+        f"Before it: {wait['p50']:.0f} s in the queue ({wait['p10']:.0f} to {wait['p90']:.0f})",
+        f"{kept['kept']} of {kept['train']} rows kept, {_range(size['least'], size['most'])} stored",
+        f"peak memory {_peak(estimate['memory']['peak'])}",
+    ]
+    if (cost := estimate["cost"]) is not None:
+        lines.append(f"cost {cost['job']['p50']:,.2f} ({cost['job']['p10']:,.2f} to {cost['job']['p90']:,.2f})")
     if estimate["aer"] is not None:
         lines.append(f"projected AER {estimate['aer']:.2f}, against LoRA {estimate['aer_lora']:.2f}")
+    for name, word in (("full", "full fine-tuning"), ("lora", "LoRA")):
+        if (other := estimate[name]) is not None:
+            price = "" if other["cost"] is None else f", cost {other['cost']:,.2f}"
+            said = f"{duration(other['seconds'])}, peak memory {_peak(other['peak'])}"
+            said += f", {other['artifact_bytes'] / 1e6:,.1f} MB of weights{price}"
+            lines.append(f"{word} instead: {said}{'' if other['fits'] else ', does not fit'}")
     lines += [f"{name}: {text}" for name, text in estimate["basis"].items()]
     lines += [f"Note: {text}" for text in estimate["warnings"]] + [
         f"Does not fit: {text}" for text in estimate["misfits"]
     ]
+    lines += [f"Would fit: {one['pointer']} = {one['value']} ({one['why']})" for one in estimate["changes"]]
     return Group(table, "", *(Text(line) for line in lines))
+
+
+def _peak(peak: Mapping[str, int]) -> str:
+    host = f"{peak['host'] / 1e9:.1f} GB"
+    return host if not peak["device"] else f"{peak['device'] / 1e9:.1f} GB of the device and {host} beside it"
+
+
+def _range(least: int, most: int) -> str:
+    return f"up to {most / 1e6:,.1f} MB" if least < most else f"{most / 1e6:,.1f} MB"

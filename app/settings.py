@@ -89,6 +89,9 @@ class Settings(BaseSettings):
     check_file_bytes: int = Field(default=4096 * MiB, ge=1 * MiB)
     """Largest file that that process may write, in bytes: an unpacked file, or the rows in their stored form."""
 
+    cost_per_hour: float | None = Field(default=None, gt=0)
+    """What an hour of a worker costs, in any currency: estimates then say what a job costs. Absent: they name no price."""
+
     shard_rows: int = Field(default=SHARD_ROWS, ge=1)
     """Most rows of one shard of the response pass. A part of the result: only the default gives what `p2d run` gives."""
     engine: str = "p2d.pipeline:run_step"

@@ -13,11 +13,15 @@ to all that is not a matrix product, and to failed attempts, of which nobody kno
 
 from __future__ import annotations
 
+import contextlib
 import resource
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
+
+import psutil
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,6 +43,10 @@ class StepCost:
     """Floating point operations by `p2d.flops`; 0 where the step multiplies no matrices, or where it is unknown."""
     peak_memory_bytes: int
     device: str
+    host_memory_bytes: int = 0
+    """What the machine has, or its container may have; 0 = not said."""
+    device_memory_bytes: int = 0
+    """What the device has beside it; 0 on a CPU."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -211,6 +219,19 @@ def attempts_of(data: Mapping[str, Any] | None) -> list[Attempt]:
 def reused_of(data: Mapping[str, Any] | None) -> list[Reused]:
     """The steps in a `steps.json` that an earlier job had computed: `{"reused": [{step, shard, seconds, job_id}, ...]}`."""
     return [Reused(**entry) for entry in data.get("reused", ())] if data else []
+
+
+CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+"""Where a container's limit stands, by version of cgroups."""
+
+
+def host_memory_bytes() -> int:
+    """Memory that processes here may have together: the machine's, or the container's where that is less."""
+    limits = [psutil.virtual_memory().total]
+    for path in map(Path, CGROUP_LIMITS):
+        with contextlib.suppress(OSError, ValueError):  # no such file, or `max`
+            limits.append(int(path.read_text()))
+    return min(limits)
 
 
 def peak_memory_bytes() -> int:

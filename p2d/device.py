@@ -66,6 +66,11 @@ def peak_memory_bytes(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def device_memory_bytes(device: torch.device) -> int:
+    """What a device has that does not compute in the host's memory; 0 for a CPU."""
+    return int(torch.cuda.mem_get_info(device)[1]) if device.type == "cuda" else 0
+
+
 @contextmanager
 def memory_guard(doing: str) -> Iterator[None]:
     """Turn running out of memory into OutOfMemory (`engine.out_of_memory`), with what was being done."""

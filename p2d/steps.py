@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from p2d.accounting import StepCost, peak_memory_bytes
+from p2d.accounting import StepCost, host_memory_bytes, peak_memory_bytes
 from p2d.config import (
     DATA_SCORERS,
     JobConfig,
@@ -61,7 +61,16 @@ class _Meter:
         self.load_s += seconds
         return base
 
-    def write(self, *, tokens: int, rows: int, flops: float = 0, device: str, peak_bytes: int | None = None) -> None:
+    def write(
+        self,
+        *,
+        tokens: int,
+        rows: int,
+        flops: float = 0,
+        device: str,
+        peak_bytes: int | None = None,
+        device_bytes: int = 0,
+    ) -> None:
         """Write accounting-*.json: the last act of a step."""
         call = self.call
         cost = StepCost(
@@ -75,6 +84,8 @@ class _Meter:
             flops=round(flops),
             peak_memory_bytes=peak_memory_bytes() if peak_bytes is None else peak_bytes,
             device=device,
+            host_memory_bytes=host_memory_bytes(),
+            device_memory_bytes=device_bytes,
         )
         shard = f"-{call.shard:05d}" if call.step == "respond" else ""
         write_json(call.out / f"accounting-{call.step}{shard}.json", cost)
@@ -294,10 +305,17 @@ def _ignore(directory: Path) -> None:
 
 
 def _write_cost(meter: _Meter, base: BaseModel, *, tokens: int, rows: int, flops: float = 0) -> None:
+    from p2d.device import device_memory_bytes
     from p2d.device import peak_memory_bytes as device_peak_bytes
 
-    peak = device_peak_bytes(base.device)
-    meter.write(tokens=tokens, rows=rows, flops=flops, device=str(base.device), peak_bytes=peak)
+    meter.write(
+        tokens=tokens,
+        rows=rows,
+        flops=flops,
+        device=str(base.device),
+        peak_bytes=device_peak_bytes(base.device),
+        device_bytes=device_memory_bytes(base.device),
+    )
 
 
 # --- evaluate, package -----------------------------------------------------------------------------------------------

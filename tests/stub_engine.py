@@ -30,6 +30,9 @@ from p2d.rows import Row, content_hash, load_rows, write_rows
 BATCHES = 4
 """Batches that every step pretends to have."""
 
+HOST_BYTES = 64 << 30
+"""Memory that its machine pretends to have."""
+
 Checkpointed = Callable[[Path], None] | None
 
 
@@ -60,7 +63,9 @@ def run_step(call: StepCall, *, progress: Progress, models: ModelCache, on_check
         "rows": 1,
         "flops": 10**9 if call.step in ("heads", "respond", "train") else 0,
     }
-    write_json(call.out / f"{name}.json", cost | {"peak_memory_bytes": 1, "device": "stub"})
+    write_json(
+        call.out / f"{name}.json", cost | {"peak_memory_bytes": 1, "device": "stub", "host_memory_bytes": HOST_BYTES}
+    )
 
 
 def _done_before(call: StepCall) -> int:

@@ -16,6 +16,7 @@ from app.api.event_hub import EventHub
 from app.blobs import BlobStore
 from app.core.egress import Egress
 from app.core.keys import Caller
+from app.core.outlook import Lookout
 from app.core.selection_tables import SelectionTables
 from app.db.audit import Action, Entry, append_entry
 from app.db.engine import Connection, Engine, Json, for_project
@@ -57,6 +58,7 @@ class Services:
     hub: EventHub
     door: Door
     egress: Egress
+    lookout: Lookout
     tables: SelectionTables = field(default_factory=SelectionTables)
     caller: Caller | None = None
     request_id: str = ""

@@ -12,7 +12,7 @@ from app.api.bodies import Received, receive, work_folder
 from app.api.context import Context, Services
 from app.api.documentation import JOB_BODY, errors
 from app.api.job_requests import FILES, REFUSALS, check_job, parse_job
-from app.core.forecast import forecast
+from app.core.forecast import Known, forecast
 from app.estimate_schemas import EstimateView
 from p2d.config import config_json
 
@@ -21,8 +21,8 @@ router = APIRouter(tags=["jobs"])
 
 @router.post("/estimates", response_model=EstimateView, responses=errors(*REFUSALS), openapi_extra=JOB_BODY)
 async def estimate_job(request: Request, services: Context) -> Response:
-    """What a job would take: seconds by step as intervals, bytes, the projected AER, what every `auto` means, and what does
-    not fit. The body is that of POST /jobs, and so is what is refused.
+    """What a job would take: seconds by step and the wait before them as intervals, memory, bytes, cost, the projected AER,
+    what every `auto` means, what does not fit and what would. The body is that of POST /jobs, and so is what is refused.
     """
     async with receive(request, services.settings, files=FILES, json_part="job", json=True) as received:
         return await run_in_threadpool(answer_estimate, services, received)
@@ -31,17 +31,20 @@ async def estimate_job(request: Request, services: Context) -> Response:
 def answer_estimate(services: Services, received: Received) -> Response:
     """The answer to a request for a job that is not to be made."""
     body = parse_job(received)
-    with work_folder(services.settings) as folder:
+    assert services.caller is not None, "nobody has come in"
+    settings = services.settings
+    known = Known(
+        outlook=services.lookout.outlook(
+            project_id=services.caller.project_id, queue=settings.worker_queue, priority=body.priority
+        ),
+        shard_rows=settings.shard_rows,
+        device=settings.device,
+        cost_per_hour=settings.cost_per_hour,
+    )
+    with work_folder(settings) as folder:
         checked = check_job(services, body, received, folder)
         with services.engine.connect() as conn:
-            found = forecast(
-                conn,
-                body.config(),
-                checked.model,
-                checked.dataset,
-                checked.validation,
-                shard_rows=services.settings.shard_rows,
-            )
+            found = forecast(conn, body.config(), checked.model, checked.dataset, checked.validation, known)
     view = EstimateView.model_validate(
         {
             **asdict(found),

@@ -149,7 +149,14 @@ def _gauges(found: Measures) -> Iterator[Metric]:
     for step, past in found.errors.items():
         for quantile, value in (("0.1", past.p10), ("0.5", past.p50), ("0.9", past.p90)):
             error.add_metric([step, quantile], value)
-    yield error
+    off = GaugeMetricFamily(
+        "p2d_estimate_absolute_error",
+        "Median of |actual / estimated seconds - 1| of the newest finished steps, and of whole jobs (`job`).",
+        labels=["step"],
+    )
+    for step, past_off in found.absolute_errors.items():
+        off.add_metric([step], past_off.median)
+    yield from (error, off)
 
 
 def _counters(found: Measures) -> Iterator[Metric]:

@@ -1,7 +1,9 @@
-"""What a job would take, told before it is made: seconds by step, bytes, the projected AER, and what does not fit. Makes nothing.
+"""What a job would take, told before it is made: seconds by step, the wait before them, memory, bytes, cost, the projected AER,
+and what does not fit. Makes nothing.
 
-The arithmetic is p2d.estimate's. What it needs and only a run can tell, tokens by row and the speed of the machine, is taken from
-earlier jobs of the ledger; where there is none, it is guessed, said so, and the interval is wide.
+The arithmetic is that of p2d.estimate, p2d.memory and p2d.sizes. What it needs and only a run can tell, tokens by row, the speed
+and the memory of the machine, is taken from earlier jobs of the ledger; where there is none, it is guessed, said so, and the
+interval is wide.
 """
 
 from __future__ import annotations
@@ -10,18 +12,21 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
+from app.core.fitting import Change, Memory, Sizing, available_of, changes, fits, machine_of
 from app.core.foresight import Interval, stretched
+from app.core.outlook import Outlook
 from app.core.plan import GUESSED_S
 from app.core.submit import Content, resolution_of
 from app.db.engine import Connection
 from app.db.estimates import Error, MeasuredSpeed, measured_rows, measured_speed, past_errors
-from p2d.arch.spec import every_head
 from p2d.config import JobConfig, Resolution, proxy_count, top_count
 from p2d.estimate import EFFICIENCY, Speed, estimate_seconds
 from p2d.flops import full_fine_tuning, lora_training, typical_work
+from p2d.memory import Peak, full_peak, lora_peak
 from p2d.model_info import ModelInfo
-from p2d.pipeline import PlannedStep, plan_steps
+from p2d.pipeline import plan_steps
 from p2d.plans import GUIDE_ROWS, RowCounts
+from p2d.sizes import Size, adapter_size, full_model_bytes, lora_bytes, response_size
 
 BYTES_PER_TOKEN = 3.5
 """Of text that no job has counted yet. A guess: SmolLM2 has 2.7 on GSM8K, which is full of digits; prose has above 4."""
@@ -52,19 +57,59 @@ class StepForecast:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Alternative:
+    """Another way to adapt the model, on all rows and for the same epochs, on the same machine."""
+
+    seconds: float
+    peak: Peak
+    artifact_bytes: int
+    fits: bool
+    cost: float | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cost:
+    """Money, in the currency of the rate."""
+
+    per_hour: float
+    job: Interval
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Known:
+    """What the service says of itself, for an estimate."""
+
+    outlook: Outlook
+    shard_rows: int
+    device: str
+    """As set for the engine; what is computed on where no step has told."""
+    cost_per_hour: float | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Forecast:
     """What a job would take."""
 
     resolution: Resolution
     steps: tuple[StepForecast, ...]
     seconds: Interval
+    wait: Interval
+    """Seconds before them, until a worker is there."""
     rows: Mapping[str, int]
     """`train`, `guide`, `evaluation`; `proxy` and `kept` of the first."""
     tokens: Mapping[str, int]
     """`train`, `guide` and `evaluation`."""
     size_bytes: Mapping[str, int]
     """The largest files that it would store, at most."""
+    artifacts: Mapping[str, Size]
+    """The same files, from the least to the most that they can be."""
+    memory: Memory
     misfits: tuple[str, ...]
+    changes: tuple[Change, ...]
+    """Each alone makes the job fit, as far as its misfit can be mended by one."""
+    cost: Cost | None
+    full: Alternative | None
+    lora: Alternative | None
     full_s: float | None
     lora_s: float | None
     aer: float | None
@@ -78,8 +123,7 @@ def forecast(
     model: ModelInfo,
     dataset: Content,
     validation: Content | None,
-    *,
-    shard_rows: int,
+    known: Known,
 ) -> Forecast:
     """Foresee a job that was checked (`app.core.submit.refusals`); writes nothing."""
     found = resolution_of(config, model, dataset.rows, validation.rows if validation else None)
@@ -93,47 +137,66 @@ def forecast(
         "evaluation": _counts(found.held_out - judging, dataset, counted),
     }
     flop_per_s = speed.flop_per_s if speed else FLOP_PER_S
-    planned = plan_steps(config, dataset.rows, shard_rows)
-    seconds = _seconds(model, config, planned, counts, flop_per_s)
+    planned = plan_steps(config, dataset.rows, known.shard_rows)
+    shards = {step: sum(p.step == step for p in planned) for step in dict.fromkeys(p.step for p in planned)}
+    seconds = _seconds(model, config, list(shards), counts, flop_per_s)
     errors = past_errors(conn) if counted and speed else dict.fromkeys(seconds, WIDE)
     steps = tuple(
-        StepForecast(step=step, shards=sum(p.step == step for p in planned), seconds=stretched({step: s}, errors))
+        StepForecast(step=step, shards=shards[step], seconds=stretched({step: s}, errors))
         for step, s in seconds.items()
     )
     whole = stretched(seconds, errors)
-    kept = top_count(_ratio(config), found.train_rows)
-    finds_heads = config.heads.head_map is None
-    against = _alternatives(model, config, counts["train"], flop_per_s) if config.kind == "adapt" else None
+    sizing = Sizing(
+        model=model,
+        machine=machine_of(config, known.outlook.equipment, known.device),
+        counts=counts,
+        shard_rows=known.shard_rows,
+        planned=frozenset(shards),
+    )
+    memory = sizing.memory(config, available_of(known.outlook.equipment))
+    artifacts = _artifacts(sizing, config, dataset, shards)
+    full, lora = (
+        _alternatives(sizing, config, flop_per_s, memory.available, known.cost_per_hour)
+        if config.kind == "adapt"
+        else (None, None)
+    )
     counting = sum(step.seconds.p50 for step in steps if step.step != "evaluate")
     return Forecast(
         resolution=found.resolution,
         steps=steps,
         seconds=whole,
+        wait=known.outlook.wait,
         rows={
             **{name: count.rows for name, count in counts.items()},
-            "proxy": proxy_count(config.heads) if finds_heads else 0,
-            "kept": kept,
+            "proxy": proxy_count(config.heads) if config.heads.head_map is None else 0,
+            "kept": top_count(_ratio(config), found.train_rows),
         },
         tokens={name: count.tokens for name, count in counts.items()},
-        size_bytes=_sizes(model, config, dataset, {step.step for step in steps}),
-        misfits=tuple(_misfits(config, whole, counted)),
-        full_s=against and against[0],
-        lora_s=against and against[1],
-        aer=against and counting / against[0],
-        aer_lora=against and counting / against[1],
-        basis=_basis(counted, speed, model, errors),
+        size_bytes={name: size.most for name, size in artifacts.items()},
+        artifacts=artifacts,
+        memory=memory,
+        misfits=tuple(_misfits(config, whole, counted, memory)),
+        changes=tuple(_changes(sizing, config, whole, counted, memory)),
+        cost=_cost(whole, known.cost_per_hour),
+        full=full,
+        lora=lora,
+        full_s=full.seconds if full else None,
+        lora_s=lora.seconds if lora else None,
+        aer=counting / full.seconds if full else None,
+        aer_lora=counting / lora.seconds if lora else None,
+        basis=_basis(counted, speed, model, errors) | _machine_basis(known.outlook, sizing),
     )
 
 
 def _seconds(
     model: ModelInfo,
     config: JobConfig,
-    planned: list[PlannedStep],
+    planned: list[str],
     counts: Mapping[str, RowCounts],
     flop_per_s: float,
 ) -> dict[str, float]:
     foreseen = {"validate": GUESSED_S["validate"]} | estimate_seconds(model, config, Speed(flop_per_s), **counts)
-    return {step: foreseen[step] for step in dict.fromkeys(p.step for p in planned)}
+    return {step: foreseen[step] for step in planned}
 
 
 def _counts(rows: int, dataset: Content, counted: RowCounts | None) -> RowCounts:
@@ -156,26 +219,43 @@ def _counts(rows: int, dataset: Content, counted: RowCounts | None) -> RowCounts
     )
 
 
-def _alternatives(model: ModelInfo, config: JobConfig, train: RowCounts, flop_per_s: float) -> tuple[float, float]:
-    """Seconds of full fine-tuning and of LoRA on all rows, for the same epochs, at the same speed."""
+def _alternatives(
+    sizing: Sizing, config: JobConfig, flop_per_s: float, available: Peak | None, per_hour: float | None
+) -> tuple[Alternative, Alternative]:
+    """Full fine-tuning, and LoRA on all linear layers: all rows, same epochs, at the same speed, on the same machine."""
+    model, train, machine = sizing.model, sizing.counts["train"], sizing.machine
     work = typical_work(rows=train.rows, tokens=train.tokens, answer_tokens=train.answer_tokens)
     once = config.training.epochs / (flop_per_s * EFFICIENCY)
-    return once * full_fine_tuning(model, work), once * lora_training(model, work)
+
+    def other(flops: float, peak: Peak, size: int) -> Alternative:
+        seconds = once * flops
+        cost = per_hour and _money(seconds, per_hour)
+        return Alternative(seconds=seconds, peak=peak, artifact_bytes=size, fits=fits(peak, available), cost=cost)
+
+    return (
+        other(full_fine_tuning(model, work), full_peak(model, config, machine, train=train), full_model_bytes(model)),
+        other(
+            lora_training(model, work),
+            lora_peak(model, config, machine, train=train),
+            lora_bytes(model, wide=machine.wide),
+        ),
+    )
 
 
-def _sizes(model: ModelInfo, config: JobConfig, dataset: Content, steps: set[str]) -> dict[str, int]:
-    heads = len(every_head(model))
-    sizes = {"rows": dataset.stored_bytes}
-    if "respond" in steps:
-        sizes["responses"] = 2 * dataset.rows * heads
-    if "train" in steps:
-        slices = config.training.slices
-        assert slices != "auto", "resolve the config first"
-        sizes["adapter"] = 4 * len(slices) * top_count(config.heads.ratio, heads) * model.head_dim * model.hidden_size
-    return sizes | {"total": sum(sizes.values())}
+def _artifacts(sizing: Sizing, config: JobConfig, dataset: Content, shards: Mapping[str, int]) -> dict[str, Size]:
+    # rows.jsonl lacks the rows that are held out; how long those are nobody has looked.
+    whole = sizing.counts["train"].rows == dataset.rows
+    sizes = {"rows": Size(least=dataset.stored_bytes if whole else 0, most=dataset.stored_bytes)}
+    if "respond" in shards:
+        train = sizing.counts["train"].rows
+        sizes["responses"] = response_size(sizing.model, config, rows=train, shards=shards["respond"])
+    if "train" in shards:
+        sizes["adapter"] = adapter_size(sizing.model, config, wide=sizing.machine.wide)
+    total = Size(least=sum(s.least for s in sizes.values()), most=sum(s.most for s in sizes.values()))
+    return sizes | {"total": total}
 
 
-def _misfits(config: JobConfig, whole: Interval, counted: RowCounts | None) -> Iterator[str]:
+def _misfits(config: JobConfig, whole: Interval, counted: RowCounts | None, memory: Memory) -> Iterator[str]:
     most, limit = config.limits.max_seconds, config.training.max_length
     if most is not None and whole.p50 > most:
         yield (
@@ -184,6 +264,24 @@ def _misfits(config: JobConfig, whole: Interval, counted: RowCounts | None) -> I
         )
     if counted is not None and limit != "auto" and counted.longest > limit:
         yield f"training.max_length is {limit}, the longest row has {counted.longest} tokens."
+    for name in ("host", "device"):
+        needed, there = getattr(memory.peak, name), getattr(memory.available, name, math.inf)
+        if needed > there:
+            step = max(memory.steps, key=lambda step: getattr(memory.steps[step], name))
+            yield f"The step {step} needs {needed / 1e9:.1f} GB of the {name}'s memory; {there / 1e9:.1f} GB are usable."
+
+
+def _changes(
+    sizing: Sizing, config: JobConfig, whole: Interval, counted: RowCounts | None, memory: Memory
+) -> Iterator[Change]:
+    most, limit = config.limits.max_seconds, config.training.max_length
+    if most is not None and whole.p50 > most:
+        why = "enough in nine of ten cases"
+        yield Change(pointer="/limits/max_seconds", value=math.ceil(whole.p90), why=why)
+    if counted is not None and limit != "auto" and counted.longest > limit:
+        yield Change(pointer="/training/max_length", value=counted.longest, why="tokens of the longest row")
+    if memory.available is not None and not fits(memory.peak, memory.available):
+        yield from changes(sizing, config, memory.available)
 
 
 def _basis(
@@ -197,6 +295,30 @@ def _basis(
     runs = sum(error.runs for error in errors.values())
     past = f"errors of {runs} earlier steps" if runs else "a guess"
     return {"tokens": tokens, "speed": measured, "interval": past}
+
+
+def _machine_basis(outlook: Outlook, sizing: Sizing) -> dict[str, str]:
+    formula = "closed form of what the engine holds, rows as long as the longest"
+    kind = f"{'a GPU' if sizing.machine.on_gpu else 'a CPU'} in {'fp32' if sizing.machine.wide else 'bf16'}"
+    there = f"{kind}, a guess: no step has told of its machine yet, so nothing is judged by memory"
+    if (machines := outlook.equipment) is not None:
+        there = f"{kind}; {machines.host_bytes / 1e9:.0f} GB" + (
+            f" and {machines.device_bytes / 1e9:.0f} GB of the device" if machines.device_bytes else ""
+        )
+        there += " on the smallest machine of the newest finished steps"
+    return {"wait": outlook.basis, "memory": f"{formula}; {there}"}
+
+
+def _cost(seconds: Interval, per_hour: float | None) -> Cost | None:
+    return None if per_hour is None else Cost(per_hour=per_hour, job=_priced(seconds, per_hour))
+
+
+def _priced(seconds: Interval, per_hour: float) -> Interval:
+    return Interval(**{name: _money(getattr(seconds, name), per_hour) for name in ("p10", "p50", "p90")})
+
+
+def _money(seconds: float, per_hour: float) -> float:
+    return round(seconds / 3600 * per_hour, 4)
 
 
 def _ratio(config: JobConfig) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from sqlalchemy import ColumnElement, Double, and_, column, func, select
+from sqlalchemy import ColumnElement, Double, and_, column, func, literal, select, true
 from sqlalchemy.dialects.postgresql import JSONB
 
 from app.db.engine import Connection, Json
@@ -54,6 +54,39 @@ def past_errors(conn: Connection) -> dict[str, Error]:
         .having(func.count() >= FEWEST)
     )
     return {row[0]: Error(p10=row[1], p50=row[2], p90=row[3], runs=row[4]) for row in rows}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AbsoluteError:
+    """How far estimates were off, whichever way."""
+
+    median: float
+    """Of |actual / estimated - 1|: 0.25 = half of them were off by more than a quarter."""
+    runs: int
+
+
+WHOLE = "job"
+"""Stands among the names of steps for all steps of a job together."""
+
+
+def absolute_errors(conn: Connection) -> dict[str, AbsoluteError]:
+    """By step, and of whole jobs (WHOLE), the newest RECENT of each; what has not finished yet is absent."""
+    each = select(steps.c.step, ratio().label("ratio"), _newness().label("newness")).join_from(steps, jobs)
+    by_step = each.where(is_judged()).subquery()
+    newest = (
+        select(jobs.c.id)
+        .where(jobs.c.status == "succeeded", jobs.c.estimate.is_not(None))
+        .order_by(jobs.c.id.desc())
+        .limit(RECENT)
+    )
+    sums = select(literal(WHOLE).label("step"), (func.sum(steps.c.seconds) / func.sum(steps.c.weight)).label("ratio"))
+    by_job = sums.join_from(steps, jobs).where(is_judged(), jobs.c.id.in_(newest)).group_by(jobs.c.id).subquery()
+    found: dict[str, AbsoluteError] = {}
+    for part, where in ((by_step, by_step.c.newness <= RECENT), (by_job, true())):
+        median = func.percentile_cont(0.5).within_group(func.abs(part.c.ratio - 1))
+        rows = conn.execute(select(part.c.step, median, func.count()).where(where).group_by(part.c.step))
+        found |= {row[0]: AbsoluteError(median=float(row[1]), runs=row[2]) for row in rows}
+    return found
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

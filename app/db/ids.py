@@ -20,6 +20,11 @@ def new_id(prefix: str) -> str:
     return f"{prefix}_{_base32(_uuid7())}"
 
 
+def first_id(prefix: str, *, ago_s: float) -> str:
+    """The least id that could have been made so many seconds ago: a bound for what is newer, by this machine's clock."""
+    return f"{prefix}_{_base32((time.time_ns() // 1_000_000 - round(1000 * ago_s) & (1 << 48) - 1) << 80)}"
+
+
 def _uuid7() -> int:
     # 48 bits of milliseconds, then 12 bits of the fraction of the millisecond (RFC 9562, method 3): ids made by one
     # process in one millisecond still sort in the order they were made, to about 250 ns.

@@ -15,7 +15,7 @@ from sqlalchemy.dialects.postgresql import insert as upsert
 from sqlalchemy.types import Double
 
 from app.db.engine import Connection
-from app.db.estimates import Error, is_judged, past_errors, ratio
+from app.db.estimates import AbsoluteError, Error, absolute_errors, is_judged, past_errors, ratio
 from app.db.leases import is_free
 from app.db.tables import attempts, datasets, jobs, objects, steps, tallies, webhook_deliveries, webhooks
 
@@ -57,6 +57,8 @@ class Measures:
     stored_bytes: int
     uploaded_bytes: int
     errors: Mapping[str, Error]
+    absolute_errors: Mapping[str, AbsoluteError]
+    """By step, and of whole jobs."""
     attempts: Mapping[tuple[str, str, str], int] = field(default_factory=dict)
     """By step, outcome and code of the error ("" without one)."""
     step_seconds: Mapping[str, Counted] = field(default_factory=dict)
@@ -96,6 +98,7 @@ def measure(conn: Connection) -> Measures:
         errors=past_errors(conn),
         deliveries={row[0]: row[1] for row in conn.execute(delivered)},
         disabled_webhooks=conn.execute(disabled).scalar_one(),
+        absolute_errors=absolute_errors(conn),
         **_counters(conn),
     )
 

@@ -9,9 +9,12 @@ import httpx
 import pytest
 
 from app.core.forecast import WIDE
+from app.settings import Settings
 from p2d.client import Client
-from tests.app.conftest import Api, a_job, rows
+from p2d.memory import PROCESS_BYTES
+from tests.app.conftest import Api, a_job, rows, serving
 from tests.app.test_cli import p2d
+from tests.stub_engine import HOST_BYTES
 
 
 def estimate(api: Api, **fields: Any) -> dict[str, Any]:
@@ -100,6 +103,74 @@ def test_warnings_and_limits_are_told_before_anything_runs(api: Api) -> None:
     assert any("keeps 5 of 48 rows" in warning for warning in found["warnings"])
     assert not found["fits"]
     assert "limits.max_seconds is 1" in found["misfits"][0]
+    change = found["changes"][0]
+    assert change["pointer"] == "/limits/max_seconds"
+    assert estimate(api, data={"ratio": 0.1}, limits={"max_seconds": change["value"]})["fits"]
+
+
+def test_memory_is_judged_once_a_step_has_told_of_its_machine(api: Api) -> None:
+    dataset = api.dataset(75, start=500)
+    assert estimate(api, dataset=dataset)["memory"]["available"] is None
+    api.finish(api.post(a_job(dataset=dataset)).json()["id"])
+
+    found = estimate(api, dataset=dataset)
+    assert found["memory"]["available"] == {"host": round(0.9 * HOST_BYTES), "device": 0}
+    assert found["fits"]
+    assert set(found["memory"]["steps"]) == {"heads", "respond", "train", "evaluate"}
+    assert found["memory"]["peak"]["host"] == max(peak["host"] for peak in found["memory"]["steps"].values())
+
+    with api.engine.begin() as conn:  # a machine that holds no process at all
+        small = "update steps set facts = replace(facts::text, %s, '1000000')::jsonb"
+        conn.exec_driver_sql(small, (str(HOST_BYTES),))
+    found = estimate(api, dataset=dataset)
+    assert not found["fits"]
+    assert not found["full"]["fits"]
+    assert "of the host's memory" in found["misfits"][0]
+    assert found["changes"] == []
+
+
+def test_full_fine_tuning_and_lora_are_foreseen_on_the_same_machine(api: Api) -> None:
+    found = estimate(api)
+
+    full, lora = found["full"], found["lora"]
+    assert (full["seconds"], lora["seconds"]) == (found["full_s"], found["lora_s"])
+    for other in (full, lora):
+        assert other["seconds"] > 0
+        assert other["artifact_bytes"] > 0
+        assert other["peak"]["host"] > PROCESS_BYTES[False]
+    assert estimate(api, kind="select_data")["full"] is None
+
+
+def test_files_lie_between_what_they_are_at_the_least_and_at_the_most(api: Api) -> None:
+    found = estimate(api)
+
+    assert set(found["artifacts"]) == {"rows", "responses", "adapter", "total"}
+    assert {name: size["most"] for name, size in found["artifacts"].items()} == found["size_bytes"]
+    assert all(0 <= size["least"] <= size["most"] for size in found["artifacts"].values())
+
+
+def test_money_is_spoken_of_where_an_hour_has_a_price(api: Api, module_settings: Settings) -> None:
+    body = a_job(dataset=api.dataset())
+    with serving(module_settings.model_copy(update={"cost_per_hour": 2.5})) as priced:
+        found = priced.http.post("/estimates", json=body).json()
+
+    assert api.http.post("/estimates", json=body).json()["cost"] is None
+    assert found["cost"]["per_hour"] == 2.5
+    assert found["cost"]["job"]["p50"] == pytest.approx(2.5 * found["seconds"]["p50"] / 3600, abs=1e-3)
+    assert found["full"]["cost"] == pytest.approx(2.5 * found["full_s"] / 3600, abs=1e-3)
+
+
+def test_how_far_estimates_were_off_is_published(api: Api) -> None:
+    with api.engine.begin() as conn:  # as if steps had taken half as long again as was said
+        conn.exec_driver_sql("update steps set seconds = 1.5 * weight where status = 'done' and weight > 0.5")
+
+    said = api.http.get("/usage").json()["estimate_errors"]
+    metrics = api.http.get("/metrics").text
+
+    assert said["train"]["median"] == pytest.approx(0.5)
+    assert said["job"]["median"] == pytest.approx(0.5)
+    assert said["job"]["runs"] >= 1
+    assert 'p2d_estimate_absolute_error{step="train"} 0.5' in metrics
 
 
 def test_only_the_steps_of_the_kind_are_foreseen(api: Api) -> None:
@@ -128,6 +199,10 @@ def test_the_client_and_the_command_line_ask_for_the_same(
     assert status == 0
     assert f"projected AER {found['aer']:.2f}" in said
     assert "Does not fit: limits.max_seconds is 1" in said
+    assert "Would fit: /limits/max_seconds = " in said
+    assert "s in the queue" in said
+    assert "peak memory" in said
+    assert "full fine-tuning instead: " in said
 
 
 def test_an_estimate_learns_from_the_jobs_before_it(api: Api) -> None:
