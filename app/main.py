@@ -25,6 +25,7 @@ from app.api import (
     exports,
     head_maps,
     job_moves,
+    job_records,
     job_views,
     jobs,
     keys,
@@ -56,6 +57,7 @@ DESCRIPTION = "Adapt a language model by training about 10 % of its attention he
 ROOMS = (
     jobs,
     job_views,
+    job_records,
     job_moves,
     estimates,
     events,

@@ -137,6 +137,69 @@ class AttemptView(View):
     finished_at: datetime | None
 
 
+class LogLineView(View):
+    """What a worker noted of an attempt. No text of a row, and none of what libraries print."""
+
+    attempt_id: str
+    step: str
+    shard: int
+    attempt: int
+    at: datetime = Field(description="By the worker's clock.")
+    level: Literal["info", "warning", "error"]
+    event: str = Field(
+        description="`attempt.began`, `inputs.fetched`, `step.progress`, `checkpoint.stored` ...; may grow."
+    )
+    facts: dict[str, JsonValue]
+
+
+class CheckpointFileView(View):
+    """One file of a checkpoint."""
+
+    name: str
+    sha256: str
+    artifact_id: str | None = Field(description="Where it can be downloaded; only files of finished steps can.")
+
+
+class CheckpointView(View):
+    """What the job goes on from after a pause, a retry or a lost worker: a finished step, or a training that was cut."""
+
+    step: str
+    shard: int
+    kind: Literal["outputs", "training"]
+    name: str = Field(description="Of a training: `step-` and its optimizer steps.")
+    attempt: int = Field(description="That stored it.")
+    stored_at: datetime | None
+    files: list[CheckpointFileView]
+
+
+class MetricPointView(View):
+    """One value that a step told."""
+
+    seq: int = Field(description="Of the event.")
+    at: datetime
+    attempt: int
+    done: int = Field(description="Units of the step that were done, of `total`.")
+    total: int
+    value: float
+
+
+class MetricSeriesView(View):
+    """One metric of one step (shard), oldest first."""
+
+    step: str
+    shard: int
+    name: str
+    points: list[MetricPointView]
+
+
+class JobMetricsView(View):
+    """All series of a job."""
+
+    job_id: str
+    series: list[MetricSeriesView]
+    thinned: bool = Field(description="Whether values were left out; first and last of each step are always there.")
+
+
 class DatasetView(View):
     """A dataset, complete and checked."""
 

@@ -17,6 +17,7 @@ Processes are engine_process's business, files transfer's, and what any of it me
 
 from __future__ import annotations
 
+import contextlib
 import random
 import shutil
 import threading
@@ -42,6 +43,7 @@ from p2d.model_info import find_model, model_digest
 from p2d.pipeline import spec_of
 from workers.engine_process import ChildDied, EngineProcess
 from workers.heart import Heart, Order
+from workers.notes import Notes
 from workers.transfer import (
     Inputs,
     WorkFolder,
@@ -59,6 +61,9 @@ TICK_S = 0.2
 
 PROGRESS_EVERY_S = 1.0
 """Fewest seconds between two progress writes of one attempt."""
+
+NOTE_EVERY_S = 10.0
+"""Fewest seconds between two lines about progress; the lines so far are kept with each."""
 
 STORE_PATIENCE_S = 1800.0
 """Seconds that an attempt waits for a store or database that is away before it gives up. A guess: longer than a failover."""
@@ -98,9 +103,10 @@ def run_attempt(shop: Workshop, lease: Lease) -> None:
     heart = Heart(shop.db, lease, lease_s=shop.settings.lease_s, heartbeat_s=shop.settings.heartbeat_s)
     started = time.monotonic()
     outcome = "unknown"
+    attempt = Attempt(shop, lease, heart, folder)
     try:
         with heart:
-            outcome = Attempt(shop, lease, heart, folder).run()
+            outcome = attempt.run()
     except LeaseLost:
         outcome = "lease_lost"
     except Exception as error:  # noqa: BLE001 - the door: a bug of ours is a crash of the step, not of the worker
@@ -111,6 +117,7 @@ def run_attempt(shop: Workshop, lease: Lease) -> None:
         if outcome in {"lease_lost", "broken"}:
             shop.process.kill()
         shutil.rmtree(folder.root, ignore_errors=True)
+        attempt.end(outcome, time.monotonic() - started)
         bound.info("attempt.ended", outcome=outcome, seconds=round(time.monotonic() - started, 3))
 
 
@@ -119,13 +126,15 @@ class Attempt:
 
     def __init__(self, shop: Workshop, lease: Lease, heart: Heart, folder: WorkFolder) -> None:
         self._shop, self._lease, self._heart, self._folder = shop, lease, heart, folder
-        self._told_at = 0.0
+        self._told_at = self._noted_at = 0.0
+        self.notes = Notes(lease)
         self._done = False
         """Whether the child has ended the step well: then a pause is late, and the result is kept."""
 
     def run(self) -> str:
         """Do the step; returns the outcome for the log. Raises LeaseLost."""
-        job = self._write(lambda conn: lifecycle.begin_step(conn, self._lease))
+        self.notes.note("attempt.began", worker=self._lease.worker, resumes=bool(self._lease.checkpoint))
+        job = self._write(self._begin)
         if job.cancel_requested_at is not None:
             self._heart.order = "cancel"
         elif job.pause_requested_at is not None:
@@ -138,6 +147,7 @@ class Attempt:
             self._fetch(inputs)
             error = self._work(job)
             if error is not None:
+                self.notes.note("step.failed", level="error", code=str(error.get("code")))
                 self._write(lambda conn: lifecycle.fail_step_with(conn, self._lease, error))
                 return "failed"
             return self._publish(job, inputs)
@@ -145,16 +155,24 @@ class Attempt:
             return self._stop(job, stop.why)
         except ChildDied as death:
             log.warning("child.died", job=job.id, step=self._lease.step, returncode=death.returncode)
+            self.notes.note("process.died", level="error", returncode=death.returncode)
             return self._lose(None)
         except Stalled as stalled:
             self._shop.process.kill()
+            self.notes.note("process.stalled", level="error", code=stalled.code)
             return self._lose(stalled)
         except P2DError as error:
             if isinstance(error, LeaseLost):
                 raise
             failure = error
+            self.notes.note("step.failed", level="error", code=failure.code)
             self._write(lambda conn: lifecycle.fail_step(conn, self._lease, failure))
             return "failed"
+
+    def _begin(self, conn: Connection) -> Job:
+        job = lifecycle.begin_step(conn, self._lease)
+        self.notes.keep(conn)  # so that an attempt whose worker dies has a line
+        return job
 
     def _reuse(self, job: Job, inputs: Inputs) -> str | None:
         """End the step with the outputs of an equal one, if there was one and all that it made is still in the store."""
@@ -169,11 +187,14 @@ class Attempt:
             ended = self._ended(*self._register(earlier.files, earlier.facts))
         except ObjectCollected:  # just now: it is computed after all
             return None
+        self.notes.note("cache.hit", files=len(earlier.files))
         return "reused" if ended == "done" else ended
 
     def _fetch(self, inputs: Inputs) -> None:
         self._folder.make()
+        started = time.monotonic()
         self._patiently(lambda: fetch_inputs(self._shop.store, inputs, self._lease, self._folder))
+        self.notes.note("inputs.fetched", files=len(inputs.stored), seconds=_since(started))
 
     def _work(self, job: Job) -> dict[str, object] | None:
         """Run the step in the child. Returns the error that it ended with, if any."""
@@ -183,7 +204,8 @@ class Attempt:
         if spec.needs_model or spec.needs_tokenizer:
             model_dir = _model_of(job, settings.models_dir)
         self._look()
-        process.ensure()
+        fresh = process.ensure()
+        self.notes.note("process.started" if fresh else "process.warm", device=settings.device)
         process.send(
             RunStep(
                 step=self._lease.step,
@@ -226,27 +248,44 @@ class Attempt:
         try:
             with self._shop.db.begin() as conn:
                 pulse = lifecycle.record_progress(conn, self._lease, message.done, message.total, message.metrics)
+                self._note_progress(conn, message, now)
         except DatabaseUnavailable:
             return  # the next one will tell more
         self._heart.heed(pulse)
 
-    def _keep(self, checkpoint: Path) -> None:
-        def keep() -> None:
-            files = put_checkpoint(self._shop.store, checkpoint)
-            self._write(lambda conn: lifecycle.record_checkpoint(conn, self._lease, files))
+    def _note_progress(self, conn: Connection, message: Progressed, now: float) -> None:
+        if now - self._noted_at >= NOTE_EVERY_S:
+            self._noted_at = now
+            self.notes.progress(message.done, message.total, message.metrics)
+            self.notes.keep(conn)
 
-        self._patiently(keep)
+    def _keep(self, checkpoint: Path) -> None:
+        def keep() -> int:
+            files = put_checkpoint(self._shop.store, checkpoint)
+            self._write(lambda conn: lifecycle.record_checkpoint(conn, self._lease, files, name=checkpoint.name))
+            return len(files)
+
+        started = time.monotonic()
+        files = self._patiently(keep)
+        self.notes.note("checkpoint.stored", name=checkpoint.name, files=files, seconds=_since(started))
 
     def _publish(self, job: Job, inputs: Inputs) -> str:
         def publish() -> tuple[Job, dict[str, int]]:
             files = put_outputs(self._shop.store, self._lease, self._folder.out)
             facts = read_facts(self._lease, self._folder.out)
+            self._note_outputs(files, facts)
             device = next(iter(facts.accounting.values()))["device"]  # where it was in fact computed
             engine = self._shop.settings.engine
             fingerprint = reuse.fingerprint_of(job, self._lease, inputs.stored, device=device, engine=engine)
             return self._register(files, replace(facts, fingerprint=fingerprint))
 
         return self._ended(*self._patiently(publish))  # together: an object that was collected meanwhile is put again
+
+    def _note_outputs(self, files: Sequence[NewArtifact], facts: lifecycle.StepFacts) -> None:
+        self.notes.note("outputs.stored", files=len(files), bytes=sum(file.size_bytes for file in files))
+        for cost in facts.accounting.values():
+            known = ("device", "load_s", "work_s", "tokens", "rows", "peak_memory_bytes")
+            self.notes.note("step.cost", **{name: cost[name] for name in known if name in cost})
 
     def _register(self, files: Sequence[NewArtifact], facts: lifecycle.StepFacts) -> tuple[Job, dict[str, int]]:
         def register(conn: Connection) -> tuple[Job, dict[str, int]]:
@@ -263,6 +302,7 @@ class Attempt:
         return "cancelled" if job.cancel_requested_at else "done"
 
     def _stop(self, job: Job, why: Order | None) -> str:
+        self.notes.note("attempt.stops", level="warning", why=why or "worker leaves")
         if why == "lost":
             raise LeaseLost(step_id=self._lease.step_id, token=self._lease.token)
         self._done |= self._shop.process.stop_step(self._shop.settings.cancel_grace_s)
@@ -288,6 +328,12 @@ class Attempt:
         most = self._shop.settings.max_crashes
         self._write(lambda conn: lifecycle.lose_step(conn, self._lease, max_crashes=most, reason=reason))
         return "lost"
+
+    def end(self, outcome: str, seconds: float) -> None:
+        """Keep the notes, whatever happened; a ledger that is away costs only them."""
+        self.notes.note("attempt.ended", outcome=outcome, seconds=round(seconds, 3))
+        with contextlib.suppress(DatabaseUnavailable), self._shop.db.begin() as conn:
+            self.notes.keep(conn)
 
     def _look(self) -> None:
         """Raise Interrupted if the attempt must stop."""
@@ -315,6 +361,10 @@ class Attempt:
     def _write(self, action: Callable[[Connection], T]) -> T:
         """One transaction, repeated while the database is away. A commit whose answer got lost shows up as LeaseLost."""
         return _write(self._shop, action)
+
+
+def _since(started: float) -> float:
+    return round(time.monotonic() - started, 3)
 
 
 def _write(shop: Workshop, action: Callable[[Connection], T]) -> T:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Query
 
-from app.api.context import Admin, Context, Cursor, Limit, page_after, page_of
+from app.api.context import Admin, Context, Cursor, Limit, Link, page_after, page_of
 from app.db.audit import list_entries
 from app.key_schemas import AuditView
 from app.views import Page
@@ -20,11 +20,11 @@ Object = Annotated[
 
 @router.get("/audit")
 def get_audit(
-    services: Context, admin: Admin, limit: Limit = 20, cursor: Cursor = None, of: Object = None
+    services: Context, admin: Admin, link: Link, limit: Limit = 20, cursor: Cursor = None, of: Object = None
 ) -> Page[AuditView]:
     """Who did what and when, newest first. Entries never change, and stay when their thing is gone."""
     before = page_after(cursor)
     with services.engine.connect() as conn:
         entries = list_entries(conn, limit=limit + 1, before=before, object_id=of)
     views = [AuditView.model_validate(entry) for entry in entries]
-    return Page[AuditView].model_validate(page_of(views, [entry.id for entry in entries], limit))
+    return link(Page[AuditView].model_validate(page_of(views, [entry.id for entry in entries], limit)))

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any, Protocol, TypeVar
 
-from fastapi import Depends, Header, Path, Query, Request
+from fastapi import Depends, Header, Path, Query, Request, Response
 from pydantic import AwareDatetime, BeforeValidator
 
 from app.api.cursors import read_cursor, write_cursor
@@ -35,6 +35,7 @@ from app.errors import (
 )
 from app.problems import request_id
 from app.settings import Settings
+from app.views import Page
 from app.webhook_errors import DeliveryNotFound, WebhookNotFound
 from p2d.errors import ErrorDetail
 
@@ -176,6 +177,29 @@ def page_of(items: list[Any], ids: list[str], limit: int) -> dict[str, Any]:
     """The page made of up to `limit` of `items`, which were asked for with one more."""
     more = len(items) > limit
     return {"data": items[:limit], "has_more": more, "next_cursor": write_cursor(ids[limit - 1]) if more else None}
+
+
+Paged = TypeVar("Paged", bound=Page[Any])
+
+
+def _link(request: Request, response: Response) -> Callable[[Paged], Paged]:
+    def link(page: Paged) -> Paged:
+        if page.next_cursor is not None:
+            following = request.url.include_query_params(cursor=page.next_cursor)
+            # Relative, as RFC 8288 allows: whoever stands before the service may have given it another name.
+            response.headers["Link"] = f'<{following.path}?{following.query}>; rel="next"'
+        return page
+
+    return link
+
+
+class NameNext(Protocol):
+    """Hands a page on and names the one after it in the answer's `Link` header."""
+
+    def __call__(self, page: Paged, /) -> Paged: ...
+
+
+Link = Annotated[NameNext, Depends(_link)]
 
 
 def _idempotency_key(

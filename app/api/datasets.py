@@ -10,7 +10,18 @@ from fastapi.responses import JSONResponse
 
 from app.access_errors import StorageFull
 from app.api.bodies import Received, read_json, receive, work_folder
-from app.api.context import Context, Cursor, DatasetId, IdempotencyKey, Limit, Moment, Services, page_after, page_of
+from app.api.context import (
+    Context,
+    Cursor,
+    DatasetId,
+    IdempotencyKey,
+    Limit,
+    Link,
+    Moment,
+    Services,
+    page_after,
+    page_of,
+)
 from app.api.documentation import DATASET_BODY, DATASET_KNOWN, errors
 from app.api.idempotency import Once
 from app.api.receipts import receipt
@@ -84,6 +95,7 @@ async def create_dataset(request: Request, services: Context, key: IdempotencyKe
 @router.get("/datasets")
 def get_datasets(
     services: Context,
+    link: Link,
     limit: Limit = 20,
     cursor: Cursor = None,
     q: Annotated[Text | None, Query(min_length=1, max_length=200, description="Stands in the name.")] = None,
@@ -101,7 +113,7 @@ def get_datasets(
     with services.engine.connect() as conn:
         datasets = list_datasets(conn, limit=limit + 1, after=after, oldest_first=order == "asc", only=only)
     views = [DatasetView.model_validate(dataset) for dataset in datasets]
-    return Page[DatasetView].model_validate(page_of(views, [dataset.id for dataset in datasets], limit))
+    return link(Page[DatasetView].model_validate(page_of(views, [dataset.id for dataset in datasets], limit)))
 
 
 @router.get("/datasets/{id}", responses=errors(DatasetNotFound))
@@ -119,12 +131,12 @@ def get_dataset_report(dataset_id: DatasetId, services: Context) -> DatasetRepor
 
 @router.get("/datasets/{id}/rows", responses=errors(DatasetNotFound, CursorInvalid))
 def get_dataset_rows(
-    dataset_id: DatasetId, services: Context, limit: Limit = 20, cursor: Cursor = None
+    dataset_id: DatasetId, services: Context, link: Link, limit: Limit = 20, cursor: Cursor = None
 ) -> Page[RowView]:
     """The rows in order, in the form in which jobs read them. A page of long rows may hold fewer than `limit`."""
     dataset = _find(services, dataset_id)
     blob = Blob(dataset.sha256, dataset.stored_bytes)
-    return page_of_lines(services.blobs, blob, cursor=cursor, limit=limit)
+    return link(page_of_lines(services.blobs, blob, cursor=cursor, limit=limit))
 
 
 @router.get("/datasets/{id}/stats", responses=errors(DatasetNotFound))

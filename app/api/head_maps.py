@@ -17,7 +17,7 @@ from fastapi.concurrency import run_in_threadpool
 from app.access_errors import StorageFull, TooManyJobs
 from app.api.bodies import Received, receive
 from app.api.content import send_blob
-from app.api.context import Context, Cursor, HeadMapId, IdempotencyKey, Limit, Services, page_after, page_of
+from app.api.context import Context, Cursor, HeadMapId, IdempotencyKey, Limit, Link, Services, page_after, page_of
 from app.api.documentation import HEAD_MAP_BODY, errors
 from app.api.head_map_imports import import_head_map
 from app.api.job_requests import FILES, REFUSALS
@@ -76,6 +76,7 @@ async def create_head_map(request: Request, services: Context, key: IdempotencyK
 @router.get("/head-maps")
 def get_head_maps(
     services: Context,
+    link: Link,
     limit: Limit = 20,
     cursor: Cursor = None,
     base_model: OfModel = None,
@@ -89,7 +90,7 @@ def get_head_maps(
             conn, limit=limit + 1, before=before, base_model=base_model, dataset_id=dataset, scorer=scorer
         )
     views = [HeadMapSummary.model_validate(one) for one in found]
-    return Page[HeadMapSummary].model_validate(page_of(views, [one.id for one in found], limit))
+    return link(Page[HeadMapSummary].model_validate(page_of(views, [one.id for one in found], limit)))
 
 
 # The paths with an ending come first: `{id}` would take `hm_....svg` too.

@@ -7,7 +7,7 @@ from typing import Any
 
 from fastapi import APIRouter, Response
 
-from app.api.context import Context, Cursor, JobId, Limit, page_after, page_of
+from app.api.context import Context, Cursor, JobId, Limit, Link, page_after, page_of
 from app.api.documentation import errors
 from app.api.etags import NOT_MODIFIED, IfNoneMatch, send_view
 from app.db.attempts import list_attempts
@@ -52,7 +52,9 @@ def get_job_config(job_id: JobId, services: Context, if_none_match: IfNoneMatch 
 
 
 @router.get("/jobs/{id}/attempts", responses=errors(JobNotFound))
-def get_job_attempts(job_id: JobId, services: Context, limit: Limit = 20, cursor: Cursor = None) -> Page[AttemptView]:
+def get_job_attempts(
+    job_id: JobId, services: Context, link: Link, limit: Limit = 20, cursor: Cursor = None
+) -> Page[AttemptView]:
     """Every try at every step of the job, oldest first: which worker, how it ended, and with what error."""
     after = page_after(cursor)
     with services.engine.connect() as conn:
@@ -64,7 +66,7 @@ def get_job_attempts(job_id: JobId, services: Context, limit: Limit = 20, cursor
         )
         for one in found
     ]
-    return Page[AttemptView].model_validate(page_of(views, [one.id for one in found], limit))
+    return link(Page[AttemptView].model_validate(page_of(views, [one.id for one in found], limit)))
 
 
 def summary_of(job: Job) -> JobSummary:

@@ -12,11 +12,12 @@ from pydantic import JsonValue
 
 from app.access_errors import StorageFull, TooManyJobs
 from app.api.bodies import Received, read_json, receive, receive_json, work_folder
-from app.api.context import Context, Cursor, IdempotencyKey, JobId, Limit, Services, page_after, page_of
+from app.api.context import Context, Cursor, IdempotencyKey, JobId, Limit, Link, Services, page_after, page_of
 from app.api.datasets import note_dataset
 from app.api.documentation import CLONE_BODY, JOB_BODY, errors
 from app.api.estimates import answer_estimate
 from app.api.idempotency import Once
+from app.api.job_filters import METADATA_QUERY, Wanted
 from app.api.job_requests import FILES, REFUSALS, check_job, parse_job
 from app.api.job_views import new_view, summary_of
 from app.api.patches import merge_patch
@@ -29,7 +30,7 @@ from app.db.jobs import find_job, list_jobs
 from app.errors import IdempotencyInFlight, IdempotencyMismatch, JobNotFound
 from app.estimate_schemas import EstimateView
 from app.schemas import Body, JobBody
-from app.views import JobKind, JobSummary, JobView, Page, Status
+from app.views import JobSummary, JobView, Page
 from p2d.config import Kind
 
 router = APIRouter(tags=["jobs"])
@@ -59,20 +60,16 @@ async def create_job(
         return await run_in_threadpool(_create, services, received, key)
 
 
-@router.get("/jobs")
+@router.get("/jobs", openapi_extra=METADATA_QUERY)
 def get_jobs(
-    services: Context,
-    limit: Limit = 20,
-    cursor: Cursor = None,
-    status: Annotated[Status | None, Query(description="Only jobs in this status.")] = None,
-    kind: Annotated[JobKind | None, Query(description="Only jobs of this kind.")] = None,
+    services: Context, link: Link, wanted: Wanted, limit: Limit = 20, cursor: Cursor = None
 ) -> Page[JobSummary]:
-    """All jobs, newest first."""
-    before = page_after(cursor)
+    """Jobs, newest first: all, or those that every filter lets through."""
+    after = page_after(cursor)
     with services.engine.connect() as conn:
-        jobs = list_jobs(conn, limit=limit + 1, before=before, status=status, kind=kind)
+        jobs = list_jobs(conn, limit=limit + 1, after=after, wanted=wanted)
     summaries = [summary_of(job) for job in jobs]
-    return Page[JobSummary].model_validate(page_of(summaries, [job.id for job in jobs], limit))
+    return link(Page[JobSummary].model_validate(page_of(summaries, [job.id for job in jobs], limit)))
 
 
 @router.post(

@@ -6,7 +6,7 @@ from fastapi import APIRouter, Request
 from fastapi.concurrency import run_in_threadpool
 
 from app.api.bodies import read_json, receive_json
-from app.api.context import Admin, Context, Cursor, KeyId, Limit, Services, page_after, page_of
+from app.api.context import Admin, Context, Cursor, KeyId, Limit, Link, Services, page_after, page_of
 from app.api.documentation import KEY_BODY, errors
 from app.core.keys import make_key
 from app.db.api_keys import list_keys, revoke_key
@@ -33,13 +33,13 @@ async def create_key(request: Request, services: Context, admin: Admin) -> NewKe
 
 
 @router.get("/keys")
-def get_keys(services: Context, admin: Admin, limit: Limit = 20, cursor: Cursor = None) -> Page[KeyView]:
+def get_keys(services: Context, admin: Admin, link: Link, limit: Limit = 20, cursor: Cursor = None) -> Page[KeyView]:
     """All keys of the project, newest first, in every state."""
     before = page_after(cursor)
     with services.engine.connect() as conn:
         keys = list_keys(conn, limit=limit + 1, before=before)
     views = [KeyView.model_validate(key) for key in keys]
-    return Page[KeyView].model_validate(page_of(views, [key.id for key in keys], limit))
+    return link(Page[KeyView].model_validate(page_of(views, [key.id for key in keys], limit)))
 
 
 @router.delete("/keys/{id}", responses=errors(KeyNotFound))

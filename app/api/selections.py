@@ -18,7 +18,7 @@ from pydantic import JsonValue
 from app.access_errors import StorageFull, TooManyJobs
 from app.api.bodies import receive
 from app.api.content import primed
-from app.api.context import Context, Cursor, IdempotencyKey, Limit, SelectionId, Services, page_after, page_of
+from app.api.context import Context, Cursor, IdempotencyKey, Limit, Link, SelectionId, Services, page_after, page_of
 from app.api.cursors import read_cursor, write_cursor
 from app.api.documentation import SELECTION_BODY, errors
 from app.api.head_maps import OfDataset, OfModel, OfScorer
@@ -81,6 +81,7 @@ async def create_selection(request: Request, services: Context, key: Idempotency
 @router.get("/selections")
 def get_selections(
     services: Context,
+    link: Link,
     limit: Limit = 20,
     cursor: Cursor = None,
     base_model: OfModel = None,
@@ -94,7 +95,7 @@ def get_selections(
             conn, limit=limit + 1, before=before, base_model=base_model, dataset_id=dataset, scorer=scorer
         )
     views = [SelectionView.model_validate(one) for one in found]
-    return Page[SelectionView].model_validate(page_of(views, [one.id for one in found], limit))
+    return link(Page[SelectionView].model_validate(page_of(views, [one.id for one in found], limit)))
 
 
 @router.get("/selections/{id}", responses=errors(SelectionNotFound, BlobMissing))
@@ -119,6 +120,7 @@ def delete_one_selection(selection_id: SelectionId, services: Context) -> Receip
 def get_selection_rows(
     selection_id: SelectionId,
     services: Context,
+    link: Link,
     limit: Limit = 20,
     cursor: Cursor = None,
     kept: Kept = None,
@@ -131,7 +133,7 @@ def get_selection_rows(
     """
     found = _find(services, selection_id)
     if order == "score":
-        return _best_first(services, found, limit=limit, cursor=cursor, kept=kept, ratio=ratio)
+        return link(_best_first(services, found, limit=limit, cursor=cursor, kept=kept, ratio=ratio))
     page = page_of_lines(
         services.blobs,
         Blob(found.sha256, found.size_bytes),
@@ -139,7 +141,7 @@ def get_selection_rows(
         limit=limit,
         want=lambda row: kept is None or _is_kept(row, found, ratio) is kept,
     )
-    return page.model_copy(update={"data": [_seen_at(row, found, ratio) for row in page.data]})
+    return link(page.model_copy(update={"data": [_seen_at(row, found, ratio) for row in page.data]}))
 
 
 @router.get("/selections/{id}/rows/{row}", responses=errors(SelectionNotFound, SelectionRowNotFound, BlobMissing))

@@ -21,6 +21,7 @@ from app.api.context import (
     DeliveryId,
     IdempotencyKey,
     Limit,
+    Link,
     Services,
     WebhookId,
     page_after,
@@ -87,13 +88,15 @@ async def create_webhook(request: Request, services: Context, admin: Admin, key:
 
 
 @router.get("/webhooks")
-def get_webhooks(services: Context, admin: Admin, limit: Limit = 20, cursor: Cursor = None) -> Page[WebhookView]:
+def get_webhooks(
+    services: Context, admin: Admin, link: Link, limit: Limit = 20, cursor: Cursor = None
+) -> Page[WebhookView]:
     """All webhooks of the project, newest first."""
     before = page_after(cursor)
     with services.engine.connect() as conn:
         found = list_webhooks(conn, limit=limit + 1, before=before)
     views = [WebhookView.model_validate(webhook) for webhook in found]
-    return Page[WebhookView].model_validate(page_of(views, [webhook.id for webhook in found], limit))
+    return link(Page[WebhookView].model_validate(page_of(views, [webhook.id for webhook in found], limit)))
 
 
 @router.get("/webhooks/{id}", responses=errors(WebhookNotFound))
@@ -162,6 +165,7 @@ def get_deliveries(
     webhook_id: WebhookId,
     services: Context,
     admin: Admin,
+    link: Link,
     limit: Limit = 20,
     cursor: Cursor = None,
     status: DeliveryStatus = None,
@@ -172,7 +176,7 @@ def get_deliveries(
         find_webhook(conn, webhook_id)
         found = list_deliveries(conn, webhook_id, limit=limit + 1, before=before, status=status)
     page = page_of([_view(one) for one in found], [one.id for one in found], limit)
-    return Page[DeliveryView].model_validate(page)
+    return link(Page[DeliveryView].model_validate(page))
 
 
 @router.post(

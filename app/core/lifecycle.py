@@ -121,10 +121,10 @@ def record_progress(conn: Connection, lease: Lease, done: int, total: int, metri
     return leases.pulse(conn, job.id)
 
 
-def record_checkpoint(conn: Connection, lease: Lease, files: Mapping[str, str]) -> None:
+def record_checkpoint(conn: Connection, lease: Lease, files: Mapping[str, str], *, name: str = "") -> None:
     """Note the stored files (`name -> sha256`) that the next attempt of this step goes on from. Raises LeaseLost."""
     _hold(conn, lease)
-    leases.set_checkpoint(conn, lease, {"files": dict(files)})
+    leases.set_checkpoint(conn, lease, {"name": name, "attempt": lease.token, "files": dict(files)})
 
 
 def finish_step(conn: Connection, lease: Lease, files: Sequence[NewArtifact], facts: StepFacts) -> Job:

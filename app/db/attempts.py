@@ -50,12 +50,51 @@ def close_attempts_of_job(conn: Connection, job_id: str, outcome: Outcome) -> No
     )
 
 
+def keep_log(conn: Connection, step_id: str, token: int, lines: list[Json], dropped: int) -> None:
+    """Keep what a worker noted of an attempt, in place of what it noted before."""
+    mine = attempts.c.step_id == step_id, attempts.c.token == token
+    conn.execute(update(attempts).where(*mine).values(log=lines, log_dropped=dropped))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AttemptLog:
+    """The newest lines that a worker noted of an attempt."""
+
+    id: str
+    step: str
+    shard: int
+    token: int
+    lines: list[Json]
+    dropped: int
+
+
+def list_logs(conn: Connection, job_id: str, *, since: str | None, limit: int) -> list[AttemptLog]:
+    """Logs of up to `limit` attempts of a job that have any, oldest first, from the one with the id `since` on."""
+    query = (
+        select(
+            attempts.c.id,
+            steps.c.step,
+            steps.c.shard,
+            attempts.c.token,
+            attempts.c.log.label("lines"),
+            attempts.c.log_dropped.label("dropped"),
+        )
+        .join(steps, steps.c.id == attempts.c.step_id)
+        .where(attempts.c.job_id == job_id, attempts.c.log.is_not(None))
+        .order_by(attempts.c.id)
+        .limit(limit)
+    )
+    if since is not None:
+        query = query.where(attempts.c.id >= since)
+    return [AttemptLog(**row._mapping) for row in conn.execute(query)]
+
+
 def list_attempts(
     conn: Connection, job_id: str, *, after: str | None = None, limit: int | None = None
 ) -> list[Attempt]:
     """Attempts of a job, oldest first: all, or up to `limit` behind the one with the id `after`."""
     query = (
-        select(attempts, steps.c.step, steps.c.shard)
+        select(*_SHOWN, steps.c.step, steps.c.shard)
         .join(steps, steps.c.id == attempts.c.step_id)
         .where(attempts.c.job_id == job_id)
         .order_by(attempts.c.id)
@@ -64,6 +103,9 @@ def list_attempts(
     if after is not None:
         query = query.where(attempts.c.id > after)
     return [Attempt(**row._mapping) for row in conn.execute(query)]
+
+
+_SHOWN = [column for column in attempts.c if column.name not in ("log", "log_dropped")]
 
 
 def _seconds() -> object:

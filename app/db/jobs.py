@@ -6,7 +6,7 @@ What a job may do next is decided in app.core.lifecycle; this file only writes i
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Literal
 
@@ -180,23 +180,62 @@ def delete_job(conn: Connection, job_id: str) -> None:
     conn.execute(delete(jobs).where(jobs.c.id == job_id))
 
 
-def list_jobs(
-    conn: Connection,
-    *,
-    limit: int,
-    before: str | None = None,
-    status: str | None = None,
-    kind: str | None = None,
-) -> list[Job]:
-    """Newest first, filtered; `before` is the id of the last one of the page before."""
-    query = select(jobs).order_by(jobs.c.id.desc()).limit(limit)
-    if before is not None:
-        query = query.where(jobs.c.id < before)
-    if status is not None:
-        query = query.where(jobs.c.status == status)
-    if kind is not None:
-        query = query.where(jobs.c.kind == kind)
+Order = Literal["desc", "asc"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JobFilter:
+    """Which jobs a list holds, and in which order; None = whatever."""
+
+    status: Status | None = None
+    stage: Stage | None = None
+    kind: str | None = None
+    base_model: str | None = None
+    dataset: str | None = None
+    head_map: str | None = None
+    """Id of a head map: the job that made it, and those that named it."""
+    created_after: datetime | None = None
+    created_before: datetime | None = None
+    q: str | None = None
+    """Somewhere in name, id or base model, whatever the case."""
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    order: Order = "desc"
+
+
+def list_jobs(conn: Connection, *, limit: int, after: str | None = None, wanted: JobFilter | None = None) -> list[Job]:
+    """A page of jobs; `after` is the id of the last one of the page before."""
+    wanted = wanted or JobFilter()
+    newest = wanted.order == "desc"
+    query = select(jobs).where(*_conditions(wanted)).limit(limit)
+    query = query.order_by(jobs.c.id.desc() if newest else jobs.c.id)
+    if after is not None:
+        query = query.where(jobs.c.id < after if newest else jobs.c.id > after)
     return [Job(**row._mapping) for row in conn.execute(query)]
+
+
+def _conditions(wanted: JobFilter) -> list[ColumnElement[bool]]:
+    equal = {
+        jobs.c.status: wanted.status,
+        jobs.c.stage: wanted.stage,
+        jobs.c.kind: wanted.kind,
+        jobs.c.base_model: wanted.base_model,
+        jobs.c.dataset_id: wanted.dataset,
+    }
+    found: list[ColumnElement[bool]] = [column == value for column, value in equal.items() if value is not None]
+    if wanted.head_map is not None:
+        made = jobs.c.id == select(head_maps.c.job_id).where(head_maps.c.id == wanted.head_map).scalar_subquery()
+        found.append(made | (jobs.c.config[("heads", "head_map")].astext == wanted.head_map))
+    if wanted.created_after is not None:
+        found.append(jobs.c.created_at >= wanted.created_after)
+    if wanted.created_before is not None:
+        found.append(jobs.c.created_at < wanted.created_before)
+    if wanted.q is not None:
+        found.append(
+            or_(*(c.icontains(wanted.q, autoescape=True) for c in (jobs.c.name, jobs.c.id, jobs.c.base_model)))
+        )
+    if wanted.metadata:
+        found.append(jobs.c.metadata.contains(dict(wanted.metadata)))
+    return found
 
 
 def update_job(conn: Connection, job_id: str, **values: Any) -> Job:

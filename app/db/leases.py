@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from sqlalchemy import ColumnElement, Text, cast, func, insert, literal, select, text, update
+from sqlalchemy.dialects.postgresql import JSONB
 
 from app.db.engine import Connection, Json
 from app.db.ids import new_id
@@ -164,7 +165,9 @@ def leave(
 def set_checkpoint(conn: Connection, lease: Lease, checkpoint: Json) -> None:
     """Note on a fenced step where its next attempt goes on. Raises ObjectCollected."""
     hold_objects(conn, checkpoint["files"].values())
-    conn.execute(update(steps).where(steps.c.id == lease.step_id).values(checkpoint=checkpoint))
+    # The time is PostgreSQL's, like all others of the ledger.
+    stamped = func.jsonb_set(cast(checkpoint, JSONB), ["stored_at"], func.to_jsonb(func.now()))
+    conn.execute(update(steps).where(steps.c.id == lease.step_id).values(checkpoint=stamped))
 
 
 def set_step_progress(conn: Connection, lease: Lease, progress: float) -> None:

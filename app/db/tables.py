@@ -190,6 +190,8 @@ jobs = Table(
         "adapter_id",
         postgresql_where=text("adapter_id is not null and finished_at is null"),
     ),
+    Index(None, "project_id", "status", "id"),
+    Index(None, "dataset_id"),
     postgresql_with={"fillfactor": 70},  # progress rewrites the row each second: leave room for HOT updates
 )
 
@@ -240,6 +242,8 @@ attempts = Table(
     Column("worker", Text, nullable=False),
     Column("outcome", Text, nullable=False, server_default="running"),
     Column("error", JSONB),
+    Column("log", JSONB),  # the newest lines that its worker noted
+    Column("log_dropped", Integer, nullable=False, server_default=text("0")),  # older ones that are gone
     Column("seconds", Double),
     Column("started_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
     _time("finished_at"),
