@@ -170,6 +170,12 @@ class ArtifactNotFound(NotFound):
     code, what = "artifact.not_found", "artifact"
 
 
+class ComparisonNotFound(NotFound):
+    """No comparison of that id."""
+
+    code, what = "comparison.not_found", "comparison"
+
+
 class HeadMapNotFound(NotFound):
     """No head map of that id."""
 

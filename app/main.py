@@ -18,6 +18,7 @@ from app import problems
 from app.api import (
     artifacts,
     audit,
+    comparisons,
     datasets,
     documentation,
     estimates,
@@ -68,6 +69,7 @@ ROOMS = (
     part_urls,
     head_maps,
     selections,
+    comparisons,
     models,
     keys,
     webhooks,

@@ -100,6 +100,7 @@ STATUS = {
     "head_map.invalid": 422,
     "head_map.in_use": 409,
     "selection.not_found": 404,
+    "comparison.not_found": 404,
     "selection.mismatch": 409,
     "selection.in_use": 409,
     "selection.row_not_found": 404,

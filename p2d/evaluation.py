@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -28,9 +29,12 @@ from p2d.models import BaseModel
 from p2d.pipeline import Progress, no_progress
 from p2d.rendering import RenderedRow, RenderedRows
 from p2d.row_files import RowView
-from p2d.rows import Row
+from p2d.rows import Row, content_hash
 from p2d.slices import Head, HeadSlices, all_heads
 from p2d.training import train
+
+ROW_LOSSES_FORMAT = 1
+"""Of row_losses.json."""
 
 METRIC = "exact_match"
 METRIC_ROWS = 200
@@ -137,6 +141,8 @@ class Judge:
     progress: Progress = no_progress
     parts: dict[str, float] = field(default_factory=dict)
     """Seconds by name."""
+    losses: dict[str, RowLosses] = field(default_factory=dict)
+    """Of each evaluation row: `before`, `after`, and by the name of each control."""
     tokens: int = 0
     _done: int = 0
     _total: int = 0
@@ -158,6 +164,7 @@ class Judge:
                 metric_after = task_metric(self.base, asked, metric=METRIC, on_token=self._tick)
         finally:
             adapter.revert(self.base, previous)
+        self.losses |= {"before": before, "after": after}
         with self._part("controls"):
             controls = tuple(self._control(name, rendered, after) for name in self.config.controls)
         with self._part("timing the baselines"):
@@ -175,6 +182,20 @@ class Judge:
             lora=lora,
             controls=controls,
         )
+
+    def row_losses(self) -> dict[str, Any]:
+        """row_losses.json: nats of every evaluation row's answer, under `before`, `after` and each control, no text.
+
+        Whoever has two of them with equal `rows_hash` and `tokens` can compare two jobs row by row (`p2d.comparison`).
+        """
+        tokens = self.losses["before"].tokens_R
+        return {
+            "format": ROW_LOSSES_FORMAT,
+            "rows_hash": content_hash(self.rows),
+            "tokens": [int(count) for count in tokens],
+            # To a millionth of a nat: the values are sums of fp32 numbers.
+            **{name: [round(float(nll), 6) for nll in losses.nll_R] for name, losses in self.losses.items()},
+        }
 
     def _losses(self, rendered: Sequence[RenderedRow]) -> RowLosses:
         losses = row_losses(self.base, rendered)
@@ -211,6 +232,7 @@ class Judge:
         with HeadSlices(self.base, heads, self._slices()) as slices:
             slices.load_masters(result.state)
             losses = self._losses(rendered)
+        self.losses[name] = losses
         return Arm(
             control=name,
             heads=len(heads),

@@ -36,6 +36,7 @@ RESULTS = (
     "selection.jsonl",
     "training.json",
     "evaluation.json",
+    "row_losses.json",
     "report.json",
 )
 """Files that a job leaves in `out`, those that its kind makes."""

@@ -101,7 +101,7 @@ STEPS: Mapping[str, StepSpec] = {
             "training.json",
         ),
         optional_reads=("rows.index",),
-        writes=("evaluation.json", "accounting-evaluate.json"),
+        writes=("evaluation.json", "row_losses.json", "accounting-evaluate.json"),
         needs_model=True,
         needs_tokenizer=True,
     ),

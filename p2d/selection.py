@@ -102,7 +102,9 @@ def select_rows(shards: Iterable[ResponseShard], heads: Sequence[tuple[int, int]
     if len(bad):
         raise EngineError(f"The scores of {len(bad)} rows are not finite.", rows=[int(row) for row in bad[:20]])
     if not len(place_R):
-        text = f"{shard.scorer!r} could score no row: each fills the model's context without room for another beside it."
+        text = (
+            f"{shard.scorer!r} could score no row: each fills the model's context without room for another beside it."
+        )
         raise ConfigError(text, errors=[ErrorDetail(code="config.scorer", message=text, pointer="/data/scorer")])
     score_R = _spread(score, place_R, rows)
     return Selection(

@@ -341,6 +341,7 @@ def evaluate(call: StepCall, progress: Progress, models: ModelCache, on_checkpoi
     )
     evaluation = judge.evaluate(load_adapter(call.inputs))
     write_json(call.out / "evaluation.json", asdict(evaluation))
+    write_json(call.out / "row_losses.json", judge.row_losses())
     meter.parts |= judge.parts
     _write_cost(meter, base, tokens=judge.tokens, rows=len(judge.rows))
 

@@ -30,6 +30,9 @@ from p2d.rows import Row, content_hash, load_rows, write_rows
 BATCHES = 4
 """Batches that every step pretends to have."""
 
+COST = {"counted_s": 4.0, "spent_s": 3.0, "full_s": 8.0, "aer": 0.5, "steps": []}
+"""What its report says of cost."""
+
 HOST_BYTES = 64 << 30
 """Memory that its machine pretends to have."""
 
@@ -196,18 +199,29 @@ def _train(call: StepCall) -> None:
     chosen = (call.inputs / "selection.jsonl").read_bytes() + (call.inputs / "head_map.json").read_bytes()
     (call.out / "heads.safetensors").write_bytes(b"stub weights of " + chosen)
     write_json(call.out / "manifest.json", {"format": 1, "base_model": call.config.kind})
-    write_json(call.out / "training.json", {"steps": BATCHES})
+    log = [
+        {"step": n, "epoch": 0, "loss": 1 / n, "learning_rate": 1e-3, "grad_norm": 1.0, "tokens": 40}
+        for n in range(1, 9)
+    ]
+    write_json(call.out / "training.json", {"steps": BATCHES, "n_parameters": 7, "log": log})
 
 
 def _evaluate(call: StepCall) -> None:
     weights = (call.inputs / "heads.safetensors").stat().st_size
     write_json(call.out / "evaluation.json", {"loss_before": 2.0, "loss_after": 1.0, "adapter_bytes": weights})
+    rows = load_rows(call.inputs / "evaluation.jsonl")
+    gain = 0.5 + load_plan(call.inputs / "plan.json").config.heads.ratio  # more heads, a lower loss
+    losses = {"before": [10.0] * len(rows), "after": [10.0 - gain - n % 3 / 10 for n in range(len(rows))]}
+    facts = {"format": 1, "rows_hash": content_hash(rows), "tokens": [5] * len(rows)}
+    write_json(call.out / "row_losses.json", facts | losses)
 
 
 def _package(call: StepCall) -> None:
     ran = json.loads((call.inputs / "steps.json").read_bytes())
     files = sorted(path.name for path in call.inputs.iterdir())
-    write_json(call.out / "report.json", {"attempts": ran["steps"], "reused": ran["reused"], "files": files})
+    write_json(
+        call.out / "report.json", {"attempts": ran["steps"], "reused": ran["reused"], "files": files, "cost": COST}
+    )
 
 
 def _merge(call: StepCall) -> None:

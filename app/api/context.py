@@ -23,6 +23,7 @@ from app.db.engine import Connection, Engine, Json, for_project
 from app.db.ids import ID_PATTERN
 from app.errors import (
     ArtifactNotFound,
+    ComparisonNotFound,
     CursorInvalid,
     DatasetNotFound,
     HeadMapNotFound,
@@ -138,6 +139,7 @@ ArtifactId = Annotated[str, Depends(_id("art", ArtifactNotFound))]
 UploadId = Annotated[str, Depends(_id("upl", UploadNotFound))]
 HeadMapId = Annotated[str, Depends(_id("hm", HeadMapNotFound))]
 SelectionId = Annotated[str, Depends(_id("sel", SelectionNotFound))]
+ComparisonId = Annotated[str, Depends(_id("cmp", ComparisonNotFound))]
 KeyId = Annotated[str, Depends(_id("key", KeyNotFound))]
 WebhookId = Annotated[str, Depends(_id("wh", WebhookNotFound))]
 

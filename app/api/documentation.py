@@ -9,6 +9,7 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel, TypeAdapter
 
+from app.comparison_schemas import ComparisonBody
 from app.key_schemas import KeyBody
 from app.problems import MEDIA_TYPE, STATUS
 from app.result_schemas import BODIES, ArtifactPatch, MergeBody
@@ -178,7 +179,7 @@ DATASET_KNOWN: dict[int | str, dict[str, Any]] = {
 MODELS: tuple[type[BaseModel], ...] = (
     *(JobBody, JobPatch, SourceBody, RowsBody),
     *(UploadBody, PartUrlBody, StoredPartBody, CompleteBody),
-    *(KeyBody, WebhookBody, WebhookPatch, ModelCheckBody, Problem),
+    *(KeyBody, WebhookBody, WebhookPatch, ComparisonBody, ModelCheckBody, Problem),
     *BODIES,
 )
 """Bodies that FastAPI does not parse itself, and the shape of every error."""
@@ -197,6 +198,7 @@ WEBHOOK_BODY = _json_body(WebhookBody, required=True)
 PATCH_BODY = _json_body(JobPatch, required=True, types=("json", "merge-patch+json"))
 ARTIFACT_PATCH_BODY = _json_body(ArtifactPatch, required=True, types=("json", "merge-patch+json"))
 WEBHOOK_PATCH_BODY = _json_body(WebhookPatch, required=True, types=("json", "merge-patch+json"))
+COMPARISON_BODY = _json_body(ComparisonBody, required=True)
 MODEL_CHECK_BODY = _json_body(ModelCheckBody, required=True)
 MERGE_BODY = _json_body(MergeBody, required=False)
 COMPLETE_BODY = _json_body(CompleteBody, required=False)

@@ -37,6 +37,8 @@ Action = Literal[
     "webhook.test",
     "webhook.redeliver",
     "webhook.disable",
+    "comparison.create",
+    "comparison.delete",
 ]
 
 KEYLESS, OPERATOR, SERVICE = "loopback", "command line", "service"

@@ -305,6 +305,17 @@ selections = Table(
     Index(None, "project_id", "id"),
 )
 
+comparisons = Table(
+    "comparisons",
+    metadata,
+    Column("id", Text, primary_key=True),
+    _project(),
+    Column("name", Text, nullable=False, server_default=""),
+    Column("job_ids", ARRAY(Text), nullable=False),  # in their order; a job may be gone
+    _now(),
+    Index(None, "project_id", "id"),
+)
+
 tallies = Table(
     "tallies",
     metadata,

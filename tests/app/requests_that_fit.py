@@ -26,6 +26,7 @@ PREFIX = {
     "artifacts": "art",
     "head-maps": "hm",
     "selections": "sel",
+    "comparisons": "cmp",
     "keys": "key",
     "webhooks": "wh",
 }
@@ -39,6 +40,7 @@ BODIES = {
     "/selections": HEADS,
     "/webhooks": {"url": "https://hooks.example/p2d"},
     "/webhooks/{id}": {"url": "https://hooks.example/moved"},
+    "/comparisons": {"job_ids": HERE.get("jobs")},
 }
 """JSON bodies that are good."""
 

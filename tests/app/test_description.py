@@ -63,11 +63,13 @@ def explore(api: Api, folder: Path, seed: int, *, examples: int, phases: str) ->
     job_id = str(api.post(a_job(dataset=dataset)).json()["id"])
     api.finish(job_id)  # something of every kind is there to be found
     job, files = api.http.get(f"/jobs/{job_id}").json(), api.http.get(f"/jobs/{job_id}/artifacts").json()["data"]
+    jobs = [job_id, str(api.post(a_job(dataset=dataset)).json()["id"])]
+    comparison = str(api.http.post("/comparisons", json={"job_ids": jobs}).json()["id"])
     with api.engine.begin() as conn:
         key, text = make_key(conn, api.settings, project_id=DEFAULT_PROJECT, scope="admin")
-    ids = [dataset, job_id, job["head_map"], job["selection"], *(file["id"] for file in files)]
+    ids = [dataset, *jobs, comparison, job["head_map"], job["selection"], *(file["id"] for file in files)]
     answers = folder / "answers"
-    here = {"seed": seed, "answers": str(answers), "dataset": dataset, "key": key.id, "ids": ids}
+    here = {"seed": seed, "answers": str(answers), "dataset": dataset, "key": key.id, "ids": ids, "jobs": jobs}
     env = {**os.environ, "PYTHONPATH": str(ROOT), "SCHEMATHESIS_HOOKS": "tests.app.requests_that_fit"}
     (folder / "schemathesis.toml").write_text(CONFIG.format(examples=examples))
     command = [sys.executable, "-m", "schemathesis.cli", "run", f"{api.url}/openapi.json"]

@@ -45,6 +45,7 @@ PREFIX = {
     "head-maps": "hm_",
     "selections": "sel_",
     "webhooks": "wh_",
+    "comparisons": "cmp_",
 }
 
 
@@ -144,7 +145,15 @@ def one_of_everything(api: Api) -> dict[str, str]:
     artifacts = api.http.get(f"/jobs/{job_id}/artifacts").json()["data"]
     upload = api.http.post("/uploads", json={"size_bytes": 10, "name": "owners-secret"}).json()
     dataset = api.upload(rows(61), name="owners-secret.jsonl").json()
-    ids = {"jobs": job_id, "datasets": dataset["id"], "uploads": upload["id"], "artifacts": artifacts[0]["id"]}
+    jobs = [job_id, api.job(name="owners-secret")]
+    comparison = api.http.post("/comparisons", json={"job_ids": jobs, "name": "owners-secret"}).json()
+    ids = {
+        "jobs": job_id,
+        "comparisons": comparison["id"],
+        "datasets": dataset["id"],
+        "uploads": upload["id"],
+        "artifacts": artifacts[0]["id"],
+    }
     return {**ids, "head-maps": job["head_map"], "selections": job["selection"]}
 
 
@@ -220,7 +229,7 @@ def test_what_another_project_has_answers_404_on_every_route(tenants: Tenants) -
 
 
 def test_lists_hold_what_is_the_projects_own(tenants: Tenants) -> None:
-    for path in ["/jobs", "/datasets", "/head-maps", "/selections"]:
+    for path in ["/jobs", "/comparisons", "/datasets", "/head-maps", "/selections"]:
         assert tenants.ask("GET", path, tenants.other).json()["data"] == []
         assert len(tenants.ask("GET", path, tenants.owner["read"]).json()["data"]) > 0
     assert [one["project"] for one in tenants.ask("GET", "/keys", tenants.other).json()["data"]] == ["other"]
