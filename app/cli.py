@@ -113,8 +113,10 @@ def api() -> None:
     """Run the HTTP API alone, on servers named by P2D_DATABASE_URL, P2D_BROKER_URL and P2D_STORE_URL."""
     import uvicorn
 
+    from app.logs import configure_logs
     from app.main import create_app, may_listen
 
+    configure_logs()
     settings = _with_servers()
     may_listen(settings)
     uvicorn.run(
@@ -124,6 +126,7 @@ def api() -> None:
         timeout_graceful_shutdown=5,
         server_header=False,
         access_log=False,
+        log_config=None,  # its lines take our form
     )
 
 

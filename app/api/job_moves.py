@@ -146,6 +146,7 @@ def _patch(services: Services, job_id: str, patch: JobPatch, if_match: str | Non
         priority = asked.get("priority", 0)
         set_priority(conn, job_id, priority)
         job = update_job(conn, job_id, name=asked.get("name", ""), metadata=metadata, priority=priority)
+        services.note(conn, "job.update", job_id, {"fields": sorted(patch.model_fields_set)})
         view = view_of(conn, job)
     return send_view(view)
 

@@ -18,6 +18,7 @@ Action = Literal[
     "dataset.create",
     "dataset.delete",
     "job.create",
+    "job.update",
     "job.cancel",
     "job.pause",
     "job.resume",

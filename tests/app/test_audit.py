@@ -34,6 +34,7 @@ def test_the_story_of_a_job_is_told_to_its_end(api: Api) -> None:
     job_id = api.http.post("/jobs", json=a_job(dataset=dataset_id), headers=asked).json()["id"]
     for move in ("pause", "resume"):
         assert api.http.post(f"/jobs/{job_id}/{move}").status_code == 202
+    assert api.http.patch(f"/jobs/{job_id}", json={"name": "mine", "priority": 2}).status_code == 200
     api.finish(job_id)
     artifacts = {one["name"]: one for one in api.http.get(f"/jobs/{job_id}/artifacts").json()["data"]}
     heads = artifacts["heads.safetensors"]
@@ -45,7 +46,8 @@ def test_the_story_of_a_job_is_told_to_its_end(api: Api) -> None:
     api.http.get(content, headers={"Range": "bytes=0-1"})
     receipt = api.http.delete(f"/jobs/{job_id}")
 
-    assert deeds(api, job_id) == ["job.create", "job.pause", "job.resume", "job.delete"]
+    assert deeds(api, job_id) == ["job.create", "job.pause", "job.resume", "job.update", "job.delete"]
+    assert entries(api, job_id)[1]["facts"] == {"fields": ["name", "priority"]}
     first, last = entries(api, job_id)[-1], entries(api, job_id)[0]
     assert (first["actor"], first["request_id"]) == ("loopback", "the-first")
     assert first["facts"] == {"kind": "adapt", "dataset_id": dataset_id}
