@@ -58,6 +58,7 @@ WAYS = (
     "claim lose claim begin cancel",
     "cancel",
     "cancel_during_a_claim",
+    "cancel_during_a_claim retry",
     "claim begin cancel stop",
     "claim begin fail",
     "claim begin finish claim begin finish claim begin finish",
