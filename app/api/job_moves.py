@@ -6,7 +6,7 @@ When which is allowed is app.core.moves' business.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 from fastapi import APIRouter, Request, Response
 from fastapi.concurrency import run_in_threadpool
@@ -60,13 +60,16 @@ _ACTIONS: dict[Asked, Action] = {
     "retry": "job.retry",
 }
 
-_CANCEL_ERRORS = errors(JobNotFound, JobAlreadyFinal, IdempotencyInFlight)
-_MOVE_ERRORS = errors(JobNotFound, MoveNotAllowed, IdempotencyInFlight)
+_BEFORE: dict[int | str, dict[str, Any]] = {
+    200: {"model": JobView, "description": "It was asked for before: nothing changed."}
+}
+_CANCEL_ERRORS = {**_BEFORE, **errors(JobNotFound, JobAlreadyFinal, IdempotencyInFlight)}
+_MOVE_ERRORS = {**_BEFORE, **errors(JobNotFound, MoveNotAllowed, IdempotencyInFlight)}
 
 
 @router.post("/jobs/{id}/cancel", status_code=202, response_model=JobView, responses=_CANCEL_ERRORS)
 def cancel_job(job_id: JobId, services: Context, key: IdempotencyKey) -> Response:
-    """Ask a job to stop. Repeating is harmless; a job that ended otherwise answers 409."""
+    """Ask a job to stop. Asked again it answers 200 and changes nothing; a job that ended otherwise answers 409."""
     return _move(services, job_id, "cancel", key, request_cancel)
 
 
@@ -160,9 +163,12 @@ def _move(
     with services.engine.begin() as conn:
         if (replay := once.take(conn)) is not None:
             return replay
+        before = find_job(conn, job_id, lock=True)
         job = request(conn, job_id)
-        services.note(conn, _ACTIONS[move], job_id)
+        status_code = 200 if job == before else 202
+        if job != before:
+            services.note(conn, _ACTIONS[move], job_id)
         view = view_of(conn, job).model_dump(mode="json")
-        once.keep(conn, 202, {}, view)
+        once.keep(conn, status_code, {}, view)
     services.waker.wake(job.queue)  # a hint only: the row already says it, and every worker polls
-    return JSONResponse(view, status_code=202)
+    return JSONResponse(view, status_code=status_code)

@@ -150,13 +150,12 @@ def test_usage_says_what_the_project_has_of_what_it_may(lab: Api) -> None:
 
 def test_a_project_that_holds_its_streams_open_gets_no_more_and_others_do(limited: Api, lab: Api) -> None:
     job_id, stream = lab.job(), {"Accept": "text/event-stream"}
+    held: list[Iterator[str]] = []  # a stream whose reader is gone is closed
     with contextlib.ExitStack() as open_ones:
         for _ in range(2):
-            lines = open_ones.enter_context(
-                lab.http.stream("GET", f"/jobs/{job_id}/events", headers=stream)
-            ).iter_lines()
-            next(lines)
-            open_ones.callback(lines.close)  # kept until then: a stream whose reader is gone is closed
+            opened = open_ones.enter_context(lab.http.stream("GET", f"/jobs/{job_id}/events", headers=stream))
+            held.append(opened.iter_lines())
+            next(held[-1])
 
         answer = lab.http.get(f"/jobs/{job_id}/events", headers=stream)
 

@@ -17,13 +17,13 @@ from app.db.artifacts import NewArtifact
 from app.db.audit import list_entries
 from app.db.datasets import get_dataset
 from app.db.jobs import get_job
-from app.db.projects import open_project
+from app.db.projects import DEFAULT_PROJECT, open_project
 from app.errors import HeadMapNotFound, JobInUse
 from app.settings import Settings
 from p2d.errors import Diverged
-from tests.app.core.test_garbage import p2d
 from tests.app.core.test_moves import somebody_waits
 from tests.app.db.test_leases import begin, take
+from tests.app.test_cli import p2d
 from tests.rig import Rig, make_rig, wait_for
 
 
@@ -50,8 +50,8 @@ def work_off(rig: Rig) -> None:
             lifecycle.finish_step(conn, lease, [file], StepFacts())
 
 
-def a_done_job(rig: Rig, **more: str) -> str:
-    job_id = rig.submit(kind="identify_heads", **more)
+def a_done_job(rig: Rig, project: str = DEFAULT_PROJECT) -> str:
+    job_id = rig.submit(kind="identify_heads", project=project)
     work_off(rig)
     assert rig.job(job_id).status == "succeeded"
     return job_id
