@@ -143,6 +143,7 @@ def test_usage_says_what_the_project_has_of_what_it_may(lab: Api) -> None:
         "rows": 50,
         "rows_quota": 200,
         "webhooks": 0,
+        "estimate_errors": {},
         "webhooks_quota": 20,
         "requests_per_minute": 40,
     }

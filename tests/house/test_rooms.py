@@ -17,7 +17,7 @@ SOURCES = [path for path in FILES if path.relative_to(ROOT).parts[0] != "tests"]
 MAX_FILE_LINES = 500
 MAX_FUNCTION_LINES = 80
 DRAWERS = {"utils", "util", "helpers", "helper", "common", "manager", "misc"}
-HEAVY = {"torch", "transformers", "peft", "accelerate", "numpy"}
+HEAVY = {"torch", "transformers", "peft", "accelerate"}
 """What the `engine` extra brings: the API image has none of it."""
 
 
