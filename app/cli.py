@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from pydantic import ValidationError
 from rich.console import Console
 
 from app.bench_commands import add_to
@@ -80,6 +81,12 @@ def main() -> None:
     """The door: what users did wrong, or a server did, is told in words; our own mistakes keep their traceback."""
     try:
         cli(prog_name="p2d")
+    except ValidationError as error:
+        if error.title != Settings.__name__:
+            raise
+        for fault in error.errors():
+            err.print(f"P2D_{str(fault['loc'][0]).upper()}: {fault['msg']}.", markup=False, style="red")
+        sys.exit(2)
     except (P2DError, ServiceProblem) as error:
         _explain(error)
         sys.exit(2 if error.fault == "user" else 1)

@@ -24,6 +24,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata, util
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import psycopg
 import redis
@@ -83,23 +84,30 @@ def machine_binaries() -> Binaries | None:
 def start_valkey(supervisor: Supervisor, binaries: Binaries) -> str:
     """Start the broker and return its URL. Nothing is kept on disk: it carries hints only."""
     password = secrets.token_hex(24)
+    return _on_afree_port(supervisor, "valkey", lambda port: _run_valkey(supervisor, binaries, port, password))
 
-    def start(port: int) -> str:
-        # Through stdin: on the command line every local user could read the password.
-        settings = [
-            "bind 127.0.0.1",
-            f"port {port}",
-            f"requirepass {password}",
-            'save ""',
-            "appendonly no",
-            "databases 64",
-        ]
-        child = supervisor.spawn("valkey", [str(binaries.valkey), "-"], stdin="\n".join(settings))
-        url = f"redis://:{password}@127.0.0.1:{port}/0"
-        supervisor.wait_until(child, lambda: _redis_answers(url))
-        return url
 
-    return _on_afree_port(supervisor, "valkey", start)
+def start_valkey_again(supervisor: Supervisor, binaries: Binaries, url: str) -> None:
+    """Start a broker that ended, at the URL that everybody knows. It is empty then, which costs nothing but time."""
+    at = urlsplit(url)
+    assert at.port is not None
+    _run_valkey(supervisor, binaries, at.port, at.password or "")
+
+
+def _run_valkey(supervisor: Supervisor, binaries: Binaries, port: int, password: str) -> str:
+    # Through stdin: on the command line every local user could read the password.
+    settings = [
+        "bind 127.0.0.1",
+        f"port {port}",
+        f"requirepass {password}",
+        'save ""',
+        "appendonly no",
+        "databases 64",
+    ]
+    child = supervisor.spawn("valkey", [str(binaries.valkey), "-"], stdin="\n".join(settings))
+    url = f"redis://:{password}@127.0.0.1:{port}/0"
+    supervisor.wait_until(child, lambda: _redis_answers(url))
+    return url
 
 
 def start_postgres(supervisor: Supervisor, binaries: Binaries, *, durable: bool = True) -> str:

@@ -83,7 +83,7 @@ STATUS = {
     "limit.requests": 429,
     "limit.jobs": 429,
     "limit.streams": 429,
-    "limit.storage": 403,
+    "limit.storage": 429,
     "limit.webhooks": 403,
     "key.not_found": 404,
     "webhook.not_found": 404,

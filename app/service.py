@@ -20,7 +20,7 @@ import httpx
 from pydantic import SecretStr
 
 from app.db.engine import Engine, make_engine
-from app.embedded import free_port, running_postgres, start_postgres, start_valkey, wheel_binaries
+from app.embedded import free_port, running_postgres, start_postgres, start_valkey, start_valkey_again, wheel_binaries
 from app.errors import ProcessFailed
 from app.main import may_listen
 from app.processes import Child, Supervisor, Terminated
@@ -59,16 +59,19 @@ class Service:
             signal.pause()
 
     def tend(self) -> list[str]:
-        """Start again what has ended, and name it. Raises ProcessFailed when a server ended or restarts do not help."""
+        """Start again what has ended, and name it. Raises ProcessFailed when PostgreSQL ended or restarts do not help."""
         again = []
         for child in self.supervisor.ended():
             name = child.record.name
             times = [at for at in self._restarts.get(name, []) if time.monotonic() - at < RESTART_WINDOW_S]
-            if name not in self.parts or len(times) >= RESTARTS:
+            if name not in (*self.parts, "valkey") or len(times) >= RESTARTS:
                 self.supervisor.check()
             self._restarts[name] = [*times, time.monotonic()]
             self.supervisor.stop_one(name)
-            self.supervisor.spawn(name, self.parts[name], env=environment(self.settings))
+            if name == "valkey":
+                start_valkey_again(self.supervisor, wheel_binaries(), self.settings.url("broker_url"))
+            else:
+                self.supervisor.spawn(name, self.parts[name], env=environment(self.settings))
             again.append(name)
         return again
 

@@ -203,7 +203,7 @@ def _train(call: StepCall) -> None:
         {"step": n, "epoch": 0, "loss": 1 / n, "learning_rate": 1e-3, "grad_norm": 1.0, "tokens": 40}
         for n in range(1, 9)
     ]
-    write_json(call.out / "training.json", {"steps": BATCHES, "n_parameters": 7, "log": log})
+    write_json(call.out / "training.json", {"steps": BATCHES, "n_parameters": 7, "learning_rate": 1e-3, "log": log})
 
 
 def _evaluate(call: StepCall) -> None:

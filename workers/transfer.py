@@ -164,6 +164,9 @@ def read_facts(lease: Lease, out: Path) -> StepFacts:
     if lease.step == "select":
         summary = json.loads((out / "selection_summary.json").read_bytes())
         return StepFacts(accounting=accounting, rows=summary["rows"], kept=summary["kept"])
+    if lease.step == "train":
+        training = json.loads((out / "training.json").read_bytes())
+        return StepFacts(accounting=accounting, learning_rate=training["learning_rate"])
     return StepFacts(accounting=accounting)
 
 

@@ -61,6 +61,8 @@ class StepFacts:
     accounting: Json = field(default_factory=dict)
     resolved: Json | None = None
     """`validate`: the config without "auto" and the reasons."""
+    learning_rate: float | None = None
+    """`train`: the rate that was used, so that nothing in the resolved config is "auto" any more."""
     estimate_s: Mapping[str, float] = field(default_factory=dict)
     """`validate`: estimated seconds per step, all shards together."""
     train: RowCounts | None = None
@@ -334,11 +336,22 @@ def _register(conn: Connection, job: Job, lease: Lease, artifact: Artifact, fact
         )
 
 
+def _with_rate(resolved: Json, rate: float) -> Json:
+    training = resolved["config"]["training"]
+    if training["learning_rate"] != "auto":
+        return resolved
+    config = {**resolved["config"], "training": {**training, "learning_rate": rate}}
+    reasons = {**resolved["reasons"], "/training/learning_rate": "the best of a short search on held-out rows"}
+    return {**resolved, "config": config, "reasons": reasons}
+
+
 def _apply_plan(conn: Connection, job: Job, facts: StepFacts) -> Job:
     for warning in facts.warnings:
         append_event(conn, job.id, "warning", {"message": warning})
     if facts.resolved is not None:
         job = jobs.update_job(conn, job.id, resolved=facts.resolved)
+    if facts.learning_rate is not None and job.resolved is not None:
+        job = jobs.update_job(conn, job.id, resolved=_with_rate(job.resolved, facts.learning_rate))
     if facts.estimate_s:
         steps.set_weights(conn, job.id, facts.estimate_s)
         estimate = estimate_json(facts.estimate_s, past_errors(conn), facts.train)

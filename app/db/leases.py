@@ -15,7 +15,7 @@ from app.db.engine import Connection, Json
 from app.db.ids import new_id
 from app.db.jobs import used_s
 from app.db.objects import hold_objects
-from app.db.tables import attempts, jobs, steps
+from app.db.tables import attempts, jobs, projects, steps
 from app.errors import LeaseLost
 
 
@@ -51,10 +51,10 @@ class Pulse:
 def claim(conn: Connection, *, queue: str, worker: str, lease_s: float, warm: str | None = None) -> Lease | None:
     """Take one ready step of the queue, or None.
 
-    The project comes first of whose steps the fewest are running, whatever the queue; of its steps those of the highest
-    priority, of these those of the model that is loaded (`warm`), then the oldest. So a project that queues a thousand jobs
-    delays another's by one step at most. A step whose output is just being computed for another job of the project waits for
-    that one to end, in whatever way (`is_free`).
+    The project comes first of whose steps the fewest are running, whatever the queue, and among several of these the one that
+    was served longest ago; of its steps those of the highest priority, of these those of the model that is loaded (`warm`),
+    then the oldest. So a project that queues a thousand jobs delays another's by one step at most, with one worker too. A step
+    whose output is just being computed for another job of the project waits for that one to end, in whatever way (`is_free`).
     Expired leases are not claimed here: the reconciler makes them ready, so that crashes are counted in one place.
     """
     found = _find_free(conn, queue, warm)
@@ -85,6 +85,7 @@ def claim(conn: Connection, *, queue: str, worker: str, lease_s: float, warm: st
         )
     ).one()
     lease = Lease(**taken._mapping)
+    _note_turn(conn, lease.step_id)
     # Before any work: an attempt that dies without a word is still on record.
     conn.execute(
         insert(attempts).values(
@@ -92,6 +93,13 @@ def claim(conn: Connection, *, queue: str, worker: str, lease_s: float, warm: st
         )
     )
     return lease
+
+
+def _note_turn(conn: Connection, step_id: str) -> None:
+    """The step's project was served now. Where another claim of it is just saying the same, that one's word is enough."""
+    mine = select(steps.c.project_id).where(steps.c.id == step_id).scalar_subquery()
+    row = select(projects.c.id).where(projects.c.id == mine).with_for_update(skip_locked=True, key_share=True)
+    conn.execute(update(projects).where(projects.c.id.in_(row)).values(served_at=func.clock_timestamp()))
 
 
 def is_free() -> ColumnElement[bool]:
@@ -226,10 +234,12 @@ def _find_free(conn: Connection, queue: str, warm: str | None) -> str | None:
     share_of = share.group_by(running.c.project_id).subquery()
     free = (
         select(steps.c.id, steps.c.project_id, steps.c.fingerprint)
+        .join(projects, projects.c.id == steps.c.project_id)
         .outerjoin(share_of, share_of.c.project_id == steps.c.project_id)
         .where(steps.c.queue == queue, is_free())
         .order_by(
             func.coalesce(share_of.c.steps, 0),
+            projects.c.served_at.asc().nulls_first(),
             steps.c.priority.desc(),
             steps.c.model_digest.is_not_distinct_from(cast(literal(warm), Text)).desc(),
             steps.c.id,

@@ -59,6 +59,7 @@ projects = Table(
     Column("id", Text, primary_key=True),
     Column("name", Text, nullable=False, unique=True),
     _now(),
+    _time("served_at"),  # when a step of it was claimed last: whose turn it is
 )
 
 api_keys = Table(

@@ -104,7 +104,7 @@ def test_a_refused_job_leaves_no_dataset_behind(lab: Api) -> None:
 
 def test_rows_above_the_quota_are_refused_until_others_are_deleted(lab: Api) -> None:
     kept = lab.dataset(150)
-    body = refused(lab.upload(rows(60, start=500)), 403, "limit.storage")
+    body = refused(lab.upload(rows(60, start=500)), 429, "limit.storage")
     assert body["facts"] == {"what": "rows", "used": 150, "more": 60, "limit": 200}
     assert lab.upload(rows(150)).json()["deduplicated"]  # what is there already is no more of it
 
@@ -117,9 +117,9 @@ def test_bytes_above_the_quota_are_refused_before_they_are_sent(lab: Api) -> Non
     begun = lab.http.post("/uploads", json={"size_bytes": 39_000})
     assert begun.status_code == 201
 
-    body = refused(lab.http.post("/uploads", json={"size_bytes": 2_000}), 403, "limit.storage")
+    body = refused(lab.http.post("/uploads", json={"size_bytes": 2_000}), 429, "limit.storage")
     assert (body["facts"]["what"], body["facts"]["used"]) == ("bytes", 39_000)
-    refused(lab.upload(rows(60)), 403, "limit.storage")
+    refused(lab.upload(rows(60)), 429, "limit.storage")
 
     assert lab.http.delete(f"/uploads/{begun.json()['id']}").is_success
     assert lab.upload(rows(60)).status_code == 201

@@ -194,6 +194,21 @@ def test_a_worker_and_an_api_that_are_killed_are_started_again_and_the_job_ends_
     assert len({artifact.name for artifact in artifacts}) == len(artifacts)
 
 
+def test_a_broker_that_is_killed_is_started_again_and_no_job_notices(
+    client: Client, service: Service, examples: Path
+) -> None:
+    job = client.submit(SMALL | {"kind": "identify_heads"}, dataset=examples / "train.jsonl")
+    dead = service.pid("valkey")
+    os.kill(dead, signal.SIGKILL)
+
+    finish(client, job)
+
+    deadline = time.monotonic() + 60
+    while httpx.get(f"{service.url}/readyz").json()["status"] != "ok":
+        assert time.monotonic() < deadline
+    assert service.pid("valkey") != dead
+
+
 def test_an_artifact_comes_in_ranges_with_its_hash(client: Client, service: Service, examples: Path) -> None:
     job = finish(client, client.submit(SMALL | {"kind": "identify_heads"}, dataset=examples / "train.jsonl"))
     artifact = next(artifact for artifact in client.artifacts(job.id) if artifact.name == "head_map.json")

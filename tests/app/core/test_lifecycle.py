@@ -58,6 +58,22 @@ def test_steps_wait_for_all_shards_of_those_before_them(rig: Rig) -> None:
     assert order == ["validate", "heads", "respond", "respond", "respond", "select", "train", "evaluate", "package"]
 
 
+def test_the_rate_that_training_found_stands_in_the_resolved_config(rig: Rig) -> None:
+    job_id = rig.submit()
+    before = rig.job(job_id).resolved
+    assert before is not None
+    assert before["config"]["training"]["learning_rate"] == "auto"
+
+    while (step := finish(rig, StepFacts(learning_rate=4e-3))) != "train":
+        assert step != "package"
+    finish(rig)
+
+    after = rig.job(job_id).resolved
+    assert after is not None
+    assert after["config"]["training"] == {**before["config"]["training"], "learning_rate": 4e-3}
+    assert after["reasons"]["/training/learning_rate"] == "the best of a short search on held-out rows"
+
+
 def test_progress_follows_the_estimated_seconds_and_never_falls(rig: Rig) -> None:
     job_id = rig.submit(rows=60)
     plan = {

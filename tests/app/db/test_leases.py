@@ -170,6 +170,23 @@ def test_projects_take_turns_however_much_one_of_them_queues(rig: Rig) -> None:
     assert rig.job(again.job_id).project_id == third  # of whom nothing runs any more
 
 
+def test_one_worker_alone_serves_projects_in_turns_whatever_their_priorities(rig: Rig) -> None:
+    with rig.db.begin() as conn:
+        eager, calm = (open_project(conn, name) for name in ("eager", "calm"))
+    for _ in range(3):
+        rig.submit(project=eager, priority=5)
+    rig.submit(project=calm)
+
+    served = []
+    for _ in range(4):
+        lease = begin(rig)
+        served.append(rig.job(lease.job_id).project_id)
+        with rig.db.begin() as conn:
+            lifecycle.release_step(conn, lease)
+
+    assert served == [eager, calm, eager, calm]
+
+
 def test_a_loaded_model_does_not_keep_the_turn_of_another_project(rig: Rig) -> None:
     with rig.db.begin() as conn:
         greedy, modest = (open_project(conn, name) for name in ("greedy", "modest"))
