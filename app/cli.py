@@ -123,8 +123,8 @@ def api() -> None:
     from app.logs import configure_logs
     from app.main import create_app, may_listen
 
-    configure_logs()
     settings = _with_servers()
+    configure_logs()
     may_listen(settings)
     uvicorn.run(
         create_app(settings),
