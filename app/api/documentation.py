@@ -213,7 +213,9 @@ PART_BODY = {
 def install(app: FastAPI) -> None:
     """Make /openapi.json know the schemas of bodies that FastAPI does not parse itself, and what webhooks are sent."""
 
-    @app.webhooks.post("event", tags=["webhooks"])
+    later: dict[int | str, dict[str, Any]] = {"default": {"description": "It is sent again later."}}
+
+    @app.webhooks.post("event", tags=["webhooks"], responses=later)
     def receive_event(message: MessageView) -> None:
         """What the URL of a webhook is sent, with the headers `webhook-id`, `webhook-timestamp` and `webhook-signature` of
         Standard Webhooks. Any answer with 2xx takes it, 410 disables the webhook, anything else has it sent again later.
