@@ -1,18 +1,13 @@
-"""GET /jobs: every filter, both orders, the link to the next page, and how long it takes among ten thousand jobs."""
+"""GET /jobs: every filter, both orders and the link to the next page."""
 
 from __future__ import annotations
 
 import re
-import statistics
-import time
 from typing import Any
 
 import pytest
 
 from tests.app.conftest import Api, a_job
-
-MANY = 10_000
-P95_S = 0.05
 
 
 def ids(api: Api, **params: Any) -> list[str]:
@@ -102,48 +97,3 @@ def test_a_filter_that_says_nothing_is_refused(api: Api, query: str, pointer: st
 
     assert answer.status_code == 422
     assert answer.json()["errors"][0]["pointer"] == pointer
-
-
-def test_among_ten_thousand_jobs_a_page_takes_fifty_milliseconds_at_most(api: Api, made: dict[str, str]) -> None:
-    copied = (
-        "insert into jobs (id, project_id, kind, name, status, config, resolved, dataset_id, base_model, model_digest, "
-        "metadata, created_at) select 'job_' || lpad(n::text, 26, '0'), j.project_id, j.kind, 'copy ' || n, 'succeeded', "
-        "j.config, j.config, j.dataset_id, j.base_model, j.model_digest, "
-        "jsonb_build_object('run', n::text), now() - interval '1 day' from jobs j, generate_series(1, %s) n where j.id = %s"
-    )
-    with api.engine.begin() as conn:
-        conn.exec_driver_sql(copied, (MANY, made["blue"]))
-    try:
-        with api.engine.connect() as conn:
-            conn.execution_options(isolation_level="AUTOCOMMIT").exec_driver_sql("analyze jobs")
-        asked: list[dict[str, Any]] = [
-            {},
-            {"limit": 100},
-            {"status": "failed"},
-            {"stage": "training"},
-            {"kind": "identify_heads", "order": "asc"},
-            {"base_model": "nobody"},
-            {"dataset": "ds_none"},
-            {"head_map": made["head_map"]},
-            {"metadata[run]": "5000"},
-            {"metadata[run]": "none"},
-            {"q": "copy 7777"},
-            {"q": "nothing like it"},
-            {"created_before": "2020-01-01T00:00:00Z"},
-        ]
-        for params in asked:
-            seconds = sorted(took(api, params) for _ in range(20))
-            p95 = statistics.quantiles(seconds, n=20)[-1]
-            print(f"{params}: median {statistics.median(seconds) * 1000:.1f} ms, p95 {p95 * 1000:.1f} ms")
-            # The fastest of twenty, and twice as long where every job is looked at: a busy machine is late with some of
-            # them, a missing index with all.
-            assert seconds[0] <= P95_S * (1 if params.keys() <= {"limit", "status", "dataset"} else 2), params
-    finally:
-        with api.engine.begin() as conn:
-            conn.exec_driver_sql("delete from jobs where id like 'job_0000000%%'")
-
-
-def took(api: Api, params: dict[str, Any]) -> float:
-    started = time.perf_counter()
-    assert api.http.get("/jobs", params=params).status_code == 200
-    return time.perf_counter() - started
