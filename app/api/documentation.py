@@ -65,50 +65,29 @@ COMMON: dict[int | str, dict[str, Any]] = {
 }
 """Responses of every route."""
 
-JOB_BODY = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "application/json": {"schema": {"$ref": "#/components/schemas/JobBody"}},
-            "multipart/form-data": {
-                "schema": {
-                    "type": "object",
-                    "required": ["dataset", "job"],
-                    "properties": {
-                        "dataset": _FILE,
-                        "validation_dataset": _FILE,
-                        "job": {"$ref": "#/components/schemas/JobBody"},
-                    },
-                    "additionalProperties": False,
-                },
-                "encoding": {"job": {"contentType": "application/json"}},
-            },
-        },
+
+def _job_body(shape: str) -> dict[str, Any]:
+    """A job's JSON, or a form with its files and that JSON."""
+    schema = {"$ref": f"#/components/schemas/{shape}"}
+    form = {
+        "type": "object",
+        "required": ["dataset", "job"],
+        "properties": {"dataset": _FILE, "validation_dataset": _FILE, "job": schema},
+        "additionalProperties": False,
     }
-}
+    return {
+        "requestBody": {
+            "required": True,
+            "content": {
+                "application/json": {"schema": schema},
+                "multipart/form-data": {"schema": form, "encoding": {"job": {"contentType": "application/json"}}},
+            },
+        }
+    }
 
 
-SELECTION_BODY = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "application/json": {"schema": {"$ref": "#/components/schemas/SelectionBody"}},
-            "multipart/form-data": {
-                "schema": {
-                    "type": "object",
-                    "required": ["dataset", "job"],
-                    "properties": {
-                        "dataset": _FILE,
-                        "validation_dataset": _FILE,
-                        "job": {"$ref": "#/components/schemas/SelectionBody"},
-                    },
-                    "additionalProperties": False,
-                },
-                "encoding": {"job": {"contentType": "application/json"}},
-            },
-        },
-    }
-}
+JOB_BODY = _job_body("JobBody")
+SELECTION_BODY = _job_body("SelectionBody")
 
 HEAD_MAP_BODY = {
     "requestBody": {
