@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import psutil
 import torch
@@ -109,7 +110,8 @@ def project_lora(
 ) -> Baseline:
     """Time peft's LoRA on all linear layers."""
     work = _workload(base, rendered, settings)
-    with _lora_layers(base) as weights:
+    with lora_layers(base, r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules="all-linear") as layers:
+        weights = list(layers.values())
         optimizer = torch.optim.AdamW(weights, lr=1e-4, fused=True)
 
         def update() -> None:
@@ -121,18 +123,21 @@ def project_lora(
 
 
 @contextmanager
-def _lora_layers(base: BaseModel) -> Iterator[list[nn.Parameter]]:
+def lora_layers(base: BaseModel, **config: Any) -> Iterator[dict[str, nn.Parameter]]:
+    """Within the block the model has peft's LoRA layers of this `LoraConfig`, without dropout; their weights by name.
+
+    Whatever the block does to them, the base weights are those from before, and the layers are gone afterwards.
+    """
     from peft import LoraConfig, get_peft_model  # a second to import, and only here
 
-    config = LoraConfig(
-        r=LORA_RANK, lora_alpha=2 * LORA_RANK, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
-    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         # In the base's own type, not peft's default fp32: the casts to and fro would make LoRA look dearer than it is.
-        wrapped = get_peft_model(base.module, config, autocast_adapter_dtype=False)
+        wrapped = get_peft_model(
+            base.module, LoraConfig(lora_dropout=0.0, task_type="CAUSAL_LM", **config), autocast_adapter_dtype=False
+        )
     try:
-        yield [weight for weight in wrapped.parameters() if weight.requires_grad]
+        yield {name: weight for name, weight in wrapped.named_parameters() if weight.requires_grad}
     finally:
         wrapped.unload()
         vars(base.module).pop("peft_config", None)

@@ -6,7 +6,6 @@ weight would not move. On leaving each context the base model is back, bit for b
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.quality.arms import Weights
+from p2d.baselines import lora_layers
 from p2d.models import BaseModel
 from p2d.optimization import Trainable
 from p2d.slices import HeadSlices
@@ -103,28 +103,17 @@ def installed(base: BaseModel, weights: Weights, heads: Sequence[tuple[int, int]
 
 @contextmanager
 def _lora(base: BaseModel, weights: Weights, seed: int) -> Iterator[dict[str, nn.Parameter]]:
-    from peft import LoraConfig, get_peft_model  # a second to import
-
     targets: Any = "all-linear"
     if weights.slices:
         targets = sorted({base.spec.path(0, name).rpartition(".")[2] for name in weights.slices})
     assert weights.rank is not None
-    config = LoraConfig(
+    torch.manual_seed(seed)  # where peft draws its first factors from
+    with lora_layers(
+        base,
         r=weights.rank,
         lora_alpha=2 * weights.rank,
-        lora_dropout=0.0,
         target_modules=targets,
         use_rslora=weights.variant == "rslora",
         use_dora=weights.variant == "dora",
-        task_type="CAUSAL_LM",
-    )
-    torch.manual_seed(seed)  # where peft draws its first factors from
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        wrapped: Any = get_peft_model(base.module, config, autocast_adapter_dtype=False)
-    try:
-        yield {name: weight for name, weight in wrapped.named_parameters() if weight.requires_grad}
-    finally:
-        wrapped.unload()
-        vars(base.module).pop("peft_config", None)
-        base.module.requires_grad_(False).eval()
+    ) as layers:
+        yield layers
