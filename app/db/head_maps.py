@@ -13,6 +13,7 @@ from sqlalchemy import delete, func, insert, select
 from app.db.engine import Connection
 from app.db.ids import new_id
 from app.db.objects import hold_objects
+from app.db.paging import newest_first
 from app.db.tables import artifacts, head_maps, jobs
 
 
@@ -108,12 +109,8 @@ def list_head_maps(
     scorer: str | None = None,
 ) -> list[HeadMapRecord]:
     """Newest first, filtered; `before` is the id of the last one of the page before."""
-    query = _QUERY.order_by(head_maps.c.id.desc()).limit(limit)
-    if before is not None:
-        query = query.where(head_maps.c.id < before)
-    for column, wanted in (("base_model", base_model), ("dataset_id", dataset_id), ("scorer", scorer)):
-        if wanted is not None:
-            query = query.where(head_maps.c[column] == wanted)
+    wanted = {"base_model": base_model, "dataset_id": dataset_id, "scorer": scorer}
+    query = newest_first(_QUERY, head_maps, limit=limit, before=before, **wanted)
     return [HeadMapRecord(**row._mapping) for row in conn.execute(query)]
 
 

@@ -9,6 +9,7 @@ from sqlalchemy import delete, insert, select
 
 from app.db.engine import Connection
 from app.db.ids import new_id
+from app.db.paging import newest_first
 from app.db.tables import artifacts, jobs, selections
 
 
@@ -93,12 +94,8 @@ def list_selections(
     scorer: str | None = None,
 ) -> list[SelectionRecord]:
     """Newest first, filtered; `before` is the id of the last one of the page before."""
-    query = _QUERY.order_by(selections.c.id.desc()).limit(limit)
-    if before is not None:
-        query = query.where(selections.c.id < before)
-    for column, wanted in (("base_model", base_model), ("dataset_id", dataset_id), ("scorer", scorer)):
-        if wanted is not None:
-            query = query.where(selections.c[column] == wanted)
+    wanted = {"base_model": base_model, "dataset_id": dataset_id, "scorer": scorer}
+    query = newest_first(_QUERY, selections, limit=limit, before=before, **wanted)
     return [SelectionRecord(**row._mapping) for row in conn.execute(query)]
 
 
