@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,7 +30,7 @@ from app.report import foreseen, headline
 from app.settings import Settings
 from p2d.client import Client, DownloadCorrupt, Job, NoSuchFile, ServiceProblem, ServiceUnreachable
 from p2d.config import JobConfig, check
-from p2d.errors import DatasetFileMissing, P2DError
+from p2d.errors import DatasetFileMissing, ErrorDetail, P2DError
 from p2d.sources import named_source
 from p2d.wording import counted
 from p2d.work_folder import NAME as WORK_FOLDER
@@ -226,6 +226,20 @@ def upload(
         raise DatasetFileMissing(f"There is no file {str(file)!r}.")
     with Client(url) as client:
         out.print(client.upload(file or source, mapping=_mapping(map_)))
+
+
+@cli.command()
+def report(
+    report_id: Annotated[str, typer.Argument(help="As the refusal of a file names it.")], url: Url = DEFAULT_URL
+) -> None:
+    """Print all that is wrong with a file that was refused, line by line."""
+    with Client(url) as client:
+        found = client.refusal(report_id)
+        for fault in client.faults(report_id):
+            out.print(_place(fault), markup=False)
+    err.print(f"{found['name']}: {found['detail']} {_by_code(found['errors_by_code'])}", markup=False)
+    if found["errors_listed"] < found["errors_total"]:
+        err.print(f"The first {found['errors_listed']:,} of {found['errors_total']:,} are listed.")
 
 
 @cli.command()
@@ -436,15 +450,28 @@ def _follow(client: Client, job: Job) -> None:
     out.print(f"{job.id} {job.status}. `p2d download {job.id} --out DIR` fetches its files.")
 
 
+def _place(fault: ErrorDetail) -> str:
+    line = "" if fault.line is None else f"line {fault.line}"
+    return f"{' '.join(part for part in (fault.pointer, line) if part)}: {fault.message}"
+
+
+def _by_code(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{code} {count:,}" for code, count in sorted(counts.items(), key=lambda one: -one[1]))
+
+
 def _explain(error: P2DError | ServiceProblem) -> None:
     err.print(f"[red]{error.code}[/]: ", end="")
     err.print(str(error), markup=False)
+    if by_code := error.facts.get("errors_by_code"):
+        err.print(_by_code(by_code))
     for detail in error.errors:
-        line = "" if detail.line is None else f"line {detail.line}"
-        where = " ".join(part for part in (detail.pointer, line) if part)
-        err.print(f"  {where}: {detail.message}", markup=False)
-    if error.errors_total > len(error.errors):
-        err.print(f"  ... and {error.errors_total - len(error.errors)} more")
+        err.print(f"  {_place(detail)}", markup=False)
+    if (more := error.errors_total - len(error.errors)) > 0:
+        err.print(f"  ... and {more:,} more")
+    if error.report and isinstance(error, ServiceProblem):
+        err.print(f"`p2d report {error.report.rpartition('/')[2]}` lists all of it.")
+    elif error.report:
+        err.print(f"{error.report} lists all of it.", markup=False)
     if error.hint:
         err.print(error.hint, markup=False, style="dim")
 

@@ -170,6 +170,13 @@ class ArtifactNotFound(NotFound):
     code, what = "artifact.not_found", "artifact"
 
 
+class ReportNotFound(NotFound):
+    """No report of that id, or its time is over."""
+
+    code, what = "report.not_found", "report"
+    hint = "Check the id; reports on refused files stay for some days: send the file again."
+
+
 class ComparisonNotFound(NotFound):
     """No comparison of that id."""
 

@@ -12,7 +12,7 @@ from app.views import View
 
 Scope = Literal["read", "write", "admin"]
 
-Deleted = Literal["job", "dataset", "head_map", "selection", "artifact"]
+Deleted = Literal["job", "dataset", "report", "head_map", "selection", "artifact"]
 """What a receipt can be about."""
 
 MAX_DAYS = 3650
@@ -86,7 +86,9 @@ class UsageView(View):
 
     unfinished_jobs: int
     unfinished_jobs_quota: int
-    stored_bytes: int = Field(description="Of datasets, open uploads and jobs' files; equal ones count each time.")
+    stored_bytes: int = Field(
+        description="Of datasets, open uploads, jobs' files and reports; equal ones count each time."
+    )
     stored_bytes_quota: int
     rows: int = Field(description="Of all datasets.")
     rows_quota: int

@@ -51,6 +51,7 @@ STATUS = {
     "source.failed": 502,
     "dataset.not_found": 404,
     "dataset.in_use": 409,
+    "report.not_found": 404,
     "upload.not_found": 404,
     "upload.part_wrong": 422,
     "upload.incomplete": 409,

@@ -89,6 +89,9 @@ class Settings(BaseSettings):
     check_file_bytes: int = Field(default=4096 * MiB, ge=1 * MiB)
     """Largest file that that process may write, in bytes: an unpacked file, or the rows in their stored form."""
 
+    reports_kept_d: float = Field(default=30.0, gt=0)
+    """Days that the report on a refused file stays."""
+
     cost_per_hour: float | None = Field(default=None, gt=0)
     """What an hour of a worker costs, in any currency: estimates then say what a job costs. Absent: they name no price."""
 

@@ -44,6 +44,9 @@ class Problem(View):
     errors: list[FaultView] = []
     errors_total: int = Field(default=0, description="More than the length of errors where that is capped.")
     facts: dict[str, Any] = {}
+    report: str | None = Field(
+        default=None, description="Path of the report that holds all of errors; see GET /reports/{id}."
+    )
     request_id: str | None = None
 
 
@@ -245,18 +248,27 @@ class UploadView(View):
     expires_at: datetime = Field(description="Given up then; every part puts it off.")
 
 
-class DatasetReportView(View):
-    """What the check of a dataset found."""
+class ReportView(View):
+    """What the check of a file found: of one that became a dataset, or of one that was refused (`errors_total` > 0)."""
 
-    dataset_id: str
-    format: str
-    rows: int
+    id: str | None = Field(default=None, description="Of the report on a refused file.")
+    dataset_id: str | None = Field(default=None, description="The dataset that the file became.")
+    name: str = Field(description="Of the file; of both, where a job came with two that were refused.")
+    code: str | None = Field(default=None, description="Of the error with which it was refused.")
+    detail: str | None = Field(default=None, description="Of that error.")
+    errors_total: int = Field(default=0, description="All that is wrong with its rows.")
+    errors_by_code: dict[str, int] = Field(default={}, description="The same by code.")
+    errors_listed: int = Field(
+        default=0, description="How many GET /reports/{id}/errors lists: the first 100,000 of a file; the counts go on."
+    )
+    format: str | None = Field(description="Null where it was not found out.")
+    rows: int = Field(description="Good ones.")
     size_bytes: int
-    content_hash: str
-    longest_row_chars: int
-    duplicates: int
-    duplicate_lines: list[int]
-    warnings: list[str]
+    content_hash: str | None = Field(default=None, description="This and what follows is of good files alone.")
+    longest_row_chars: int | None = None
+    duplicates: int | None = None
+    duplicate_lines: list[int] = []
+    warnings: list[str] = []
     personal: dict[str, dict[str, Any]] = Field(
         default={},
         description="What looks like personal data, by its form: kind -> `rows`, and `lines` of the first of them.",
@@ -268,6 +280,8 @@ class DatasetReportView(View):
     source: dict[str, Any] | None = Field(
         default=None, description="Where it was fetched, when, and the bytes' sha256."
     )
+    created_at: datetime
+    expires_at: datetime | None = Field(default=None, description="When the report goes; null: with its dataset.")
 
 
 class RowView(View):

@@ -57,6 +57,8 @@ class CheckRequest:
     """Path and name of each."""
     limits: DatasetLimits
     normalised: str
+    listed: str
+    """Where the bad lines are listed."""
     mapping: Mapping[str, str]
     result: str
     bounds: Bounds
@@ -112,6 +114,7 @@ def _check(request: CheckRequest) -> dict[str, Any]:
                 request.limits,
                 normalised=Path(request.normalised),
                 columns=mapped(request.mapping),
+                listed=Path(request.listed),
             )
         except OSError as error:
             if error.errno != errno.EFBIG:

@@ -28,6 +28,7 @@ from typing import Any, Self
 import httpx
 
 from p2d.config import JobConfig
+from p2d.errors import ErrorDetail
 from p2d.files import sha256_of
 from p2d.service_answers import (
     Artifact,
@@ -37,6 +38,7 @@ from p2d.service_answers import (
     NoSuchFile,
     ServiceProblem,
     ServiceUnreachable,
+    fault_of,
     job_of,
 )
 from p2d.sources import named_source
@@ -187,6 +189,16 @@ class Client:
         headers = {"Idempotency-Key": str(uuid.uuid4())}
         # No time limit: the service reads the whole file before it answers.
         return str(self._json("POST", f"{place}/complete", headers=headers, json=dict(completion), timeout=None)["id"])
+
+    def refusal(self, report: str) -> Mapping[str, Any]:
+        """The report on a file that was refused: `ServiceProblem.report`, or its id."""
+        found: Mapping[str, Any] = self._json("GET", _report_path(report))
+        return found
+
+    def faults(self, report: str) -> Iterator[ErrorDetail]:
+        """Everything that such a report lists, in the order of the file, page by page."""
+        for entry in self._pages(f"{_report_path(report)}/errors", {"limit": "1000"}):
+            yield fault_of(entry)
 
     def job(self, job_id: str) -> Job:
         """The job as it is now."""
@@ -371,6 +383,10 @@ def _patience(body: Mapping[str, Any]) -> dict[str, None]:
     """No time limit where the service fetches data before it answers."""
     given = (body, body.get("dataset"), body.get("validation_dataset"))
     return {"timeout": None} if any(isinstance(one, Mapping) and "source" in one for one in given) else {}
+
+
+def _report_path(report: str) -> str:
+    return report if report.startswith("/") else f"/reports/{report}"
 
 
 def _size(path: Path) -> int:

@@ -49,6 +49,8 @@ class P2DError(Exception):
         self.errors = tuple(errors)
         self.errors_total = len(self.errors) if errors_total is None else errors_total
         self.facts: Mapping[str, Any] = facts
+        self.report: str | None = None
+        """Where all is listed of which errors[] holds the first: a path of the service's, or a file on this machine."""
 
     @property
     def retryable(self) -> bool:
@@ -66,6 +68,7 @@ class P2DError(Exception):
             "errors": [asdict(error) for error in self.errors],
             "errors_total": self.errors_total,
             "facts": dict(self.facts),
+            **({} if self.report is None else {"report": self.report}),
         }
 
 
@@ -82,9 +85,9 @@ class UnknownName(ConfigError):
 
 
 class DatasetError(P2DError):
-    """Rows that cannot be used; errors[] lists every bad line."""
+    """Rows that cannot be used; errors[] names the first hundred bad lines, the report all."""
 
-    code, fault, hint = "dataset.invalid", "user", "Mend the lines listed in errors[] and send the file again."
+    code, fault, hint = "dataset.invalid", "user", "Mend the lines that are named and send the file again."
 
 
 class DatasetEmpty(DatasetError):

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from p2d.columns import Columns, mapped
 from p2d.config import JobConfig, check, config_json
-from p2d.errors import ConfigError, DatasetFileMissing, ErrorDetail, P2DError
+from p2d.errors import ConfigError, DatasetError, DatasetFileMissing, ErrorDetail, P2DError
 from p2d.files import read_json, sha256_of, write_json
 from p2d.head_maps import check_head_map
 from p2d.model_info import ModelInfo, read_model_info
@@ -40,6 +40,9 @@ RESULTS = (
     "report.json",
 )
 """Files that a job leaves in `out`, those that its kind makes."""
+
+BAD_LINES = "bad_lines.jsonl"
+"""And the one that is left where a dataset has more bad lines than its error names."""
 
 OnProgress = Callable[[PlannedStep, int, int, Mapping[str, float]], None]
 
@@ -133,9 +136,9 @@ def _run(
     config = _with_earlier(config, head_map, selection)
     with _result_folder(out) as folder, work_folder(folder) as work:
         inputs = work.incoming
-        rows = _take(data, inputs / "dataset.jsonl", columns)
+        rows = _take(data, inputs / "dataset.jsonl", columns, folder)
         if validation is not None:
-            _take(validation, inputs / "validation.jsonl", columns)
+            _take(validation, inputs / "validation.jsonl", columns, folder)
         info = read_model_info(Path(model))
         if head_map is not None:
             check_head_map(Path(head_map), info)
@@ -206,8 +209,8 @@ def _result_folder(out: Path | str) -> Iterator[Path]:
             folder.rmdir()
 
 
-def _take(data: Path | str | Dataset, normalised: Path, columns: Columns) -> int:
-    """Check a user's rows and write their normalised form; the number of rows."""
+def _take(data: Path | str | Dataset, normalised: Path, columns: Columns, folder: Path) -> int:
+    """Check a user's rows and write their normalised form; the number of rows. Many bad lines leave their list in `folder`."""
     if isinstance(data, (str, Path)):
         path = Path(data)
         if not path.is_file():
@@ -215,7 +218,17 @@ def _take(data: Path | str | Dataset, normalised: Path, columns: Columns) -> int
     else:  # through a file, so that a table gets the same checks and the same messages
         path = normalised.with_suffix(".table.jsonl")
         data.to_json(path)
-    return check_files([DataFile(path=path, name=path.name)], normalised=normalised, columns=columns).rows
+    listed = folder / BAD_LINES
+    listed.unlink(missing_ok=True)  # of an earlier run
+    try:
+        files = [DataFile(path=path, name=path.name)]
+        return check_files(files, normalised=normalised, columns=columns, listed=listed).rows
+    except DatasetError as error:
+        if error.errors_total > len(error.errors):
+            error.report = str(listed)
+        else:
+            listed.unlink(missing_ok=True)
+        raise
 
 
 def _run_steps(

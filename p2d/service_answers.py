@@ -22,9 +22,10 @@ class ServiceProblem(Exception):
         self.retryable = bool(body.get("retryable", False))
         self.hint = str(body.get("hint", ""))
         self.request_id = str(body.get("request_id", ""))
-        known = ErrorDetail.__dataclass_fields__
-        details = [{key: value for key, value in entry.items() if key in known} for entry in body.get("errors") or []]
-        self.errors = tuple(ErrorDetail(**entry) for entry in details)
+        self.report: str | None = body.get("report")
+        """Path of the report that lists all of which `errors` holds the first; see `Client.faults`."""
+        self.facts: Mapping[str, Any] = body.get("facts") or {}
+        self.errors = tuple(fault_of(entry) for entry in body.get("errors") or [])
         self.errors_total = int(body.get("errors_total", len(self.errors)))
         super().__init__(str(body.get("detail") or body.get("title") or f"The service answered {status}."))
 
@@ -76,6 +77,12 @@ class Artifact:
     name: str
     sha256: str
     size_bytes: int
+
+
+def fault_of(body: Mapping[str, Any]) -> ErrorDetail:
+    """The fault that an answer shows."""
+    known = ErrorDetail.__dataclass_fields__
+    return ErrorDetail(**{key: value for key, value in body.items() if key in known})
 
 
 def job_of(body: Mapping[str, Any]) -> Job:

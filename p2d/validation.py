@@ -6,7 +6,6 @@ How a row is read is `rows.py`'s business; whether rows fit a model's context is
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,15 +14,13 @@ from typing import Any
 from p2d.columns import ACCEPTED, Columns
 from p2d.compression import Compression, plain_name, unpacked
 from p2d.errors import DatasetEmpty, DatasetError, DatasetTooLarge, ErrorDetail
+from p2d.faults import FaultList
 from p2d.formats import column_names
 from p2d.lengths import Lengths
 from p2d.personal_data import PersonalData
 from p2d.row_keys import RowKeys
 from p2d.rows import MAX_ROW_BYTES, Format, Row, extra_fields, hash_row, read_rows, sniff_format, write_rows
 from p2d.wording import counted
-
-MAX_LISTED = 10_000
-"""Bad lines listed at most; `errors_total` and the counts by code go on."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,6 +75,7 @@ def check_files(
     *,
     normalised: Path,
     columns: Columns = ACCEPTED,
+    listed: Path | None = None,
 ) -> DatasetReport:
     """`validate_file` for files as users send them: of any format, plain or compressed. Limits hold for the unpacked bytes.
 
@@ -85,12 +83,14 @@ def check_files(
     file, which the message names.
 
     Args:   normalised: see `validate_file`; what is unpacked lies beside it for so long.
+            listed: where every bad line is listed (`p2d.faults`); the error holds only the first.
     Raises: as `validate_file`; DatasetError for a stream that cannot be unpacked, or for files of several formats;
             MappingInvalid where mapped columns are in none of the first hundred rows.
     """
-    reading = _Reading(limits or DatasetLimits())
     found = _Found(tuple(files), columns, normalised.with_name(normalised.name + ".unpacked"))
-    write_rows(normalised, found.rows(reading))
+    with FaultList(listed) as faults:
+        reading = _Reading(limits or DatasetLimits(), faults)
+        write_rows(normalised, found.rows(reading))
     assert found.format is not None
     size_bytes = sum(file.path.stat().st_size for file in files)
     report = reading.report(found.format, size_bytes, found.extra)
@@ -107,9 +107,9 @@ def validate_file(
 ) -> DatasetReport:
     """Read every row once; write the normalised form to `normalised` where given.
 
-    Raises: DatasetEmpty, DatasetTooLarge, or DatasetError (`dataset.invalid`) with every bad line in errors[].
+    Raises: DatasetEmpty, DatasetTooLarge, or DatasetError (`dataset.invalid`) with the first bad lines in errors[].
     """
-    reading = _Reading(limits or DatasetLimits())
+    reading = _Reading(limits or DatasetLimits(), FaultList())
     rows = reading.good(read_plain(path, format, reading, columns))
     if normalised is None:
         for _ in rows:
@@ -182,16 +182,15 @@ def _refuse_wide(path: Path) -> None:
 class _Reading:
     """What is counted while the rows go by."""
 
-    def __init__(self, limits: DatasetLimits) -> None:
+    def __init__(self, limits: DatasetLimits, faults: FaultList) -> None:
         self.limits, self.bytes_left = limits, limits.max_bytes
+        self._faults = faults
         self.digest = hashlib.sha256()
         self.rows = self.longest_row_chars = self.duplicates = 0
         self._read = 0
         self.duplicate_lines: list[int] = []
         self._prompts, self._answers, self._personal = Lengths(), Lengths(), PersonalData()
         self._seen = RowKeys()
-        self._errors: list[ErrorDetail] = []
-        self._by_code: Counter[str] = Counter()
 
     def take_bytes(self, size_bytes: int) -> None:
         """Count the bytes of a file that is about to be read. Raises DatasetTooLarge."""
@@ -212,17 +211,15 @@ class _Reading:
                     f"The file has more than {self.limits.max_rows} rows.", limit=self.limits.max_rows
                 )
             if isinstance(row, ErrorDetail):
-                self._by_code[row.code] += 1
-                if len(self._errors) < MAX_LISTED:
-                    self._errors.append(row)
+                self._faults.add(row)
                 continue
             self.rows += 1
             self._count(row)
             yield row
 
     def report(self, format: Format, size_bytes: int, extra: Sequence[str]) -> DatasetReport:
-        """What was read, once all of it was. Raises DatasetError with all faults, or DatasetEmpty."""
-        self._raise_if_bad()
+        """What was read, once all of it was. Raises DatasetError with the first faults, or DatasetEmpty."""
+        self._raise_if_bad(format)
         warnings = []
         if self.duplicates:
             warnings.append(counted(self.duplicates, "row repeats an earlier row.", "rows repeat an earlier row."))
@@ -242,18 +239,16 @@ class _Reading:
             personal=self._personal.found(),
         )
 
-    def _raise_if_bad(self) -> None:
-        total = self._by_code.total()
-        if total:
+    def _raise_if_bad(self, format: Format) -> None:
+        if total := self._faults.total:
             text = counted(total, "line of the dataset cannot be used.", "lines of the dataset cannot be used.")
-            if total > MAX_LISTED:
-                text += f" The first {MAX_LISTED:,} are listed."
             raise DatasetError(
                 text,
-                errors=self._errors,
+                errors=self._faults.first,
                 errors_total=total,
-                errors_by_code=dict(self._by_code),
+                errors_by_code=dict(self._faults.by_code),
                 good_rows=self.rows,
+                format=format,
             )
         if not self.rows:
             raise DatasetEmpty("The dataset has no rows.")

@@ -30,6 +30,7 @@ from app.errors import (
     JobNotFound,
     KeyNotFound,
     NotFound,
+    ReportNotFound,
     RequestInvalid,
     SelectionNotFound,
     UploadNotFound,
@@ -135,6 +136,7 @@ def _id(prefix: str, error: type[NotFound]) -> Callable[[str], str]:
 
 JobId = Annotated[str, Depends(_id("job", JobNotFound))]
 DatasetId = Annotated[str, Depends(_id("ds", DatasetNotFound))]
+ReportId = Annotated[str, Depends(_id("rep", ReportNotFound))]
 ArtifactId = Annotated[str, Depends(_id("art", ArtifactNotFound))]
 UploadId = Annotated[str, Depends(_id("upl", UploadNotFound))]
 HeadMapId = Annotated[str, Depends(_id("hm", HeadMapNotFound))]

@@ -25,9 +25,10 @@ from app.api.context import (
 from app.api.documentation import DATASET_BODY, DATASET_KNOWN, errors
 from app.api.idempotency import Once
 from app.api.receipts import receipt
+from app.api.reports import reporting
 from app.api.stored_lines import page_of_lines
 from app.blobs import Blob
-from app.core.ingest import Candidate, inspect, inspect_given, record, store
+from app.core.ingest import Candidate, inspect_file, inspect_given, record, store
 from app.dataset_errors import (
     DatasetReaderDied,
     DatasetTooCostly,
@@ -51,7 +52,7 @@ from app.errors import (
 )
 from app.key_schemas import ReceiptView
 from app.schemas import DatasetBody, Mapping, RowsBody, Sha256, SourceBody, Text
-from app.views import DatasetReportView, DatasetStatsView, DatasetView, Page, RowView
+from app.views import DatasetStatsView, DatasetView, Page, ReportView, RowView
 from p2d.columns import ACCEPTED, mapped
 from p2d.errors import DatasetEmpty, DatasetError, DatasetTooLarge, ErrorDetail, MappingInvalid
 from p2d.formats import Format
@@ -83,7 +84,8 @@ async def create_dataset(request: Request, services: Context, key: IdempotencyKe
     `{"source": {"type": "https", "url": ...}}`, `{"type": "hf", "repo", "path", "revision"}`, `{"type": "s3", "url"}`:
     where the operator lets it. A small one may be written out: `{"rows": [{"question": ..., "answer": ...}, ...]}`.
 
-    All of it is checked; one bad line refuses it, and all bad lines are listed.
+    All of it is checked; one bad line refuses it. The first hundred bad lines are named, and all in the report to which the answer
+    links.
     """
     async with receive(request, services.settings, files=("file",), json_part="mapping", json=True) as received:
         if not received.plain:
@@ -123,10 +125,11 @@ def get_one_dataset(dataset_id: DatasetId, services: Context) -> DatasetView:
 
 
 @router.get("/datasets/{id}/report", responses=errors(DatasetNotFound))
-def get_dataset_report(dataset_id: DatasetId, services: Context) -> DatasetReportView:
-    """What the check of the dataset found."""
+def get_dataset_report(dataset_id: DatasetId, services: Context) -> ReportView:
+    """What the check of the dataset found, in the same shape as of a refused file (GET /reports/{id})."""
     dataset = _find(services, dataset_id)
-    return DatasetReportView.model_validate({"dataset_id": dataset.id, **dataset.report})
+    told = {"dataset_id": dataset.id, "name": dataset.name, "created_at": dataset.created_at}
+    return ReportView.model_validate({**dataset.report, **told})
 
 
 @router.get("/datasets/{id}/rows", responses=errors(DatasetNotFound, CursorInvalid))
@@ -179,7 +182,9 @@ def _create(services: Services, received: Received, key: str | None) -> Response
     once = Once.of("POST /datasets", key, mapping, received)
     if (replay := once.earlier(services.engine)) is not None:
         return replay
-    return _make(services, once, inspect([file.data()], file.name, services.settings, mapped(mapping)))
+    with reporting(services) as refused:
+        candidate = inspect_file(file.data(), services.settings, mapped(mapping), refused)
+    return _make(services, once, candidate)
 
 
 def _take(services: Services, body: SourceBody | RowsBody, key: str | None) -> Response:
@@ -187,7 +192,8 @@ def _take(services: Services, body: SourceBody | RowsBody, key: str | None) -> R
     if (replay := once.earlier(services.engine)) is not None:
         return replay
     with work_folder(services.settings) as folder:
-        candidate = inspect_given(body, services.settings, services.egress, folder / "file", ACCEPTED)
+        with reporting(services) as refused:
+            candidate = inspect_given(body, services.settings, services.egress, folder / "file", ACCEPTED, refused)
         return _make(services, once, candidate)
 
 

@@ -42,7 +42,7 @@ def answer_estimate(services: Services, received: Received) -> Response:
         cost_per_hour=settings.cost_per_hour,
     )
     with work_folder(settings) as folder:
-        checked = check_job(services, body, received, folder)
+        checked = check_job(services, body, received, folder, refused=[])  # nothing is stored, no report either
         with services.engine.connect() as conn:
             found = forecast(conn, body.config(), checked.model, checked.dataset, checked.validation, known)
     view = EstimateView.model_validate(

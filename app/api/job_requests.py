@@ -12,7 +12,8 @@ from typing import TypeVar
 from app.api.bodies import Received, read_json
 from app.api.context import Services
 from app.api.datasets import SOURCE_ERRORS
-from app.core.ingest import Candidate, inspect, inspect_given
+from app.core.ingest import Candidate, inspect_file, inspect_given
+from app.core.refusals import Refusal
 from app.core.submit import Content, find_dataset, refusals
 from app.dataset_errors import DatasetReaderDied, DatasetTooCostly, SourceFailed
 from app.errors import (
@@ -104,10 +105,13 @@ class CheckedJob:
     validation: Content | None
 
 
-def check_job(services: Services, body: JobBody, received: Received, folder: Path) -> CheckedJob:
+def check_job(
+    services: Services, body: JobBody, received: Received, folder: Path, refused: list[Refusal]
+) -> CheckedJob:
     """Check everything that can be checked without a model's weights, and raise all that is wrong at once.
 
     Args:   folder: where the candidates of data in the job's JSON lie.
+            refused: takes what was found of data that are refused.
     """
     faults, config, settings = _Faults(), body.config(), services.settings
     faults.catch(lambda: check(config))
@@ -116,13 +120,14 @@ def check_job(services: Services, body: JobBody, received: Received, folder: Pat
     candidates: dict[str, Candidate] = {}
     if (columns := faults.catch(lambda: mapped(body.mapping))) is not None:
         for name, file in received.files.items():
-            found = faults.catch(partial(inspect, [file.data()], file.name, settings, columns, pointer=f"/{name}"))
+            found = faults.catch(partial(inspect_file, file.data(), settings, columns, refused, pointer=f"/{name}"))
             contents[name] = found
             if found is not None:
                 candidates[name] = found
         for name, given in _given(body).items():
+            to, pointer = folder / name, f"/{name}"
             found = faults.catch(
-                partial(inspect_given, given, settings, services.egress, folder / name, columns, pointer=f"/{name}")
+                partial(inspect_given, given, settings, services.egress, to, columns, refused, pointer=pointer)
             )
             contents[name] = found
             if found is not None:

@@ -21,6 +21,7 @@ from app.api.job_filters import METADATA_QUERY, Wanted
 from app.api.job_requests import FILES, REFUSALS, check_job, parse_job
 from app.api.job_views import new_view, summary_of
 from app.api.patches import merge_patch
+from app.api.reports import reporting
 from app.blobs import Blob
 from app.core.ingest import Candidate, record, store
 from app.core.quotas import allow_job
@@ -126,7 +127,8 @@ def queue_job(services: Services, body: JobBody, received: Received, once: Once)
     if (replay := once.earlier(services.engine)) is not None:
         return replay
     with work_folder(services.settings) as folder:
-        checked = check_job(services, body, received, folder)
+        with reporting(services) as refused:
+            checked = check_job(services, body, received, folder, refused)
         blobs = {name: store(services.blobs, candidate) for name, candidate in checked.candidates.items()}
     with services.engine.begin() as conn:
         if (replay := once.take(conn)) is not None:

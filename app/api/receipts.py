@@ -12,6 +12,7 @@ from app.key_schemas import Deleted, ReceiptView
 _ACTIONS: dict[Deleted, Action] = {
     "job": "job.delete",
     "dataset": "dataset.delete",
+    "report": "report.delete",
     "head_map": "head_map.delete",
     "selection": "selection.delete",
     "artifact": "artifact.delete",

@@ -17,7 +17,8 @@ from app.api.context import Context, IdempotencyKey, Services, UploadId
 from app.api.datasets import DATASET_ERRORS, answer_dataset, note_dataset
 from app.api.documentation import COMPLETE_BODY, DATASET_KNOWN, PART_BODY, UPLOAD_BODY, errors
 from app.api.idempotency import Once
-from app.core.ingest import inspect, record, store
+from app.api.reports import reporting
+from app.core.ingest import inspect_file, record, store
 from app.core.quotas import allow_storage
 from app.core.uploads import MAX_PARTS, assembled, ended_meanwhile, expected_size, part_size, take_part
 from app.db.datasets import Dataset, get_dataset
@@ -173,8 +174,9 @@ def _complete(services: Services, upload_id: str, body: CompleteBody, key: str |
     folder = services.settings.work_dir / "uploads"
     try:
         with assembled(services.engine, services.blobs, upload, folder) as path:
-            file = DataFile(path=path, name=upload.name)
-            candidate = inspect([file], upload.name, services.settings, columns)
+            with reporting(services) as refused:
+                file = DataFile(path=path, name=upload.name)
+                candidate = inspect_file(file, services.settings, columns, refused)
             blob = store(services.blobs, candidate)
     except BlobMissing as missing:
         return _completed(services, once, ended_meanwhile(services.engine, upload_id, missing))

@@ -1,5 +1,5 @@
-"""Remove what nobody needs any more: old checkpoints of ended jobs, old deliveries of webhooks, and objects of the store to
-which nothing refers.
+"""Remove what nobody needs any more: old checkpoints of ended jobs, old deliveries of webhooks, old reports, and objects of the
+store to which nothing refers.
 
 Never an object that a row refers to, nor one that somebody is about to register: docs/decisions/0016 says why. Parts of
 uploads have a life of their own (app.core.uploads).
@@ -29,6 +29,7 @@ from app.db.objects import (
     still_locked,
     sum_unreferenced,
 )
+from app.db.reports import forget_reports
 from app.settings import Settings
 
 GARBAGE_LOCK = 0x703264_03
@@ -83,6 +84,8 @@ def sweep_garbage(engine: Engine, blobs: BlobStore, settings: Settings) -> None:
 def clear(engine: Engine, blobs: BlobStore, settings: Settings) -> tuple[int, Collected]:
     """All that the settings let go: how many jobs, and which objects."""
     drop_checkpoints(engine, kept_d=settings.checkpoints_kept_d)
+    with engine.begin() as conn:
+        forget_reports(conn)
     jobs = drop_jobs(engine, kept_d=settings.jobs_kept_d)
     return jobs, collect(engine, blobs, kept_h=settings.unreferenced_kept_h)
 

@@ -7,8 +7,9 @@ bytes arrived is app.api's business; how a row is read is p2d.rows'; in which pr
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from pydantic import JsonValue
@@ -17,6 +18,7 @@ from app.blobs import Blob, BlobStore
 from app.core.egress import Egress
 from app.core.quotas import allow_storage
 from app.core.reader import check_apart
+from app.core.refusals import Refusal, refusal_of
 from app.core.sources import Provenance, fetch_source
 from app.db.datasets import Dataset, insert_dataset, same_dataset
 from app.db.engine import Connection
@@ -57,31 +59,48 @@ def inspect(
     name: str,
     settings: Settings,
     columns: Columns,
+    refused: list[Refusal],
     *,
-    pointer: str = "",
+    place: Callable[[ErrorDetail], ErrorDetail] = lambda fault: fault,
     provenance: Provenance | None = None,
 ) -> Candidate:
     """Check every row and write the normalised form beside the first file.
 
     Args:   files: those of one dataset, in order. name: a label for it.
             columns: where the rows stand.
+            refused: takes what was found, if the files are refused.
+            place: says of a fault in the files where it is in the request.
             provenance: where the file was fetched.
-            pointer: put before the pointers of bad lines, where a request holds more than one file.
-    Raises: DatasetError with all bad lines, DatasetEmpty, DatasetTooLarge, DatasetTooCostly, DatasetReaderDied,
+    Raises: DatasetError with the first bad lines, DatasetEmpty, DatasetTooLarge, DatasetTooCostly, DatasetReaderDied,
             MappingInvalid, DiskFull.
     """
     first = files[0].path
-    normalised = first.with_name(first.name + ".rows")
+    normalised, listed = (first.with_name(first.name + ending) for ending in (".rows", ".faults"))
     try:
-        report = check_apart(files, settings, normalised=normalised, columns=columns)
+        report = check_apart(files, settings, normalised=normalised, listed=listed, columns=columns)
     except DatasetError as error:
-        _move(error, pointer)
+        size_bytes = sum(file.path.stat().st_size for file in files)
+        refused.append(refusal_of(error, listed, place, name=name, size_bytes=size_bytes, mapping=columns.mapping))
         raise
     return Candidate(name=name, report=report, normalised=normalised, provenance=provenance)
 
 
+def inspect_file(
+    file: DataFile, settings: Settings, columns: Columns, refused: list[Refusal], *, pointer: str = ""
+) -> Candidate:
+    """`inspect` for a file that came with a request, as the part at `pointer` where it has several."""
+    return inspect([file], file.name, settings, columns, refused, place=partial(_below, pointer))
+
+
 def inspect_given(
-    given: SourceBody | RowsBody, settings: Settings, egress: Egress, to: Path, columns: Columns, *, pointer: str = ""
+    given: SourceBody | RowsBody,
+    settings: Settings,
+    egress: Egress,
+    to: Path,
+    columns: Columns,
+    refused: list[Refusal],
+    *,
+    pointer: str = "",
 ) -> Candidate:
     """`inspect` for data that a request's JSON names, or holds.
 
@@ -93,13 +112,14 @@ def inspect_given(
     if given.mapping:
         columns = _pointed(pointer, given.mapping)
     if isinstance(given, RowsBody):
-        return _inspect_rows(given.rows, settings, to, columns, pointer)
+        return _inspect_rows(given.rows, settings, to, columns, refused, pointer)
     try:
         found = fetch_source(settings, egress, given.source.model_dump(), to)
     except P2DError as error:
         _move(error, f"{pointer}/source")
         raise
-    return inspect(found.files, found.name, settings, columns, pointer=pointer, provenance=found.provenance)
+    place = partial(_below, pointer)
+    return inspect(found.files, found.name, settings, columns, refused, place=place, provenance=found.provenance)
 
 
 def _pointed(pointer: str, mapping: Mapping[str, str]) -> Columns:
@@ -110,26 +130,30 @@ def _pointed(pointer: str, mapping: Mapping[str, str]) -> Columns:
         raise
 
 
-def _inspect_rows(rows: Sequence[JsonValue], settings: Settings, to: Path, columns: Columns, pointer: str) -> Candidate:
+def _inspect_rows(
+    rows: Sequence[JsonValue], settings: Settings, to: Path, columns: Columns, refused: list[Refusal], pointer: str
+) -> Candidate:
+    def place(fault: ErrorDetail) -> ErrorDetail:
+        if fault.line is not None:
+            fault = replace(fault, pointer=f"/{fault.line - 1}{fault.pointer or ''}", line=None)
+        return _below(f"{pointer}/rows", fault)
+
     # Half a surrogate pair has no UTF-8; the reader finds its bytes and says so.
     lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
     to.write_bytes(f"[{lines}]".encode("utf-8", "surrogatepass"))
-    try:
-        return inspect([DataFile(path=to, name="rows")], "rows", settings, columns)
-    except DatasetError as error:
-        error.errors = tuple(
-            replace(detail, pointer=f"/{detail.line - 1}{detail.pointer or ''}", line=None) if detail.line else detail
-            for detail in error.errors
-        )
-        _move(error, f"{pointer}/rows")
-        raise
+    return inspect([DataFile(path=to, name="rows")], "rows", settings, columns, refused, place=place)
+
+
+def _below(pointer: str, fault: ErrorDetail) -> ErrorDetail:
+    """The fault with `pointer` before its own."""
+    return replace(fault, pointer=pointer + (fault.pointer or "")) if pointer else fault
 
 
 def _move(error: P2DError, pointer: str) -> None:
     """Put `pointer` before the pointers of an error's faults; an error that lists none is itself the fault there."""
     if not pointer:
         return
-    error.errors = tuple(replace(detail, pointer=pointer + (detail.pointer or "")) for detail in error.errors)
+    error.errors = tuple(_below(pointer, fault) for fault in error.errors)
     if not error.errors:
         error.errors = (ErrorDetail(code=error.code, message=error.text, pointer=pointer),)
         error.errors_total = 1

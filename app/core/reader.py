@@ -29,7 +29,9 @@ _TIME_UP = {-signal.SIGXCPU, -signal.SIGALRM}
 _KILLED, _ABORTED = -signal.SIGKILL, -signal.SIGABRT
 
 
-def check_apart(files: Sequence[DataFile], settings: Settings, *, normalised: Path, columns: Columns) -> DatasetReport:
+def check_apart(
+    files: Sequence[DataFile], settings: Settings, *, normalised: Path, listed: Path, columns: Columns
+) -> DatasetReport:
     """`p2d.validation.check_files` in a process of its own.
 
     Raises: as `check_files`; DatasetTooCostly, DatasetReaderDied, DiskFull.
@@ -44,6 +46,7 @@ def check_apart(files: Sequence[DataFile], settings: Settings, *, normalised: Pa
             max_bytes=settings.max_upload_bytes, max_rows=settings.max_rows, max_row_bytes=settings.max_row_bytes
         ),
         normalised=str(normalised),
+        listed=str(listed),
         mapping=columns.mapping,
         result=str(result),
         bounds=bounds,

@@ -17,6 +17,7 @@ Action = Literal[
     "key.revoke",
     "dataset.create",
     "dataset.delete",
+    "report.delete",
     "job.create",
     "job.update",
     "job.cancel",

@@ -13,7 +13,7 @@ from sqlalchemy import ColumnElement, Select, Text, and_, false, func, or_, sele
 from sqlalchemy.dialects.postgresql import insert
 
 from app.db.engine import Connection
-from app.db.tables import artifacts, datasets, head_maps, jobs, objects, steps
+from app.db.tables import artifacts, datasets, head_maps, jobs, objects, reports, steps
 from app.errors import ObjectCollected
 
 
@@ -136,6 +136,7 @@ def _referenced() -> ColumnElement[bool]:
         select(artifacts.c.id).where(artifacts.c.sha256 == objects.c.sha256, *_alive()).exists(),
         select(head_maps.c.id).where(head_maps.c.sha256 == objects.c.sha256).exists(),
         select(datasets.c.id).where(by_dataset).exists(),
+        select(reports.c.id).where(reports.c.sha256 == objects.c.sha256).exists(),
         objects.c.sha256.in_(in_checkpoint.correlate(None)),
     )
 

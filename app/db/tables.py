@@ -109,6 +109,24 @@ datasets = Table(
     Index(None, "project_id", "id"),
 )
 
+reports = Table(
+    "reports",
+    metadata,
+    Column("id", Text, primary_key=True),
+    _project(),
+    Column("name", Text, nullable=False, server_default=""),
+    Column("code", Text, nullable=False),
+    Column("detail", Text, nullable=False),
+    Column("report", JSONB, nullable=False),  # counts; as that of a dataset
+    Column("sha256", Text, nullable=False),  # the faults in the store
+    Column("stored_bytes", BigInteger, nullable=False),
+    _now(),
+    Column("expires_at", DateTime(timezone=True), nullable=False),
+    Index(None, "project_id", "id"),
+    Index(None, "sha256"),
+    Index(None, "expires_at"),
+)
+
 objects = Table(
     "objects",
     metadata,

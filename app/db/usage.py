@@ -7,7 +7,7 @@ from typing import Any
 from sqlalchemy import Select, false, func, select
 
 from app.db.engine import Connection
-from app.db.tables import artifacts, datasets, head_maps, jobs, uploads, webhooks
+from app.db.tables import artifacts, datasets, head_maps, jobs, reports, uploads, webhooks
 
 
 def open_jobs(conn: Connection) -> int:
@@ -26,7 +26,7 @@ def stored_rows(conn: Connection) -> int:
 
 
 def stored_bytes(conn: Connection) -> int:
-    """Bytes of datasets, of open uploads, of jobs' files and of imported head maps. What equal content saves is not taken off."""
+    """Bytes of datasets, open uploads, jobs' files, imported head maps and reports. What equal content saves is not taken off."""
     gone = uploads.c.dataset_id.is_not(None) | uploads.c.deleted_at.is_not(None) | (uploads.c.expires_at <= func.now())
     expired = func.coalesce(artifacts.c.expires_at <= func.now(), false())
     sums = (
@@ -34,6 +34,7 @@ def stored_bytes(conn: Connection) -> int:
         select(func.sum(uploads.c.size_bytes)).where(~gone),
         select(func.sum(artifacts.c.size_bytes)).where(artifacts.c.deleted_at.is_(None), ~expired),
         select(func.sum(head_maps.c.size_bytes)),  # of those that were imported
+        select(func.sum(reports.c.stored_bytes)).where(reports.c.expires_at > func.now()),
     )
     return sum(_number(conn, one) for one in sums)
 

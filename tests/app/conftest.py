@@ -52,6 +52,11 @@ class Api:
         root = Path(self.settings.url("store_url").removeprefix("file://"))
         return {path.name for path in root.rglob("*") if path.is_file()}
 
+    def kept(self) -> set[str]:
+        """The same, but for those of reports on refused files."""
+        with self.engine.connect() as conn:
+            return self.stored() - {row[0] for row in conn.exec_driver_sql("select sha256 from reports")}
+
     def uploading(self) -> list[Path]:
         """What uploads have left on the disk."""
         uploads = self.settings.work_dir / "uploads"

@@ -27,6 +27,7 @@ PREFIX = {
     "head-maps": "hm",
     "selections": "sel",
     "comparisons": "cmp",
+    "reports": "rep",
     "keys": "key",
     "webhooks": "wh",
 }

@@ -60,13 +60,16 @@ def test_bad_rows_are_listed_by_line(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, model: Path, tmp_path: Path
 ) -> None:
     data = tmp_path / "bad.jsonl"
-    data.write_text('{"prompt": "a", "answer": "b"}\n{"prompt": "a", "answer": ""}\n' + "not json\n" * 50)
+    data.write_text('{"prompt": "a", "answer": "b"}\n{"prompt": "a", "answer": ""}\n' + "not json\n" * 150)
 
     status, said = p2d(capsys, monkeypatch, "run", "--model", model, "--data", data, "--out", tmp_path / "out")
 
     assert status == 2
     assert "line 2:" in said
-    assert all(f"line {line}:" in said for line in range(3, 53))
+    assert all(f"line {line}:" in said for line in range(3, 102))
+    assert "row.not_json 150, row.empty 1" in said
+    assert "... and 51 more" in said
+    assert len((tmp_path / "out" / "bad_lines.jsonl").read_text().splitlines()) == 151
 
 
 def test_run_takes_files_with_other_column_names(

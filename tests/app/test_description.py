@@ -67,7 +67,8 @@ def explore(api: Api, folder: Path, seed: int, *, examples: int, phases: str) ->
     comparison = str(api.http.post("/comparisons", json={"job_ids": jobs}).json()["id"])
     with api.engine.begin() as conn:
         key, text = make_key(conn, api.settings, project_id=DEFAULT_PROJECT, scope="admin")
-    ids = [dataset, *jobs, comparison, job["head_map"], job["selection"], *(file["id"] for file in files)]
+    report = str(api.upload(b"{").json()["report"]).rpartition("/")[2]
+    ids = [dataset, *jobs, comparison, report, job["head_map"], job["selection"], *(file["id"] for file in files)]
     answers = folder / "answers"
     here = {"seed": seed, "answers": str(answers), "dataset": dataset, "key": key.id, "ids": ids, "jobs": jobs}
     env = {**os.environ, "PYTHONPATH": str(ROOT), "SCHEMATHESIS_HOOKS": "tests.app.requests_that_fit"}

@@ -44,7 +44,7 @@ def test_every_fault_of_both_datasets_and_of_the_job_is_named_at_once(fetching: 
     data = given_rows(30)
     data["rows"][12]["answer"] = ""
     data["rows"][20] = 5
-    before = (fetching.count("jobs"), fetching.count("datasets"), fetching.stored())
+    before = (fetching.count("jobs"), fetching.count("datasets"), fetching.kept())
 
     answer = fetching.post(a_job(dataset=data, validation_dataset=source("/bad.jsonl"), recipe="best"))
 
@@ -56,7 +56,7 @@ def test_every_fault_of_both_datasets_and_of_the_job_is_named_at_once(fetching: 
         "/validation_dataset/answer": "row.missing_field",
     }
     assert [fault.get("line") for fault in answer.json()["errors"]] == [None, None, None, 4]
-    assert (fetching.count("jobs"), fetching.count("datasets"), fetching.stored()) == before
+    assert (fetching.count("jobs"), fetching.count("datasets"), fetching.kept()) == before
     assert fetching.uploading() == []
 
 
@@ -125,13 +125,13 @@ def test_a_mapping_holds_for_rows_the_jobs_own_or_their_own(api: Api) -> None:
 
 
 def test_a_dry_run_over_rows_stores_nothing(api: Api) -> None:
-    before = (api.count("datasets"), api.stored())
+    before = (api.count("datasets"), api.kept())
 
     answer = api.http.post("/jobs?dry_run=true", json=a_job(dataset=given_rows(40, start=300)))
 
     assert answer.status_code == 200, answer.text
     assert answer.json()["rows"]["train"] > 0
-    assert (api.count("datasets"), api.stored(), api.uploading()) == (*before, [])
+    assert (api.count("datasets"), api.kept(), api.uploading()) == (*before, [])
 
 
 def test_rows_can_be_posted_as_a_dataset_and_be_refused_as_one(api: Api) -> None:

@@ -134,13 +134,13 @@ def test_it_is_known_by_its_models_digest_whatever_the_model_is_called(api: Api,
 def test_what_does_not_fit_is_refused_in_words(
     api: Api, made: dict[str, Any], changed: dict[str, Any], pointer: str
 ) -> None:
-    before = api.count("head_maps"), api.stored()
+    before = api.count("head_maps"), api.kept()
 
     answer = bring(api, file_of(made, **changed))
 
     assert (answer.status_code, answer.json()["code"]) == (422, "head_map.invalid")
     assert pointer in [fault["pointer"] for fault in answer.json()["errors"]]
-    assert (api.count("head_maps"), api.stored()) == before
+    assert (api.count("head_maps"), api.kept()) == before
 
 
 @pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999"])

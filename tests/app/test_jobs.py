@@ -166,12 +166,12 @@ BAD_FILES: dict[str, tuple[bytes, int, str]] = {
 @pytest.mark.parametrize("what", BAD_FILES)
 def test_a_job_leaves_nothing_behind_when_its_file_is(api: Api, what: str) -> None:
     content, status, code = BAD_FILES[what]
-    before = (api.count("jobs"), api.count("datasets"), api.stored())
+    before = (api.count("jobs"), api.count("datasets"), api.kept())
 
     answer = api.send(a_job(), content)
 
     assert (answer.status_code, answer.json()["code"]) == (status, code), answer.text
-    assert (api.count("jobs"), api.count("datasets"), api.stored()) == before
+    assert (api.count("jobs"), api.count("datasets"), api.kept()) == before
     assert api.uploading() == []
 
 
@@ -190,12 +190,12 @@ def test_broken_line_317_and_all_other_bad_lines_are_named(api: Api) -> None:
 
 
 def test_too_few_rows_in_a_sent_file_leave_nothing_behind(api: Api) -> None:
-    before = (api.count("datasets"), api.stored())
+    before = (api.count("datasets"), api.kept())
 
     answer = api.send(a_job(), rows(9, start=5000))
 
     assert (answer.status_code, answer.json()["code"]) == (422, "dataset.too_small")
-    assert (api.count("datasets"), api.stored()) == before
+    assert (api.count("datasets"), api.kept()) == before
 
 
 def test_files_of_a_job_may_name_their_columns_otherwise(api: Api) -> None:

@@ -46,6 +46,7 @@ PREFIX = {
     "selections": "sel_",
     "webhooks": "wh_",
     "comparisons": "cmp_",
+    "reports": "rep_",
 }
 
 
@@ -151,6 +152,7 @@ def one_of_everything(api: Api) -> dict[str, str]:
         "jobs": job_id,
         "comparisons": comparison["id"],
         "datasets": dataset["id"],
+        "reports": api.upload(b"{", name="owners-secret.jsonl").json()["report"].split("/")[-1],
         "uploads": upload["id"],
         "artifacts": artifacts[0]["id"],
     }
@@ -229,7 +231,7 @@ def test_what_another_project_has_answers_404_on_every_route(tenants: Tenants) -
 
 
 def test_lists_hold_what_is_the_projects_own(tenants: Tenants) -> None:
-    for path in ["/jobs", "/comparisons", "/datasets", "/head-maps", "/selections"]:
+    for path in ["/jobs", "/comparisons", "/datasets", "/reports", "/head-maps", "/selections"]:
         assert tenants.ask("GET", path, tenants.other).json()["data"] == []
         assert len(tenants.ask("GET", path, tenants.owner["read"]).json()["data"]) > 0
     assert [one["project"] for one in tenants.ask("GET", "/keys", tenants.other).json()["data"]] == ["other"]

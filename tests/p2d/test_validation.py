@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from p2d.errors import DatasetEmpty, DatasetError, DatasetTooLarge
+from p2d.faults import SHOWN, read_faults
 from p2d.rows import content_hash, load_rows
-from p2d.validation import MAX_LISTED, DatasetLimits, validate_file
+from p2d.validation import DataFile, DatasetLimits, check_files, validate_file
 
 
 def write(tmp_path: Path, lines: list[str]) -> Path:
@@ -44,15 +45,24 @@ def test_every_bad_line_is_listed_and_counted_by_code(tmp_path: Path) -> None:
         validate_file(write(tmp_path, lines), "jsonl")
 
     assert [(fault.line, fault.code) for fault in caught.value.errors] == [(51, "row.empty"), (317, "row.not_json")]
-    assert caught.value.facts == {"errors_by_code": {"row.empty": 1, "row.not_json": 1}, "good_rows": 398}
+    counts = {"errors_by_code": {"row.empty": 1, "row.not_json": 1}, "good_rows": 398}
+    assert caught.value.facts == {**counts, "format": "jsonl"}
 
 
-def test_the_list_is_capped_and_the_count_is_not(tmp_path: Path) -> None:
-    with pytest.raises(DatasetError) as caught:
-        validate_file(write(tmp_path, ["{"] * (MAX_LISTED + 5)), "jsonl")
+def test_an_error_names_the_first_bad_lines_a_list_holds_more_and_the_counts_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("p2d.faults.MAX_LISTED", 3 * SHOWN)
+    path, listed = write(tmp_path, ["{", row(0)] * (2 * SHOWN)), tmp_path / "listed"
 
-    assert len(caught.value.errors) == MAX_LISTED
-    assert caught.value.errors_total == MAX_LISTED + 5
+    with pytest.raises(DatasetError, match="400 lines") as caught:
+        check_files([DataFile(path=path, name="x.jsonl")], normalised=tmp_path / "rows", listed=listed)
+
+    found = list(read_faults(listed))
+    assert [fault.line for fault in found] == list(range(1, 3 * SHOWN + 1))
+    assert caught.value.errors == tuple(found[:SHOWN])
+    assert caught.value.errors_total == 4 * SHOWN
+    assert caught.value.facts["errors_by_code"] == {"row.not_json": 2 * SHOWN, "row.empty": 2 * SHOWN}
 
 
 @pytest.mark.parametrize("content", [b"", b"\n\n", b"\xef\xbb\xbf"])

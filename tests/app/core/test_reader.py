@@ -41,9 +41,10 @@ def check(path: Path, **limits: float) -> DatasetReport:
     normalised = path.with_name("rows")
     try:
         files = [DataFile(path=path, name=path.name)]
-        return check_apart(files, bounded(**limits), normalised=normalised, columns=ACCEPTED)
+        listed = path.with_name("listed")
+        return check_apart(files, bounded(**limits), normalised=normalised, listed=listed, columns=ACCEPTED)
     finally:
-        assert {one.name for one in path.parent.iterdir()} <= {path.name, "rows"}
+        assert {one.name for one in path.parent.iterdir()} <= {path.name, "rows", "listed"}
         assert readers() == []
 
 
@@ -57,6 +58,7 @@ def request(path: Path, bounds: Bounds = BOUNDS) -> CheckRequest:
         files=[(str(path), path.name)],
         limits=DatasetLimits(),
         normalised=str(path.with_name("rows")),
+        listed=str(path.with_name("listed")),
         mapping={},
         result=str(path.with_name("result")),
         bounds=bounds,
@@ -184,6 +186,13 @@ def test_fifty_bad_lines_of_100k_are_all_found_in_memory_that_does_not_grow_with
     assert large < 64 * MiB
     assert large - small < 8 * MiB
 
+    worst = tmp_path / "data.jsonl"
+    worst.write_bytes(b"{\n" * 100_000)
+    result = found(worst)
+    assert result["error"]["errors_total"] == 100_000
+    assert len(result["error"]["errors"]) == 100
+    assert result["peak_bytes"] - small < 8 * MiB
+
 
 def test_the_process_knows_no_secret_and_no_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "canary")
@@ -210,4 +219,5 @@ def test_a_fault_of_the_file_comes_back_whole(tmp_path: Path) -> None:
         ("row.missing_field", 1),
         ("row.not_json", 2),
     ]
-    assert refused.value.facts == {"errors_by_code": {"row.missing_field": 1, "row.not_json": 1}, "good_rows": 2}
+    counts = {"errors_by_code": {"row.missing_field": 1, "row.not_json": 1}, "good_rows": 2}
+    assert refused.value.facts == {**counts, "format": "jsonl"}
