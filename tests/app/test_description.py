@@ -65,9 +65,9 @@ def explore(api: Api, folder: Path, seed: int, *, examples: int, phases: str) ->
     job, files = api.http.get(f"/jobs/{job_id}").json(), api.http.get(f"/jobs/{job_id}/artifacts").json()["data"]
     jobs = [job_id, str(api.post(a_job(dataset=dataset)).json()["id"])]
     comparison = str(api.http.post("/comparisons", json={"job_ids": jobs}).json()["id"])
+    report = str(api.upload(b"{").json()["report"]).rpartition("/")[2]
     with api.engine.begin() as conn:
         key, text = make_key(conn, api.settings, project_id=DEFAULT_PROJECT, scope="admin")
-    report = str(api.upload(b"{").json()["report"]).rpartition("/")[2]
     ids = [dataset, *jobs, comparison, report, job["head_map"], job["selection"], *(file["id"] for file in files)]
     answers = folder / "answers"
     here = {"seed": seed, "answers": str(answers), "dataset": dataset, "key": key.id, "ids": ids, "jobs": jobs}
