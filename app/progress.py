@@ -152,6 +152,10 @@ def _line(event: Event) -> str:
         return (
             f"An earlier job has done the step {data.get('step')} already: its result is taken ({data.get('job_id')})."
         )
+    if event.type == "heads.ranked" and "kept" in data:
+        return f"{data['kept']} of {data['heads']} heads are kept."
+    if event.type == "examples.scored":
+        return f"{data.get('kept')} of {data.get('rows')} rows are kept."
     if event.type == "attempt" and data.get("outcome") not in ("running", "done"):
         return f"An attempt at {data.get('step')} ended: {data.get('outcome')}."
     return ""

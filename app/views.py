@@ -316,11 +316,34 @@ class DatasetStatsView(View):
     personal: dict[str, int] = Field(description="Rows that look like personal data, by kind.")
 
 
+EVENTS = {
+    "job.status": "`status`, and `error` of a job that failed",
+    "job.stage": "`stage`",
+    "job.progress": "`progress`, `stage`, `step`, `shard`, `eta_at`, `eta_p10_at`, `eta_p90_at`; at most once a second",
+    "metric": "`values` of a `step`, `shard` and `attempt` at `done` of `total`",
+    "estimate": "seconds by `steps`, `total_s` and `interval_s`, once the rows are checked",
+    "heads.ranked": "`head_map` (its id), `scorer`, `heads` of the model, `kept` of them, the `best` ten, `rank_correlation` of "
+    "the two halves",
+    "examples.scored": "`selection` (its id), `scorer`, `rows`, `kept`",
+    "checkpoint": "`name` and number of `files` of what an `attempt` at a `step` would go on from",
+    "cache.hit": "`step` and `shard` that an earlier `job_id` had done, its `fingerprint` and `seconds_saved`",
+    "artifact": "`id`, `name`, `sha256`, `size_bytes` of a file",
+    "attempt": "`step`, `shard`, `attempt` and its `outcome`, first `running`",
+    "warning": "`message`",
+    "end": "`status`",
+}
+"""Type of an event -> what its data hold. What workers note is no event: `GET /jobs/{id}/logs` has it."""
+
+
 class EventView(View):
     """One thing that happened to a job; `end` is the last, unless the job is retried."""
 
     seq: int = Field(description="1, 2, 3 ... without gaps.")
-    type: str
+    type: str = Field(
+        description="What `data` hold by type; types and fields may grow. No text of a row is in any, and workers' lines are "
+        "not events: `/jobs/{id}/logs` has them.\n\n"
+        + "\n".join(f"* `{type}`: {data}." for type, data in EVENTS.items())
+    )
     data: dict[str, JsonValue]
     created_at: datetime
 

@@ -36,7 +36,7 @@ from app.db.artifacts import NewArtifact
 from app.db.engine import Connection, DatabaseUnavailable, Engine
 from app.db.jobs import Job
 from app.db.leases import Lease, ready_by_queue
-from app.errors import LeaseLost, LimitReached, ObjectCollected, Stalled, StoreUnavailable
+from app.errors import BlobCorrupt, BlobMissing, LeaseLost, LimitReached, ObjectCollected, Stalled, StoreUnavailable
 from app.settings import Settings
 from p2d.errors import ModelError, P2DError
 from p2d.model_info import find_model, model_digest
@@ -48,6 +48,7 @@ from workers.transfer import (
     Inputs,
     WorkFolder,
     all_stored,
+    facts_again,
     fetch_inputs,
     inputs_of,
     put_checkpoint,
@@ -184,8 +185,9 @@ class Attempt:
         if earlier is None or not self._patiently(lambda: all_stored(self._shop.store, earlier.files)):
             return None
         try:
-            ended = self._ended(*self._register(earlier.files, earlier.facts))
-        except ObjectCollected:  # just now: it is computed after all
+            facts = self._patiently(lambda: facts_again(self._shop.store, earlier, self._folder))
+            ended = self._ended(*self._register(earlier.files, facts))
+        except (ObjectCollected, BlobMissing, BlobCorrupt):  # just now: it is computed after all
             return None
         self.notes.note("cache.hit", files=len(earlier.files))
         return "reused" if ended == "done" else ended

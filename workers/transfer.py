@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from app.blobs import BlobStore
-from app.core.lifecycle import StepFacts
-from app.core.reuse import earlier_costs
+from app.core.lifecycle import Ranking, StepFacts
+from app.core.reuse import Earlier, earlier_costs
 from app.db.artifacts import NewArtifact, get_artifact, list_artifacts
 from app.db.attempts import list_attempts
 from app.db.datasets import get_dataset
@@ -26,6 +26,7 @@ from app.db.leases import Lease
 from app.db.selections import get_selection
 from p2d.config import config_json
 from p2d.errors import EngineError
+from p2d.head_maps import HeadMap
 from p2d.pipeline import is_input, spec_of
 from p2d.plans import load_plan
 from p2d.versions import versions
@@ -35,6 +36,10 @@ MEDIA_TYPES = {
     ".jsonl": "application/x-ndjson",
     ".safetensors": "application/octet-stream",
 }
+
+
+BEST_HEADS = 10
+"""Heads that are named of a ranking."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -161,6 +166,8 @@ def read_facts(lease: Lease, out: Path) -> StepFacts:
             train=plan.train,
             warnings=tuple(plan.warnings),
         )
+    if lease.step == "heads":
+        return StepFacts(accounting=accounting, ranking=_ranking(out / "head_map.json"))
     if lease.step == "select":
         summary = json.loads((out / "selection_summary.json").read_bytes())
         return StepFacts(accounting=accounting, rows=summary["rows"], kept=summary["kept"])
@@ -168,6 +175,25 @@ def read_facts(lease: Lease, out: Path) -> StepFacts:
         training = json.loads((out / "training.json").read_bytes())
         return StepFacts(accounting=accounting, learning_rate=training["learning_rate"])
     return StepFacts(accounting=accounting)
+
+
+def facts_again(store: BlobStore, earlier: Earlier, folder: WorkFolder) -> StepFacts:
+    """The facts of an equal step, with what only its files say. Raises BlobMissing, BlobCorrupt, StoreUnavailable."""
+    for file in earlier.files:
+        if file.name == "head_map.json":
+            store.fetch(file.sha256, folder.root / file.name)
+            return replace(earlier.facts, ranking=_ranking(folder.root / file.name))
+    return earlier.facts
+
+
+def _ranking(path: Path) -> Ranking:
+    head_map = HeadMap.load(path)
+    best = [(layer, head, head_map.scores[layer][head]) for layer, head in head_map.ranked()[:BEST_HEADS]]
+    return Ranking(
+        heads=head_map.n_layers * head_map.n_heads,
+        best=best,
+        rank_correlation=head_map.reproducibility.rank_correlation,
+    )
 
 
 def _put(store: BlobStore, written: Mapping[str, Path], patterns: tuple[str, ...]) -> Iterator[NewArtifact]:

@@ -29,6 +29,7 @@ from app.db.jobs import Job, Stage, Status
 from app.db.leases import Lease, Pulse
 from app.db.selections import insert_selection
 from app.errors import LeaseLost, LimitReached, WorkerLost
+from p2d.config import top_count
 from p2d.errors import P2DError
 from p2d.pipeline import spec_of
 from p2d.plans import RowCounts
@@ -55,6 +56,18 @@ UNFINISHED_PROGRESS = 0.999
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Ranking:
+    """What a head map says of the heads of a model, without their scores but for the best."""
+
+    heads: int
+    """Query heads of the model."""
+    best: Sequence[tuple[int, int, float]]
+    """(layer, head, score) of the first few, best first."""
+    rank_correlation: float
+    """Of the two half-proxies, over all heads."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class StepFacts:
     """What the ledger keeps of a finished step besides its files."""
 
@@ -68,6 +81,8 @@ class StepFacts:
     train: RowCounts | None = None
     """`validate`: the training rows."""
     warnings: tuple[str, ...] = ()
+    ranking: Ranking | None = None
+    """`heads`: what its head map says."""
     rows: int = 0
     """`select`: rows that were scored."""
     kept: int = 0
@@ -127,6 +142,8 @@ def record_checkpoint(conn: Connection, lease: Lease, files: Mapping[str, str], 
     """Note the stored files (`name -> sha256`) that the next attempt of this step goes on from. Raises LeaseLost."""
     _hold(conn, lease)
     leases.set_checkpoint(conn, lease, {"name": name, "attempt": lease.token, "files": dict(files)})
+    where = {"step": lease.step, "shard": lease.shard, "attempt": lease.token}
+    append_event(conn, lease.job_id, "checkpoint", {**where, "name": name, "files": len(files)})
 
 
 def finish_step(conn: Connection, lease: Lease, files: Sequence[NewArtifact], facts: StepFacts) -> Job:
@@ -307,10 +324,10 @@ def _cancel_held(conn: Connection, job: Job, lease: Lease) -> Job:
 
 
 def _register(conn: Connection, job: Job, lease: Lease, artifact: Artifact, facts: StepFacts) -> None:
-    """Make a head map or selection known under an id of its own, so that a later job can name it."""
+    """Make a head map or selection known under an id of its own, so that a later job can name it, and tell of it."""
     config = (job.resolved or {}).get("config", job.config)
     if (lease.step, artifact.name) == ("heads", "head_map.json"):
-        insert_head_map(
+        head_map_id = insert_head_map(
             conn,
             project_id=job.project_id,
             job_id=job.id,
@@ -320,8 +337,9 @@ def _register(conn: Connection, job: Job, lease: Lease, artifact: Artifact, fact
             dataset_id=job.dataset_id,
             scorer=config["heads"]["scorer"],
         )
+        _tell_ranking(conn, job, head_map_id, config["heads"], facts.ranking)
     elif (lease.step, artifact.name) == ("select", "selection.jsonl"):
-        insert_selection(
+        selection_id = insert_selection(
             conn,
             project_id=job.project_id,
             job_id=job.id,
@@ -334,6 +352,8 @@ def _register(conn: Connection, job: Job, lease: Lease, artifact: Artifact, fact
             rows=facts.rows,
             kept=facts.kept,
         )
+        scored = {"selection": selection_id, "scorer": config["data"]["scorer"], "rows": facts.rows, "kept": facts.kept}
+        append_event(conn, job.id, "examples.scored", scored)
 
 
 def _with_rate(resolved: Json, rate: float) -> Json:
@@ -369,6 +389,15 @@ def _tell_reuse(conn: Connection, lease: Lease, fingerprint: str | None, reused:
     where = {"step": lease.step, "shard": lease.shard, "shards": lease.shards}
     saved = {"job_id": reused["job_id"], "seconds_saved": reused["seconds"]}
     append_event(conn, lease.job_id, "cache.hit", {**where, "fingerprint": fingerprint, **saved})
+
+
+def _tell_ranking(conn: Connection, job: Job, head_map_id: str, heads: Json, ranking: Ranking | None) -> None:
+    data: Json = {"head_map": head_map_id, "scorer": heads["scorer"]}
+    if ranking is not None:
+        best = [{"layer": layer, "head": head, "score": score} for layer, head, score in ranking.best]
+        kept = top_count(heads["ratio"], ranking.heads)
+        data |= {"heads": ranking.heads, "kept": kept, "best": best, "rank_correlation": ranking.rank_correlation}
+    append_event(conn, job.id, "heads.ranked", data)
 
 
 def _tell_attempt(conn: Connection, lease: Lease, outcome: attempts.Outcome) -> None:

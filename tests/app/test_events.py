@@ -8,12 +8,13 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, get_args
 
 import httpx
 
 from app.core.moves import request_cancel, request_retry
-from app.db.events import append_event
+from app.db.events import EventType, append_event
+from app.views import EVENTS
 from p2d.client import Client
 from tests.app.conftest import Api, serving
 
@@ -54,6 +55,13 @@ def read_stream(api: Api, job_id: str, after: int = 0, stop: int | None = None) 
             if len(seen) == stop:
                 break
     return seen
+
+
+def test_the_description_says_what_each_type_of_event_holds(api: Api) -> None:
+    schema = api.http.get("/openapi.json").json()["components"]["schemas"]["EventView"]["properties"]["type"]
+
+    assert {*EVENTS} == {*get_args(EventType)}
+    assert all(f"* `{type}`: " in schema["description"] for type in EVENTS)
 
 
 def test_a_page_holds_what_comes_after_a_number(api: Api) -> None:

@@ -98,6 +98,9 @@ def test_training_goes_on_from_its_last_checkpoint_after_a_crash(rig: Rig) -> No
 
     runs = [run.split()[-1] for run in rig.runs() if run.startswith("train")]
     assert runs[1:] == ["fresh", "resumed"]  # runs[0] is the reference's
+    kept = [event.data for event in rig.events(job_id) if event.type == "checkpoint"]
+    assert [one.pop("attempt") for one in kept] == [1, 1, 2, 2]
+    assert all(one == {"step": "train", "shard": 0, "name": "latest", "files": 1} for one in kept)
     rig.check(job_id, like=reference)
 
 

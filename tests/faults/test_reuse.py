@@ -45,6 +45,12 @@ def run(rig: Rig, worker: Worker, config: JobConfig, **more: Any) -> tuple[str, 
     return job_id, {" ".join(line.split()[:2]) for line in rig.runs()[before:]}
 
 
+def told(rig: Rig, job_id: str, kind: str) -> dict[str, Any]:
+    """What the job's one event of a kind says."""
+    (data,) = [event.data for event in rig.events(job_id) if event.type == kind]
+    return data
+
+
 def hits(rig: Rig, job_id: str) -> list[dict[str, Any]]:
     return [event.data for event in rig.events(job_id) if event.type == "cache.hit"]
 
@@ -71,6 +77,13 @@ def test_another_ratio_of_heads_or_rows_costs_no_pass_over_the_model(
         step = steps[hit["step"], hit["shard"]]
         assert (hit["job_id"], hit["seconds_saved"], hit["fingerprint"]) == (first, step.seconds, step.fingerprint)
     assert {f"{hit['step']} {hit['shard']}" for hit in hits(rig, cloned)} == MODEL_PASSES
+    ranked = [told(rig, job_id, "heads.ranked") for job_id in (first, cloned, fresh)]
+    assert [(one["kept"], one["heads"]) for one in ranked] == [(1, 8), (4, 8), (4, 8)]
+    assert ranked[0]["best"] == ranked[1]["best"] == ranked[2]["best"]
+    assert ranked[0]["best"][0] == {"layer": 1, "head": 3, "score": 10.0}
+    assert len({one["head_map"] for one in ranked}) == 3
+    scored = told(rig, cloned, "examples.scored")
+    assert (scored["rows"], scored["kept"], scored["scorer"]) == (48, 4, "alignment")
 
 
 def test_what_a_reused_step_had_cost_stays_on_the_bill_of_every_later_job(
