@@ -204,11 +204,7 @@ jobs = Table(
     _time("started_at"),
     _time("finished_at"),
     Index(None, "project_id", "id"),
-    Index(
-        "ix_jobs_open_exports",
-        "adapter_id",
-        postgresql_where=text("adapter_id is not null and finished_at is null"),
-    ),
+    Index(None, "adapter_id", postgresql_where=text("adapter_id is not null")),
     Index(None, "project_id", "status", "id"),
     Index(None, "dataset_id"),
     postgresql_with={"fillfactor": 70},  # progress rewrites the row each second: leave room for HOT updates
@@ -284,6 +280,7 @@ artifacts = Table(
     _time("deleted_at"),
     _time("expires_at"),  # set when its job ends, or by its owner; null: it stays as long as its job
     UniqueConstraint("job_id", "name"),
+    Index(None, "step_id"),
     Index(None, "sha256"),
 )
 
@@ -303,6 +300,7 @@ head_maps = Table(
     Column("scorer", Text, nullable=False),
     _now(),
     Index(None, "project_id", "id"),
+    Index(None, "artifact_id"),
     Index(None, "sha256"),
 )
 
@@ -322,6 +320,7 @@ selections = Table(
     Column("kept", Integer, nullable=False),
     _now(),
     Index(None, "project_id", "id"),
+    Index(None, "artifact_id"),
 )
 
 comparisons = Table(

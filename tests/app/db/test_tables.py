@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import psycopg
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
+from sqlalchemy import PrimaryKeyConstraint, UniqueConstraint
 
 from app.db.engine import make_engine
 from app.db.ids import ID_PATTERN, new_id
@@ -28,6 +29,16 @@ def test_the_migrations_build_what_the_code_declares(database_url: str) -> None:
         assert current_revision(conn) == head_revision()
         assert compare_metadata(MigrationContext.configure(conn), metadata) == []
     engine.dispose()
+
+
+def test_what_a_deleted_row_takes_with_it_is_found_by_an_index() -> None:
+    for table in metadata.tables.values():
+        unique = [one for one in table.constraints if isinstance(one, PrimaryKeyConstraint | UniqueConstraint)]
+        columns = [*(one.columns for one in unique), *(one.columns for one in table.indexes)]
+        first = {next(iter(some)).name for some in columns if some}
+        followed = {key.parent.name for key in table.foreign_keys if key.ondelete is not None}
+
+        assert followed <= first, table.name
 
 
 def test_eight_processes_may_migrate_an_empty_database_at_once(database_url: str) -> None:
