@@ -2,6 +2,7 @@
 
     p2d up                       the whole service on this machine, until Ctrl-C
     p2d upload | submit | watch | download    datasets and jobs of a running service (P2D_URL)
+    p2d logs | compare | usage | audit | webhooks    what it has on record, and whom it tells
     p2d keys                     who may use the service, in its database
     p2d run | apply | export | models    the engine on this machine, without a service
 
@@ -20,14 +21,16 @@ import typer
 from pydantic import ValidationError
 from rich.console import Console
 
-from app.bench_commands import add_to
+from app import bench_commands, service_commands
 from app.errors import JobFailure, ProcessFailed
 from app.key_commands import keys
 from app.model_commands import models
 from app.processes import Terminated, raise_on_term
 from app.progress import watching, watching_steps
 from app.report import foreseen, headline
+from app.service_commands import DEFAULT_URL, Url
 from app.settings import Settings
+from app.webhook_commands import webhooks
 from p2d.client import Client, DownloadCorrupt, Job, NoSuchFile, ServiceProblem, ServiceUnreachable
 from p2d.config import JobConfig, check
 from p2d.errors import DatasetFileMissing, ErrorDetail, P2DError
@@ -44,10 +47,9 @@ cli = typer.Typer(
 )
 cli.add_typer(models, name="models")
 cli.add_typer(keys, name="keys")
-add_to(cli)
-
-Url = Annotated[str, typer.Option(envvar="P2D_URL", help="Address of the service.")]
-DEFAULT_URL = "http://127.0.0.1:8321"
+cli.add_typer(webhooks, name="webhooks")
+service_commands.add_to(cli)
+bench_commands.add_to(cli)
 
 Data = Annotated[
     str,

@@ -1,4 +1,5 @@
-"""A job's report.json as a person reads it on a terminal: what was found, what it is worth, what it cost; and its estimate.
+"""A job's report.json as a person reads it on a terminal: what was found, what it is worth, what it cost; its estimate; and
+several jobs side by side.
 
 Shows; every number was made by the engine (`p2d.report`). Says what was projected and not measured.
 """
@@ -9,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from rich.console import Group, RenderableType
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from app.progress import duration
@@ -118,6 +119,56 @@ def headline(report: Mapping[str, Any]) -> str:
     if cost["not_known"]:
         parts.append(f"not counted: {', '.join(cost['not_known'])}, given as files")
     return ", ".join(parts)
+
+
+_COMPARED = {
+    "loss_before": ("held-out loss before", "{:.4f}"),
+    "loss_after": ("held-out loss after", "{:.4f}"),
+    "metric_before": ("metric before", "{:.1%}"),
+    "metric_after": ("metric after", "{:.1%}"),
+    "trained_parameters": ("trained parameters", "{:,}"),
+    "learning_rate": ("learning rate", "{:g}"),
+    "counted_s": ("seconds counted", "{:.1f}"),
+    "aer": ("AER", "{:.2f}"),
+    "aer_lora": ("AER against LoRA", "{:.2f}"),
+    "peak_memory_bytes": ("peak memory, bytes", "{:,}"),
+}
+"""Lines of the table of `side_by_side`: metric -> words and form."""
+
+
+def side_by_side(comparison: Mapping[str, Any]) -> RenderableType:
+    """What GET /comparisons/{id} answered."""
+    jobs = [job["name"] or job["id"] for job in comparison["jobs"]]
+    table = Table(
+        "", *(Column(Text(f"{place}  {name}")) for place, name in enumerate(jobs, 1)), box=None, pad_edge=False
+    )
+    table.add_row("status", *(job["status"] for job in comparison["jobs"]))
+    for setting in comparison["settings"]:
+        table.add_row(Text(setting["pointer"]), *(Text(str(value)) for value in setting["values"]))
+    for metric, (words, form) in _COMPARED.items():
+        values = [one[metric] for one in comparison["metrics"]]
+        if any(value is not None for value in values):
+            table.add_row(words, *("-" if value is None else form.format(value) for value in values))
+    return Group(table, "", *(Text(line) for pair in comparison["pairs"] for line in _agreement(pair)))
+
+
+def _agreement(pair: Mapping[str, Any]) -> Iterator[str]:
+    one, other = pair["one"] + 1, pair["other"] + 1
+    if (heads := pair["heads"]) is not None:
+        shared, ranks = _shared(heads["chosen"]), heads["rank_correlation"]
+        yield f"{one} and {other}: heads {shared}; rank correlation {ranks:.2f}"
+    if (rows := pair["rows"]) is not None:
+        yield f"{one} and {other}: kept rows {_shared(rows)}"
+    if (loss := pair["loss"]) is not None:
+        better = {"one": f"{one} is better", "other": f"{other} is better"}.get(loss["verdict"], loss["verdict"])
+        interval = f"95 % interval {loss['low']:+.4f} to {loss['high']:+.4f}"
+        yield f"{one} -> {other}: held-out loss {loss['difference']:+.4f} ({interval}, {loss['rows']} rows: {better})"
+    for what, why in pair["reasons"].items():
+        yield f"{one} and {other}: {what} cannot be compared: {why}"
+
+
+def _shared(overlap: Mapping[str, Any]) -> str:
+    return f"{overlap['one']} and {overlap['other']}, {overlap['shared']} of them shared"
 
 
 def foreseen(estimate: Mapping[str, Any]) -> RenderableType:

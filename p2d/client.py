@@ -16,10 +16,9 @@ import contextlib
 import hashlib
 import json
 import os
-import random
 import time
 import uuid
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -41,6 +40,7 @@ from p2d.service_answers import (
     fault_of,
     job_of,
 )
+from p2d.service_connection import Retry, ServiceConnection, backoff_s, raise_for
 from p2d.sources import named_source
 
 __all__ = [
@@ -60,11 +60,14 @@ Data = Path | str | Mapping[str, Any]
 """A dataset: a file, the id of one that the service has, what `p2d.sources` reads as a source, or JSON as POST /datasets takes it
 (`{"source": {...}}`, `{"rows": [...]}`)."""
 
-RETRY_STATUS = frozenset({429, 502, 503, 504})
-"""Answers that mean: the same request can work in a moment."""
+MOST = {"limit": "100"}
+"""Entries of one page, where lists may be long."""
 
 PARTS_FROM_BYTES = 64 << 20
 """Files above this are uploaded in parts. A guess: some seconds to send again on a slow line."""
+
+FOLLOW_S = 2.0
+"""Least seconds between two looks at logs that grow; workers keep new lines every ten."""
 
 STREAM_SILENCE_S = 60.0
 """A stream silent for so long is cut: the service writes a comment line every 15 s."""
@@ -90,8 +93,7 @@ class Client:
         self._http = httpx.Client(
             base_url=base_url, timeout=timeout_s, headers=headers, transport=transport, trust_env=False
         )
-        self._retries = retries
-        self._sleep = sleep
+        self._service = ServiceConnection(self._http, retries=retries, sleep=sleep)
 
     def __enter__(self) -> Self:
         return self
@@ -153,7 +155,7 @@ class Client:
         files = {name: value for name, value in given.items() if isinstance(value, Path)}
         body |= {name: _named(value) for name, value in given.items() if isinstance(value, (str, Mapping))}
         if not files:
-            return self._json("POST", path, headers=headers, json=body, **_patience(body))
+            return self._service.json("POST", path, headers=headers, json=body, **_patience(body))
         return self._upload(path, files, {"job": json.dumps(body)}, headers)
 
     def upload(self, dataset: Data, *, mapping: Mapping[str, str] | None = None) -> str:
@@ -166,8 +168,7 @@ class Client:
             if isinstance(body, str):
                 raise ValueError(f"{dataset!r} names no source; expected https://..., s3://... or hf:owner/name")
             body |= {"mapping": dict(mapping)} if mapping else {}
-            headers = {"Idempotency-Key": str(uuid.uuid4())}
-            return str(self._json("POST", "/datasets", headers=headers, json=body, **_patience(body))["id"])
+            return str(self._service.post_once("/datasets", body, **_patience(body))["id"])
         if dataset.stat().st_size > PARTS_FROM_BYTES:
             return self._upload_in_parts(dataset, {"mapping": dict(mapping)} if mapping else {})
         headers = {"Idempotency-Key": str(uuid.uuid4())}
@@ -178,35 +179,34 @@ class Client:
         with path.open("rb") as file:
             whole = hashlib.file_digest(file, "sha256").hexdigest()
             body = {"name": path.name[:200], "size_bytes": file.tell(), "sha256": whole}
-            upload = self._json("POST", "/uploads", headers={"Idempotency-Key": str(uuid.uuid4())}, json=body)
+            upload = self._service.post_once("/uploads", body)
             place = f"/uploads/{upload['id']}"
             file.seek(0)
             for number in range(1, upload["part_count"] + 1):
                 part = file.read(upload["part_bytes"])
                 digest = base64.b64encode(hashlib.sha256(part).digest()).decode()
                 headers = {"Content-Digest": f"sha-256=:{digest}:", "Content-Type": "application/octet-stream"}
-                self._json("PUT", f"{place}/parts/{number}", headers=headers, content=part)
-        headers = {"Idempotency-Key": str(uuid.uuid4())}
+                self._service.json("PUT", f"{place}/parts/{number}", headers=headers, content=part)
         # No time limit: the service reads the whole file before it answers.
-        return str(self._json("POST", f"{place}/complete", headers=headers, json=dict(completion), timeout=None)["id"])
+        return str(self._service.post_once(f"{place}/complete", completion, timeout=None)["id"])
 
     def refusal(self, report: str) -> Mapping[str, Any]:
         """The report on a file that was refused: `ServiceProblem.report`, or its id."""
-        found: Mapping[str, Any] = self._json("GET", _report_path(report))
+        found: Mapping[str, Any] = self._service.json("GET", _report_path(report))
         return found
 
     def faults(self, report: str) -> Iterator[ErrorDetail]:
         """Everything that such a report lists, in the order of the file, page by page."""
-        for entry in self._pages(f"{_report_path(report)}/errors", {"limit": "1000"}):
+        for entry in self._service.pages(f"{_report_path(report)}/errors", {"limit": "1000"}):
             yield fault_of(entry)
 
     def job(self, job_id: str) -> Job:
         """The job as it is now."""
-        return job_of(self._json("GET", f"/jobs/{job_id}"))
+        return job_of(self._service.json("GET", f"/jobs/{job_id}"))
 
     def jobs(self, **filters: str) -> Iterator[Job]:
         """All jobs, newest first, page by page; filters as in GET /jobs."""
-        for entry in self._pages("/jobs", filters):
+        for entry in self._service.pages("/jobs", filters):
             yield job_of(entry)
 
     def cancel(self, job_id: str) -> Job:
@@ -227,22 +227,21 @@ class Client:
 
     def clone(self, job_id: str, patch: Mapping[str, Any] | None = None, *, idempotency_key: str | None = None) -> Job:
         """Send the request of a job again, changed by a JSON merge patch; returns the new job."""
-        headers = {"Idempotency-Key": idempotency_key or str(uuid.uuid4())}
-        return job_of(self._json("POST", f"/jobs/{job_id}/clone", headers=headers, json=dict(patch or {})))
+        return job_of(self._service.post_once(f"/jobs/{job_id}/clone", patch or {}, key=idempotency_key))
 
     def models(self) -> list[Mapping[str, Any]]:
         """The base models that the service has."""
-        return list(self._pages("/models", {}))
+        return list(self._service.pages("/models", {}))
 
     def report(self, job_id: str) -> Mapping[str, Any]:
         """The job's report.json."""
-        report: Mapping[str, Any] = self._json("GET", f"/jobs/{job_id}/report")
+        report: Mapping[str, Any] = self._service.json("GET", f"/jobs/{job_id}/report")
         return report
 
     def artifacts(self, job_id: str) -> list[Artifact]:
         """The job's files so far, but for those that have expired."""
         fields = Artifact.__dataclass_fields__
-        entries = self._pages(f"/jobs/{job_id}/artifacts", {})
+        entries = self._service.pages(f"/jobs/{job_id}/artifacts", {})
         return [Artifact(**{key: entry[key] for key in fields}) for entry in entries if not entry.get("expired")]
 
     def events(self, job_id: str, *, after: int = 0) -> Iterator[Event]:
@@ -264,9 +263,9 @@ class Client:
             except _StreamOver:
                 return
             failures += 1
-            if failures > self._retries:
+            if failures > self._service.retries:
                 raise ServiceUnreachable(f"The event stream of {job_id} broke {failures} times in a row.")
-            self._sleep(_backoff_s(failures))
+            self._service.sleep(backoff_s(failures))
 
     def wait(self, job_id: str, *, on_event: Callable[[Event], None] = lambda event: None) -> Job:
         """Follow the job to its end and return it."""
@@ -291,22 +290,94 @@ class Client:
             cause: Exception | None = None
             try:
                 self._fetch_rest(artifact, partial, max(before, 0))
-            except (httpx.TransportError, _Retry) as error:
+            except (httpx.TransportError, Retry) as error:
                 cause = error
             failures = 0 if _size(partial) > before else failures + 1
-            if failures > self._retries:
+            if failures > self._service.retries:
                 raise ServiceUnreachable(f"The download of {artifact.name} broke {failures} times in a row.") from cause
             if failures:
-                self._sleep(_backoff_s(failures))
+                self._service.sleep(backoff_s(failures))
         sha256 = sha256_of(partial)
         if sha256 != artifact.sha256:
             partial.unlink()
             raise DownloadCorrupt(f"{artifact.name} has sha256 {sha256}, registered is {artifact.sha256}.")
         return partial.replace(path)
 
+    # --- what is on record ----------------------------------------------------------------------------------------
+
+    def logs(self, job_id: str) -> Iterator[Mapping[str, Any]]:
+        """What workers noted of the job's attempts so far, attempt by attempt; lines as in GET /jobs/{id}/logs."""
+        return self._service.pages(f"/jobs/{job_id}/logs", MOST)
+
+    def follow_logs(self, job_id: str) -> Iterator[Mapping[str, Any]]:
+        """The same, and then each line that is new, until the job has ended."""
+        seen: set[str] = set()
+        ended = False
+        while True:
+            final = self.job(job_id).is_final  # asked before the lines are read, so that those of its end are there
+            count = 0
+            for line in self.logs(job_id):
+                count += 1
+                if (key := json.dumps(line, sort_keys=True)) not in seen:
+                    seen.add(key)
+                    yield line
+            if ended:
+                return
+            ended = final  # the last attempt notes its end just after the job's: look once more
+            # A job of thousands of lines has many pages: no more than a few of them a second.
+            self._service.sleep(max(FOLLOW_S, count / 500))
+
+    def compare(self, job_ids: Sequence[str], *, name: str = "") -> Mapping[str, Any]:
+        """Put 2 to 20 jobs side by side; what GET /comparisons/{id} answers."""
+        made = self._service.post_once("/comparisons", {"job_ids": list(job_ids), "name": name})
+        found: Mapping[str, Any] = self._service.json("GET", f"/comparisons/{made['id']}")
+        return found
+
+    def comparison_page(self, comparison_id: str) -> str:
+        """The comparison as one HTML page that loads nothing else."""
+        return self._service.text(f"/comparisons/{comparison_id}.html")
+
+    def usage(self) -> Mapping[str, Any]:
+        """What the key's project has, and the most that it may have."""
+        found: Mapping[str, Any] = self._service.json("GET", "/usage")
+        return found
+
+    def audit(self, **filters: str) -> Iterator[Mapping[str, Any]]:
+        """Who did what, newest first; `object=ID`: to one thing. For admins."""
+        return self._service.pages("/audit", MOST | filters)
+
+    # --- webhooks, for admins -------------------------------------------------------------------------------------
+
+    def create_webhook(self, url: str, *, events: Sequence[str] = (), description: str = "") -> Mapping[str, Any]:
+        """Have a URL told of jobs; of their ends, without `events`. The answer alone has its `secret`."""
+        body = {"url": url, "description": description} | ({"events": list(events)} if events else {})
+        made: Mapping[str, Any] = self._service.post_once("/webhooks", body)
+        return made
+
+    def webhooks(self) -> Iterator[Mapping[str, Any]]:
+        """All webhooks of the project, newest first."""
+        return self._service.pages("/webhooks", MOST)
+
+    def test_webhook(self, webhook_id: str) -> Mapping[str, Any]:
+        """Send a trial; returns the delivery."""
+        sent: Mapping[str, Any] = self._service.post_once(f"/webhooks/{webhook_id}/test")
+        return sent
+
+    def deliveries(self, webhook_id: str, **filters: str) -> Iterator[Mapping[str, Any]]:
+        """What was sent to a webhook, newest first; `status=failed`: only those."""
+        return self._service.pages(f"/webhooks/{webhook_id}/deliveries", MOST | filters)
+
+    def redeliver(self, webhook_id: str, delivery_id: str) -> Mapping[str, Any]:
+        """Send a delivery again."""
+        sent: Mapping[str, Any] = self._service.post_once(f"/webhooks/{webhook_id}/deliveries/{delivery_id}/redeliver")
+        return sent
+
+    def delete_webhook(self, webhook_id: str) -> None:
+        """Remove a webhook; what waits is not sent."""
+        self._service.json("DELETE", f"/webhooks/{webhook_id}")
+
     def _move(self, job_id: str, move: str) -> Job:
-        headers = {"Idempotency-Key": str(uuid.uuid4())}
-        return job_of(self._json("POST", f"/jobs/{job_id}/{move}", headers=headers))
+        return job_of(self._service.post_once(f"/jobs/{job_id}/{move}"))
 
     def _fetch_rest(self, artifact: Artifact, partial: Path, start: int) -> None:
         headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if start else {})
@@ -314,7 +385,7 @@ class Client:
         with self._http.stream(
             "GET", f"/artifacts/{artifact.id}/content", headers=headers, follow_redirects=True
         ) as answer:
-            _raise_for(answer)
+            raise_for(answer)
             # A server that ignores Range answers 200 with the whole file: begin again.
             with partial.open("ab" if answer.status_code == 206 else "wb") as handle:
                 for chunk in answer.iter_raw():  # as it arrives: what a cut leaves is kept
@@ -325,8 +396,8 @@ class Client:
         timeout = httpx.Timeout(self._http.timeout.connect, read=STREAM_SILENCE_S)
         with self._http.stream("GET", f"/jobs/{job_id}/events", headers=headers, timeout=timeout) as answer:
             try:
-                _raise_for(answer)
-            except _Retry:
+                raise_for(answer)
+            except Retry:
                 return
             if answer.status_code == 204:
                 raise _StreamOver
@@ -341,34 +412,7 @@ class Client:
                 parts += [(name, (None, text, "application/json")) for name, text in data.items()]
                 return self._http.post(path, files=parts, headers=dict(headers), timeout=None)
 
-        return self._retry(send).json()
-
-    def _json(self, method: str, path: str, **request: Any) -> Any:
-        return self._retry(lambda: self._http.request(method, path, **request)).json()
-
-    def _pages(self, path: str, filters: Mapping[str, str]) -> Iterator[Mapping[str, Any]]:
-        cursor: str | None = None
-        while True:
-            page = self._json("GET", path, params=dict(filters) | ({"cursor": cursor} if cursor else {}))
-            yield from page["data"]
-            cursor = page.get("next_cursor")
-            if not cursor:
-                return
-
-    def _retry(self, send: Callable[[], httpx.Response]) -> httpx.Response:
-        for failures in range(self._retries + 1):
-            wait_s = _backoff_s(failures + 1)
-            try:
-                answer = send()
-                _raise_for(answer)
-                return answer
-            except httpx.TransportError as error:
-                last: Exception = ServiceUnreachable(f"No answer from {self._http.base_url}: {error}")
-            except _Retry as error:
-                last, wait_s = error.problem, max(wait_s, error.after_s)
-            if failures < self._retries:
-                self._sleep(wait_s)
-        raise last
+        return self._service.retry(send).json()
 
 
 def _named(data: str | Mapping[str, Any]) -> str | dict[str, Any]:
@@ -409,31 +453,6 @@ class _StreamOver(Exception):
     """The job has ended, and every event was seen."""
 
 
-class _Retry(Exception):
-    """An answer that asks for another try."""
-
-    def __init__(self, problem: ServiceProblem, after_s: float) -> None:
-        super().__init__(str(problem))
-        self.problem = problem
-        self.after_s = after_s
-
-
-def _raise_for(answer: httpx.Response) -> None:
-    if answer.is_success:
-        return
-    answer.read()
-    try:
-        body = answer.json()
-    except ValueError:
-        body = {}
-    problem = ServiceProblem(answer.status_code, body if isinstance(body, dict) else {})
-    # 409 idempotency.in_flight: the first try is still at work.
-    if answer.status_code in RETRY_STATUS or problem.code == "idempotency.in_flight":
-        after = answer.headers.get("Retry-After", "")
-        raise _Retry(problem, float(after) if after.isdigit() else 0.0)
-    raise problem
-
-
 def _parse_events(lines: Iterator[str]) -> Iterator[Event]:
     """Read `text/event-stream`. An event that the cut left without its blank line is dropped, as the standard says."""
     seq, kind, data = 0, "message", ""
@@ -450,8 +469,3 @@ def _parse_events(lines: Iterator[str]) -> Iterator[Event]:
         elif data:
             yield Event(seq=seq, type=kind, data=json.loads(data))
             kind, data = "message", ""
-
-
-def _backoff_s(failures: int) -> float:
-    # Full jitter, so that clients cut together do not come back together.
-    return random.uniform(0.1, min(10.0, 0.25 * 2.0**failures))  # noqa: S311

@@ -1,6 +1,6 @@
 """Let what refers to a deleted step or artifact be found by an index: deleting a job looked through whole tables for each.
 
-Revises: 0017
+Revises: 0018
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import sqlalchemy as sa
 from alembic import op
 
 revision = "0022"
-down_revision = "0017"
+down_revision = "0018"
 branch_labels = None
 depends_on = None
 

@@ -139,7 +139,7 @@ def test_a_service_that_is_not_there_is_said_in_words(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("p2d.client.time.sleep", lambda seconds: None)
-    monkeypatch.setattr("p2d.client._backoff_s", lambda failures: 0.0)
+    monkeypatch.setattr("p2d.service_connection.backoff_s", lambda failures: 0.0)
 
     status, said = p2d(capsys, monkeypatch, "watch", "job_1", "--url", "http://127.0.0.1:1")
 

@@ -1,0 +1,99 @@
+"""`p2d logs`, `compare`, `usage` and `audit`: what a running service has on record, asked through `p2d.client` and printed."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from app.report import side_by_side
+from p2d.client import Client
+
+out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 140)
+
+Url = Annotated[str, typer.Option(envvar="P2D_URL", help="Address of the service.")]
+DEFAULT_URL = "http://127.0.0.1:8321"
+
+
+def add_to(cli: typer.Typer) -> None:
+    """Register the four commands."""
+    for command in (logs, compare, usage, audit):
+        cli.command()(command)
+
+
+def logs(
+    job_id: str,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on with new lines until the job ends.")] = False,
+    url: Url = DEFAULT_URL,
+) -> None:
+    """Show what workers noted of a job's attempts, attempt by attempt."""
+    with Client(url) as client:
+        for line in client.follow_logs(job_id) if follow else client.logs(job_id):
+            out.print(_log_line(line), markup=False)
+
+
+def compare(
+    job_ids: Annotated[list[str], typer.Argument(help="2 to 20 jobs, in the order in which they are shown.")],
+    name: Annotated[str, typer.Option(help="A name of your own.")] = "",
+    html: Annotated[Path | None, typer.Option(help="Write the page here too; it loads nothing else.")] = None,
+    url: Url = DEFAULT_URL,
+) -> None:
+    """Put jobs side by side: settings, held-out loss, heads and rows in common, cost."""
+    with Client(url) as client:
+        found = client.compare(job_ids, name=name)
+        out.print(side_by_side(found))
+        out.print(f"Kept as {found['id']}.", markup=False)
+        if html is not None:
+            html.write_text(client.comparison_page(found["id"]), encoding="utf-8")
+            out.print(f"The page is {html}.", markup=False)
+
+
+def usage(url: Url = DEFAULT_URL) -> None:
+    """Show what your project has, the most that it may have, and how far estimates were off."""
+    with Client(url) as client:
+        found = client.usage()
+    table = Table("", "has", "may have", box=None, pad_edge=False)
+    for name in ("unfinished_jobs", "stored_bytes", "rows", "webhooks"):
+        table.add_row(name.replace("_", " "), f"{found[name]:,}", f"{found[f'{name}_quota']:,}")
+    table.add_row("requests a minute", "", f"{found['requests_per_minute']:,}")
+    out.print(table)
+    for step, error in found["estimate_errors"].items():
+        out.print(
+            f"{step}: half of {error['runs']} estimates were off by more than {error['median']:.0%}", markup=False
+        )
+
+
+def audit(
+    of: Annotated[str, typer.Option("--object", help="Only what was done to the thing of this id.")] = "",
+    limit: Annotated[int, typer.Option(help="The newest so many.", min=1)] = 50,
+    url: Url = DEFAULT_URL,
+) -> None:
+    """Show who did what and when, newest first. Needs an admin key once there are keys."""
+    table = Table("at", "who", "did", "to", "facts")
+    with Client(url) as client:
+        for entry in islice(client.audit(**({"object": of} if of else {})), limit):
+            table.add_row(
+                _time(entry["created_at"]), entry["actor"], entry["action"], entry["object_id"], _facts(entry)
+            )
+    out.print(table)
+
+
+def _log_line(line: Mapping[str, Any]) -> str:
+    level = "" if line["level"] == "info" else f"{line['level'].upper()} "
+    return (
+        f"{_time(line['at'])} {line['step']}.{line['shard']} #{line['attempt']} {level}{line['event']} {_facts(line)}"
+    )
+
+
+def _time(at: str) -> str:
+    return at[:19].replace("T", " ")
+
+
+def _facts(entry: Mapping[str, Any]) -> str:
+    return " ".join(f"{name}={value}" for name, value in entry["facts"].items())
