@@ -43,6 +43,7 @@ STATUS = {
     "dataset.too_small": 422,
     "dataset.too_large": 413,
     "dataset.row_too_long": 422,
+    "dataset.template_refuses": 422,
     "dataset.too_costly": 422,
     "dataset.reader_died": 422,
     "source.egress_off": 403,

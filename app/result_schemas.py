@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field, JsonValue, create_model
 
 from app.schemas import MAX_METADATA, Body, DataBody, HeadsBody, JobBody, Priority, Sha256, Text, TrainingBody, Ttl
-from app.views import View
+from app.views import TurnView, View
 from p2d.config import Projection
 
 Format = Literal["merged", "peft"]
@@ -206,6 +206,7 @@ class RowReasonView(PlacedRowView):
 
     prompt: str | None = Field(description="Null where the job's rows are gone.")
     answer: str | None
+    before: list[TurnView] = Field(default=[], description="Of a conversation the turns before the prompt.")
     formula: str | None = Field(description="How the score is made of the figures below.")
     response: float | None = Field(description="Sum of `heads`, and of `stand_in` for each of `stand_ins`.")
     heads: list[HeadResponseView] = Field(description="The chosen heads that were scored, best head first.")

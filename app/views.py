@@ -284,12 +284,20 @@ class ReportView(View):
     expires_at: datetime | None = Field(default=None, description="When the report goes; null: with its dataset.")
 
 
+class TurnView(View):
+    """One message of a conversation."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
 class RowView(View):
     """One row of a dataset, in the form in which jobs read it."""
 
     line: int = Field(description="Where it stood in what was sent: 1-based line, or number where there are no lines.")
-    prompt: str
-    answer: str
+    prompt: str = Field(description="Of a conversation the last question.")
+    answer: str = Field(description="What is trained.")
+    before: list[TurnView] = Field(default=[], description="Of a conversation the turns before the prompt.")
 
 
 class LengthsView(View):

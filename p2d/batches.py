@@ -65,7 +65,7 @@ def collate(renderer: Renderer, rendered: Sequence[RenderedRow], indices: Sequen
     ids = torch.full((len(rows), width), renderer.pad_id, dtype=torch.long)
     answer = torch.zeros((len(rows), width), dtype=torch.bool)
     for place, (row, length) in enumerate(zip(rows, lengths, strict=True)):
-        ids[place, :length] = torch.tensor([*renderer.prefix_ids, *row.prompt_ids, *row.answer_ids])
+        ids[place, :length] = torch.tensor([*renderer.asked(row), *row.answer_ids])
         answer[place, length - len(row.answer_ids) : length] = True
     attention = (torch.arange(width) < torch.tensor(lengths)[:, None]).long()
     return Batch(ids, attention, answer, list(indices), tuple(lengths), _answer_lengths(rows))
@@ -74,7 +74,7 @@ def collate(renderer: Renderer, rendered: Sequence[RenderedRow], indices: Sequen
 def pack(renderer: Renderer, rendered: Sequence[RenderedRow], indices: Sequence[int]) -> Batch:
     """The rows `rendered[i] for i in indices` in one line, each as `prefix + prompt + answer`, without padding."""
     rows = [rendered[index] for index in indices]
-    ids = [token for row in rows for token in (*renderer.prefix_ids, *row.prompt_ids, *row.answer_ids)]
+    ids = [token for row in rows for token in (*renderer.asked(row), *row.answer_ids)]
     lengths = tuple(renderer.length(row) for row in rows)
     answer = torch.zeros((1, len(ids)), dtype=torch.bool)
     end = 0

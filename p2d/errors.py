@@ -129,6 +129,15 @@ class RowTooLong(DatasetError):
     )
 
 
+class TemplateRefuses(DatasetError):
+    """Conversations that the chat template of the base model does not take, such as one with a system turn."""
+
+    code, hint = (
+        "dataset.template_refuses",
+        "Drop the turns that the model does not know (often the system turn), or use another base model.",
+    )
+
+
 class ModelError(P2DError):
     """The base model cannot be used."""
 

@@ -40,7 +40,9 @@ def task_metric(
     order = sorted(range(len(rows)), key=lambda index: len(rendered[index].prompt_ids))
     for start in range(0, len(order), GENERATE_ROWS):
         indices = order[start : start + GENERATE_ROWS]
-        answers = generate(base, [rendered[index].prompt_ids for index in indices], limit=limit, on_token=on_token)
+        answers = generate(
+            base, [base.renderer.asked(rendered[index]) for index in indices], limit=limit, on_token=on_token
+        )
         for index, ids in zip(indices, answers, strict=True):
             total += score(base.renderer.decode(ids), rows[index].answer)
     return total / len(rows)
@@ -59,15 +61,16 @@ def generate(
     on_token: Callable[[], None] = _nothing,
     after: Sequence[int] = (),
 ) -> list[list[int]]:
-    """Greedy answers to prompts (without the shared prefix, which is put first), each up to its stop token or `limit`.
+    """Greedy answers to prompts, each up to its stop token or `limit`.
 
     One batch with a key-value cache; rows that have stopped leave it. Prompts are padded on the left, so that all rows
     write their next token at the same place.
 
-    Args: after: tokens that all prompts stand behind, prefix included, instead of the prefix: computed once for all.
+    Args: prompts: whole sequences up to the answer (`Renderer.asked`), or what stands behind `after`.
+          after: tokens that all prompts stand behind, prefix included: computed once for all.
     """
-    prefix, stop = [] if after else base.renderer.prefix_ids, base.renderer.stop_ids
-    width = len(prefix) + max(len(ids) for ids in prompts)
+    stop = base.renderer.stop_ids
+    width = max(len(ids) for ids in prompts)
     narrow = base.info.window is not None and len(after) + width + limit > base.info.window
     if after and narrow and len({len(ids) for ids in prompts}) > 1:
         # Padding between what all stand behind and a prompt would fill the sliding window.
@@ -76,9 +79,8 @@ def generate(
     input_ids_BT = torch.full((len(prompts), width), base.renderer.pad_id, device=base.device)
     mask_BT = torch.zeros_like(input_ids_BT)
     for b, ids in enumerate(prompts):
-        sequence = [*prefix, *ids]
-        input_ids_BT[b, width - len(sequence) :] = torch.tensor(sequence, device=base.device)
-        mask_BT[b, width - len(sequence) :] = 1
+        input_ids_BT[b, width - len(ids) :] = torch.tensor(ids, device=base.device)
+        mask_BT[b, width - len(ids) :] = 1
     answers: list[list[int]] = [[] for _ in prompts]
     alive = list(range(len(prompts)))
     cache = Cache(layer_class_to_replicate=RoomyLayer)

@@ -3,6 +3,10 @@
 A row as a sequence is `prefix + prompt + answer`. The prefix (BOS, or the template's system turn) is the same for all
 rows and never empty: attention needs a first token that belongs to no row (docs/LOG.md, attention sink). In-context
 sequences repeat `prompt + answer + separator` after one prefix. Batching and padding are `p2d.batches`.
+
+All turns before a conversation's answer are its prompt. A system turn of its own takes the place of the template's: such a row
+stands alone behind what the template writes before any turn (BOS, or nothing), in context behind the shared prefix
+(docs/decisions/0026).
 """
 
 from __future__ import annotations
@@ -14,9 +18,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
 from transformers import AutoTokenizer
 
-from p2d.errors import ModelError
+from p2d.errors import ErrorDetail, ModelError, TemplateRefuses
 from p2d.rows import Row
 from p2d.sequences import MadeSequence
 
@@ -30,6 +35,8 @@ class RenderedRow:
 
     prompt_ids: list[int]
     answer_ids: list[int]
+    own_system: bool = False
+    """Whether the prompt begins with a system turn that the shared prefix would contradict."""
 
 
 class RenderedRows(MadeSequence[RenderedRow]):
@@ -65,13 +72,17 @@ class Renderer:
         self._special_ids = frozenset(tokenizer.all_special_ids) | {eos}
         self.pad_id = eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         self._chat = bool(tokenizer.chat_template)
-        self._opening = ""
+        self._prefix = self._opening = self._bos = ""
+        self._bos_ids: list[int] = []
         if self._chat:
-            self._prefix, self._opening = _shared_prefix(self), _opening(self)
+            (self._prefix, later_turn), self._opening = _shared_prefix(self), _opening(self)
             self.prefix_ids = self._encode(self._prefix) or [eos if bos is None else bos]
+            if bos is not None and self._prefix.startswith(tokenizer.bos_token):
+                # Not where it begins every turn: then it belongs to the system turn.
+                self._bos = "" if later_turn.startswith(tokenizer.bos_token) else tokenizer.bos_token
+                self._bos_ids = self._encode(self._bos)
             self.separator_ids = self._separator()
         else:
-            self._prefix = ""
             self.prefix_ids = [eos if bos is None else bos]
             self.separator_ids = self._encode("\n\n")
 
@@ -86,17 +97,24 @@ class Renderer:
         return frozenset({self._eos_id, self.render(Row(prompt="1", answer="1", line=0)).answer_ids[-1]})
 
     def render(self, row: Row) -> RenderedRow:
-        """Ids of a row's prompt (with everything up to the first answer token) and of its answer."""
+        """Ids of a row's prompt (with everything up to the first answer token) and of its answer.
+
+        Raises: TemplateRefuses if the chat template does not take the row's turns.
+        """
         if not self._chat:
-            return RenderedRow(self._encode(f"{row.prompt}\n"), [*self._encode(row.answer), self._eos_id])
-        prompt_ids, tail_ids = self._turn(row)
+            return RenderedRow(self._encode(_transcript(row)), [*self._encode(row.answer), self._eos_id])
+        prompt_ids, tail_ids, own_system = self._turn(row)
         end = 1 + max((i for i, token in enumerate(tail_ids) if token in self._special_ids), default=-1)
         # A template without an end-of-turn token leaves the model no way to stop: end with eos instead.
-        return RenderedRow(prompt_ids, tail_ids[:end] if end else [*tail_ids, self._eos_id])
+        return RenderedRow(prompt_ids, tail_ids[:end] if end else [*tail_ids, self._eos_id], own_system)
+
+    def asked(self, rendered: RenderedRow) -> list[int]:
+        """A rendered row as a sequence of its own, up to its answer."""
+        return [*self._lead_ids(rendered), *rendered.prompt_ids]
 
     def length(self, rendered: RenderedRow) -> int:
         """Tokens of a rendered row as a sequence of its own, prefix included."""
-        return len(self.prefix_ids) + len(rendered.prompt_ids) + len(rendered.answer_ids)
+        return len(self._lead_ids(rendered)) + len(rendered.prompt_ids) + len(rendered.answer_ids)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids without special tokens."""
@@ -108,29 +126,40 @@ class Renderer:
         text: str = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=open_answer)
         return text
 
-    def _turn(self, row: Row) -> tuple[list[int], list[int]]:
-        """Ids of the prompt and of everything after it, by the chat template, without the prefix."""
-        user = {"role": "user", "content": row.prompt}
-        prompt = self.chat_text([user], open_answer=True)
-        full = self.chat_text([user, {"role": "assistant", "content": row.answer}])
-        if not (prompt.startswith(self._prefix) and full.startswith(prompt)):
+    def _lead_ids(self, rendered: RenderedRow) -> list[int]:
+        return self._bos_ids if rendered.own_system else self.prefix_ids
+
+    def _turn(self, row: Row) -> tuple[list[int], list[int], bool]:
+        """Ids of the prompt and of everything after it, by the chat template, without what stands before the row; and whether
+        that is not the shared prefix."""
+        asked = [*(turn._asdict() for turn in row.before), {"role": "user", "content": row.prompt}]
+        try:
+            prompt = self.chat_text(asked, open_answer=True)
+            full = self.chat_text([*asked, {"role": "assistant", "content": row.answer}])
+        except TemplateError as error:
+            text = "The chat template of the base model does not take these turns."
+            fault = ErrorDetail(code=TemplateRefuses.code, message=text, line=row.line)
+            raise TemplateRefuses(text, errors=[fault]) from error
+        own_system = not prompt.startswith(self._prefix)
+        lead, lead_ids = (self._bos, self._bos_ids) if own_system else (self._prefix, self.prefix_ids)
+        if not (full.startswith(prompt) and prompt.startswith(lead)) or (own_system and not row.before):
             raise ModelError("The chat template does not render a prompt as the beginning of its answered form.")
         if full.startswith(prompt + self._opening):
             prompt += self._opening
         prompt_ids, full_ids = self._encode(prompt), self._encode(full)
-        if prompt_ids[: len(self.prefix_ids)] != self.prefix_ids or not self._prefix:
-            prompt_ids = self._encode(prompt[len(self._prefix) :])
-            return prompt_ids, self._encode(full[len(prompt) :])
+        if prompt_ids[: len(lead_ids)] != lead_ids or not self._prefix:
+            prompt_ids = self._encode(prompt[len(lead) :])
+            return prompt_ids, self._encode(full[len(prompt) :]), own_system
         if (
             full_ids[: len(prompt_ids)] != prompt_ids
         ):  # a token that spans the border: cut at the border, as a user's prompt is
             full_ids = prompt_ids + self._encode(full[len(prompt) :])
-        return prompt_ids[len(self.prefix_ids) :], full_ids[len(prompt_ids) :]
+        return prompt_ids[len(lead_ids) :], full_ids[len(prompt_ids) :], own_system
 
     def _separator(self) -> list[int]:
         """What the template writes between an end of turn and the next turn."""
         row = Row(prompt="1", answer="1", line=0)
-        tail_ids = self._turn(row)[1]
+        _, tail_ids, _ = self._turn(row)
         return tail_ids[len(self.render(row).answer_ids) :]
 
     def _encode(self, text: str) -> list[int]:
@@ -138,8 +167,14 @@ class Renderer:
         return ids
 
 
-def _shared_prefix(renderer: Renderer) -> str:
-    """What the template writes before the first turn but not before later ones (BOS, system turn).
+def _transcript(row: Row) -> str:
+    """A prompt where there is no template: exchanges as rows in context stand one after the other, a system turn before them."""
+    turns = [turn.content + ("\n" if turn.role == "user" else "\n\n") for turn in row.before]
+    return f"{''.join(turns)}{row.prompt}\n"
+
+
+def _shared_prefix(renderer: Renderer) -> tuple[str, str]:
+    """What the template writes before the first turn but not before later ones (BOS, system turn); and such a later turn.
 
     Found by comparing: a conversation of two equal turns is `prefix + turn + turn`, one of one turn is `prefix + turn`.
     """
@@ -147,8 +182,8 @@ def _shared_prefix(renderer: Renderer) -> str:
     one, two = renderer.chat_text(turn), renderer.chat_text([*turn, *turn])
     later_turn = two[len(one) :]
     if not two.startswith(one) or not later_turn or not one.endswith(later_turn):
-        return ""
-    return one[: len(one) - len(later_turn)]
+        return "", later_turn
+    return one[: len(one) - len(later_turn)], later_turn
 
 
 def _opening(renderer: Renderer) -> str:

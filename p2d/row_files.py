@@ -14,7 +14,7 @@ from array import array
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from p2d.rows import Row, row_line
+from p2d.rows import Row, row_line, stored_row
 from p2d.sequences import MadeSequence
 
 
@@ -100,4 +100,4 @@ def _load_index(path: Path) -> Sequence[int]:
 
 
 def _parse_row(line: bytes) -> Row:
-    return Row(**json.loads(line))
+    return stored_row(json.loads(line))

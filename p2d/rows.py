@@ -10,9 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from p2d.columns import ACCEPTED, Columns, is_plain, shown
 from p2d.errors import ErrorDetail
@@ -22,6 +22,7 @@ __all__ = [
     "MAX_ROW_BYTES",
     "Format",
     "Row",
+    "Turn",
     "content_hash",
     "load_rows",
     "read_rows",
@@ -33,14 +34,34 @@ MAX_ROW_BYTES = 1 << 20
 """Longest raw row read, in bytes; a longer one is a named error, so that no line can fill the memory."""
 
 
+ROLES = ("system", "user", "assistant")
+"""Who may speak in a conversation."""
+
+
+class Turn(NamedTuple):
+    """One message of a conversation."""
+
+    role: str
+    content: str
+
+
 @dataclass(frozen=True, slots=True)
 class Row:
     """One training example: what the model is shown and what it should answer."""
 
     prompt: str
+    """The question; of a conversation the last one."""
     answer: str
+    """What is trained; of a conversation its last turn alone."""
     line: int
     """1-based line of the user's file where the row starts; the row's number for a JSON array and Parquet."""
+    before: tuple[Turn, ...] = ()
+    """What was said before the prompt: perhaps a system turn, then turns of user and assistant in pairs."""
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """All that the model is shown, and the answer as the last."""
+        return (*(turn.content for turn in self.before), self.prompt, self.answer)
 
 
 def read_rows(
@@ -55,14 +76,14 @@ def read_rows(
             yield fields.at(line)
             continue
         try:
-            prompt, answer = row_texts(fields, columns)
+            row = row_of(fields, line, columns)
         except BadRow as bad:
             yield bad.at(line)
             continue
-        if len(prompt) + len(answer) > max_row_bytes:  # Parquet has no raw line to measure
+        if sum(map(len, row.texts)) > max_row_bytes:  # Parquet has no raw line to measure
             yield too_large(max_row_bytes).at(line)
             continue
-        yield Row(prompt, answer, line)
+        yield row
 
 
 def extra_fields(path: Path, format: Format, columns: Columns = ACCEPTED) -> list[str]:
@@ -76,7 +97,10 @@ def extra_fields(path: Path, format: Format, columns: Columns = ACCEPTED) -> lis
 
 
 def write_rows(path: Path, rows: Iterable[Row]) -> int:
-    """Write rows as JSON Lines `{"prompt", "answer", "line"}`, the form that is stored and read by the engine."""
+    """Write rows as JSON Lines `{"prompt", "answer", "line"}`, the form that is stored and read by the engine.
+
+    Before these a conversation has `before`, its earlier turns as `{"role", "content"}`.
+    """
     count = 0
     with path.open("w", encoding="utf-8", newline="\n") as file:
         for row in rows:
@@ -87,18 +111,39 @@ def write_rows(path: Path, rows: Iterable[Row]) -> int:
 
 def row_line(row: Row) -> str:
     """One line of the normalised form."""
-    return json.dumps(asdict(row), ensure_ascii=False, separators=(",", ":")) + "\n"
+    fields = {**turns_json(row.before), "prompt": row.prompt, "answer": row.answer, "line": row.line}
+    return json.dumps(fields, ensure_ascii=False, separators=(",", ":")) + "\n"
+
+
+def turns_json(before: Iterable[Turn]) -> dict[str, list[dict[str, str]]]:
+    """Earlier turns as the field `before`; nothing where there are none."""
+    turns = [turn._asdict() for turn in before]
+    return {"before": turns} if turns else {}
+
+
+def conversation(row: Row) -> bytes:
+    """A row as a line of a dataset file, `{"messages": [...]}`."""
+    turns = [*row.before, Turn("user", row.prompt), Turn("assistant", row.answer)]
+    messages = [turn._asdict() for turn in turns]
+    return json.dumps({"messages": messages}, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
+
+
+def stored_row(fields: Mapping[str, Any]) -> Row:
+    """The row that a line of the normalised form holds."""
+    before = tuple(Turn(**turn) for turn in fields.get("before") or ())
+    return Row(fields["prompt"], fields["answer"], fields["line"], before)
 
 
 def load_rows(path: Path) -> list[Row]:
     """Load what `write_rows` wrote. The file is ours, so a broken line is a bug and raises."""
     with path.open(encoding="utf-8", newline="\n") as file:
-        return [Row(**json.loads(line)) for line in file]
+        return [stored_row(json.loads(line)) for line in file]
 
 
 def hash_row(digest: Any, row: Row) -> None:
-    """Feed one row into a content hash: prompt and answer only, so that the format of the file does not matter."""
-    digest.update(json.dumps([row.prompt, row.answer], ensure_ascii=False, separators=(",", ":")).encode() + b"\n")
+    """Feed one row into a content hash: its texts and their roles, so that the format of the file does not matter."""
+    content = [row.prompt, row.answer, *([row.before] if row.before else [])]
+    digest.update(json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode() + b"\n")
 
 
 def content_hash(rows: Iterable[Row]) -> str:
@@ -109,21 +154,22 @@ def content_hash(rows: Iterable[Row]) -> str:
     return digest.hexdigest()
 
 
-# --- one row's fields -> prompt and answer ---------------------------------------------------------------------------
+# --- one row's fields -> a row ---------------------------------------------------------------------------------------
 
 
-def row_texts(fields: Mapping[str, Any], columns: Columns = ACCEPTED) -> tuple[str, str]:
-    """Return prompt and answer of one row, checked. Raises BadRow."""
+def row_of(fields: Mapping[str, Any], line: int, columns: Columns = ACCEPTED) -> Row:
+    """The row that the fields make, checked. Raises BadRow."""
     if columns.messages in fields:
         assert columns.messages is not None
-        return _message_texts(fields[columns.messages], pointer_to(columns.messages))
+        *before, question, reply = _turns(fields[columns.messages], pointer_to(columns.messages))
+        return Row(question.content, reply.content, line, tuple(before))
     for shape in columns.shapes:
         if shape.prompt in fields and shape.answer in fields:
             prompt = _text(fields, shape.prompt)
             answer = _text(fields, shape.answer)
             if shape.more and fields.get(shape.more) not in (None, ""):
                 prompt = f"{prompt}\n\n{_text(fields, shape.more)}"
-            return prompt, answer
+            return Row(prompt, answer, line)
     for shape in columns.shapes:  # half a shape is there: say which field is missing
         for here, missing in ((shape.prompt, shape.answer), (shape.answer, shape.prompt)):
             if here in fields:
@@ -154,15 +200,33 @@ def _text(fields: Mapping[str, Any], name: str) -> str:
     return value
 
 
-def _message_texts(messages: Any, pointer: str) -> tuple[str, str]:
-    """Take a conversation of one user turn and one assistant turn; more turns would lose their order in a flat prompt."""
+def _turns(messages: Any, pointer: str) -> list[Turn]:
+    """The turns of a conversation: perhaps a system turn, then user and assistant by turns, the last one an answer."""
     if not isinstance(messages, list) or not all(isinstance(turn, dict) for turn in messages):
         raise BadRow("row.wrong_type", "Expected a list of {role, content}.", pointer)
-    if [turn.get("role") for turn in messages] != ["user", "assistant"]:
-        raise BadRow("row.messages", "Expected exactly one user turn and then one assistant turn.", pointer)
+    turns: list[Turn] = []
     for number, turn in enumerate(messages):
+        role, place = turn.get("role"), f"{pointer}/{number}"
+        if role not in ROLES:  # what else stands there is a stranger's text
+            raise BadRow("row.role", f"Expected one of the roles {', '.join(ROLES)}.", f"{place}/role")
+        if wrong := _out_of_turn(role, turns[-1].role if turns else None):
+            raise BadRow("row.messages", wrong, f"{place}/role")
         try:
-            _text({"content": turn.get("content")}, "content")
+            turns.append(Turn(role, _text({"content": turn.get("content")}, "content")))
         except BadRow as bad:
-            raise BadRow(bad.code, bad.message, f"{pointer}/{number}/content") from None
-    return messages[0]["content"], messages[1]["content"]
+            raise BadRow(bad.code, bad.message, f"{place}/content") from None
+    if not turns or turns[-1].role != "assistant":
+        text = "Expected the last turn to be the assistant's: it is what is trained."
+        raise BadRow("row.messages", text, f"{pointer}/{len(turns) - 1}/role" if turns else pointer)
+    return turns
+
+
+def _out_of_turn(role: str, before: str | None) -> str | None:
+    """What is wrong with a turn of this role behind one of another, None = behind none."""
+    if role == "system" and before is not None:
+        return "A system turn may only be the first."
+    if role == "assistant" and before != "user":
+        return "An assistant turn must follow a user's."
+    if role == "user" and before == "user":
+        return "Two user turns stand in a row; templates take them by turns with the assistant's."
+    return None

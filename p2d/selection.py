@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +25,7 @@ from p2d.errors import ConfigError, EngineError, ErrorDetail
 from p2d.response_matrix import Combine, ResponseShard
 from p2d.row_files import RowFile, line_starts
 from p2d.row_keys import RowKeys
-from p2d.rows import Row
+from p2d.rows import Row, stored_row, turns_json
 
 Floats = npt.NDArray[np.float64]
 
@@ -209,6 +210,13 @@ class SelectedRow:
     prompt: str | None = None
     """Only of kept rows, as is `answer`."""
     answer: str | None = None
+    before: Sequence[Mapping[str, str]] = ()
+    """Of kept rows that are conversations: the turns before the prompt, as `p2d.rows` stores them."""
+
+    @property
+    def kept_row(self) -> Row:
+        """A kept row itself."""
+        return stored_row(asdict(self))
 
 
 def write_selection(path: Path, selection: Selection, rows: Sequence[Row]) -> None:
@@ -217,7 +225,7 @@ def write_selection(path: Path, selection: Selection, rows: Sequence[Row]) -> No
     with path.open("w", encoding="utf-8", newline="\n") as file:
         for index, row in enumerate(rows):
             kept = bool(selection.rank_R[index] < selection.kept)
-            line: dict[str, str | float | bool | None] = {
+            line: dict[str, Any] = {
                 "row": index,
                 "line": row.line,
                 "score": _number(selection.score_R, index),
@@ -226,7 +234,7 @@ def write_selection(path: Path, selection: Selection, rows: Sequence[Row]) -> No
                 "kept": kept,
             }
             if kept:
-                line |= {"prompt": row.prompt, "answer": row.answer}
+                line |= {"prompt": row.prompt, "answer": row.answer, **turns_json(row.before)}
             file.write(json.dumps(line, ensure_ascii=False, separators=(",", ":"), allow_nan=False) + "\n")
 
 
@@ -250,7 +258,7 @@ def check_selection(path: Path, rows: Sequence[Row]) -> None:
     try:
         for line in read_selection(path):
             kept += line.kept
-            strangers += line.kept and Row(line.prompt or "", line.answer or "", line.line) not in known
+            strangers += line.kept and line.kept_row not in known
     except (ValueError, TypeError):
         raise _unusable("The file is not a selection.") from None
     if strangers or not kept:
@@ -280,5 +288,4 @@ def _is_kept(line: bytes) -> bool:
 
 
 def _kept_row(line: bytes) -> Row:
-    kept = SelectedRow(**json.loads(line))
-    return Row(kept.prompt or "", kept.answer or "", kept.line)
+    return stored_row(json.loads(line))

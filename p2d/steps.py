@@ -23,7 +23,7 @@ from p2d.config import (
     proxy_count,
     resolve,
 )
-from p2d.errors import ErrorDetail, RowTooLong
+from p2d.errors import ErrorDetail, RowTooLong, TemplateRefuses
 from p2d.files import write_json
 from p2d.model_info import read_model_info
 from p2d.pipeline import ModelCache, Progress, StepCall, shard_range
@@ -149,7 +149,11 @@ def validate(call: StepCall, progress: Progress, models: ModelCache, on_checkpoi
 def _count_tokens(
     renderer: Renderer, split: Split, config: JobConfig, held_out: str, progress: Progress
 ) -> tuple[RowCounts, RowCounts, RowCounts]:
-    """Sizes of the three sets. Raises RowTooLong with every line that does not fit, file by file in line order."""
+    """Sizes of the three sets.
+
+    Raises: TemplateRefuses with the conversations that the model's template does not take, RowTooLong with every line that does
+            not fit: file by file in line order.
+    """
     limit = config.training.max_length
     assert limit != "auto", "resolve the config first"
     sets: list[tuple[str, Sequence[Row]]] = [
@@ -160,11 +164,17 @@ def _count_tokens(
     total = sum(len(rows) for _, rows in sets)
     counts: list[RowCounts] = []
     errors: list[ErrorDetail] = []
-    done = too_long = 0
+    refused: list[ErrorDetail] = []
+    done = too_long = not_taken = 0
     for pointer, rows in sets:
         tokens = answers = longest = listed = 0
         for row in rows:
-            rendered = renderer.render(row)
+            try:
+                rendered = renderer.render(row)
+            except TemplateRefuses as error:
+                not_taken += 1
+                refused += [replace(fault, pointer=pointer) for fault in error.errors if not_taken <= MAX_LISTED]
+                continue
             length = renderer.length(rendered)
             tokens, answers, longest = tokens + length, answers + len(rendered.answer_ids), max(longest, length)
             if length > limit:
@@ -176,6 +186,11 @@ def _count_tokens(
             if done % 500 == 0 or done == total:
                 progress(done, total, {})
         counts.append(RowCounts(rows=len(rows), tokens=tokens, answer_tokens=answers, longest=longest))
+    if refused:
+        refused.sort(key=lambda error: (error.pointer, error.line))
+        text = counted(not_taken, "conversation has turns", "conversations have turns")
+        text += " that the chat template of the base model does not take."
+        raise TemplateRefuses(text, errors=refused, errors_total=not_taken)
     if errors:
         errors.sort(key=lambda error: (error.pointer, error.line))
         text = counted(too_long, f"row is longer than {limit} tokens.", f"rows are longer than {limit} tokens.")

@@ -49,7 +49,7 @@ class DatasetReport:
     """Lines of the first 100 of them."""
     warnings: tuple[str, ...]
     prompt_chars: Mapping[str, float]
-    """Of prompts: `min`, `mean`, `max`, exact; `p10`, `p50`, `p90`, `p99`, rounded up by 6 % at most."""
+    """Of prompts, with all turns before: `min`, `mean`, `max`, exact; `p10`, `p50`, `p90`, `p99`, rounded up by 6 % at most."""
     answer_chars: Mapping[str, float]
     """Of answers likewise."""
     personal: Mapping[str, Mapping[str, Any]]
@@ -255,10 +255,11 @@ class _Reading:
 
     def _count(self, row: Row) -> None:
         hash_row(self.digest, row)
-        self.longest_row_chars = max(self.longest_row_chars, len(row.prompt) + len(row.answer))
-        self._prompts.add(len(row.prompt))
+        *shown, _ = map(len, row.texts)
+        self.longest_row_chars = max(self.longest_row_chars, sum(shown) + len(row.answer))
+        self._prompts.add(sum(shown))
         self._answers.add(len(row.answer))
-        self._personal.add(row.line, row.prompt, row.answer)
+        self._personal.add(row.line, *row.texts)
         if not self._seen.add(row):
             self.duplicates += 1
             if len(self.duplicate_lines) < 100:

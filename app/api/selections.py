@@ -42,8 +42,9 @@ from app.errors import (
 from app.key_schemas import ReceiptView
 from app.result_errors import SelectionInUse, SelectionRowNotFound
 from app.result_schemas import PlacedRowView, RowReasonView, SelectionBody, SelectionView
-from app.views import JobView, Page
+from app.views import JobView, Page, TurnView
 from p2d.config import top_count
+from p2d.rows import Row, conversation, stored_row
 from p2d.selection_reasons import FORMULAS
 from p2d.selection_table import SelectionTable
 
@@ -165,8 +166,9 @@ def get_selection_row(
     text = text_of(services.blobs, sources, row) or _own_text(services.blobs, found, table, row)
     return RowReasonView(
         **_placed(table, row, kept).model_dump(),
-        prompt=text[0] if text else None,
-        answer=text[1] if text else None,
+        prompt=text.prompt if text else None,
+        answer=text.answer if text else None,
+        before=[TurnView.model_validate(turn) for turn in text.before] if text else [],
         formula=FORMULAS[reason.combine] if reason else None,
         response=reason.response if reason and reason.combine != "quality" else None,
         heads=[asdict(head) for head in reason.heads] if reason else [],
@@ -262,20 +264,22 @@ def _placed(table: SelectionTable, row: int, kept: int) -> PlacedRowView:
     )
 
 
-def _own_text(blobs: BlobStore, found: SelectionRecord, table: SelectionTable, row: int) -> tuple[str, str] | None:
-    """Prompt and answer of a row that the selection itself keeps."""
+def _own_text(blobs: BlobStore, found: SelectionRecord, table: SelectionTable, row: int) -> Row | None:
+    """A row that the selection itself keeps."""
     if table.rank_R[row] >= table.kept:
         return None
-    line = json.loads(blobs.ranges(found.sha256, [table.span(row)])[0])
-    return line["prompt"], line["answer"]
+    return stored_row(json.loads(blobs.ranges(found.sha256, [table.span(row)])[0]))
 
 
 def _exported(rows: Iterator[bytes], lines: set[int]) -> Iterator[bytes]:
-    """Normalised rows of these lines, without the number of the line, which ends each of them (`p2d.rows.row_line`)."""
+    """Normalised rows of these lines, without the number of the line, which ends each of them (`p2d.rows.row_line`).
+
+    Conversations are written as `messages`, as a dataset file has them.
+    """
     for row in rows:
         text, _, line = row.rpartition(b',"line":')
         if int(line.rstrip(b"}")) in lines:
-            yield text + b"}\n"
+            yield conversation(stored_row(json.loads(row))) if text.startswith(b'{"before":') else text + b"}\n"
 
 
 def _rank(cursor: str | None, table: SelectionTable) -> int:

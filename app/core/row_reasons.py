@@ -22,6 +22,7 @@ from app.db.steps import list_steps
 from p2d.head_maps import HeadMap
 from p2d.pipeline import shard_range
 from p2d.response_matrix import load_shard
+from p2d.rows import Row, stored_row
 from p2d.selection_reasons import RowReason, explain
 from p2d.selection_table import SelectionTable
 
@@ -77,15 +78,14 @@ def reason_of(blobs: BlobStore, sources: Sources, row: int) -> RowReason | None:
         return explain(load_shard(shard), row, HeadMap.load(head_map).top(sources.ratio))
 
 
-def text_of(blobs: BlobStore, sources: Sources, row: int) -> tuple[str, str] | None:
-    """Prompt and answer of a row that was not kept; None where the rows are gone, or lie without an index."""
+def text_of(blobs: BlobStore, sources: Sources, row: int) -> Row | None:
+    """The row itself, kept or not; None where the rows are gone, or lie without an index."""
     if sources.rows is None or sources.index is None:
         return None
     places = b"".join(blobs.stream(sources.index, 8 * row, 8 * row + 16))
     start = int.from_bytes(places[:8], sys.byteorder)
     end = int.from_bytes(places[8:], sys.byteorder) if len(places) == 16 else sources.rows.size_bytes
-    line = json.loads(b"".join(blobs.stream(sources.rows.sha256, start, end)))
-    return line["prompt"], line["answer"]
+    return stored_row(json.loads(b"".join(blobs.stream(sources.rows.sha256, start, end))))
 
 
 def nearest(table: SelectionTable, row: int, kept: int) -> tuple[int | None, int | None]:

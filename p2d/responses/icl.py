@@ -132,7 +132,8 @@ def form_groups(given: ResponseInput, render: Callable[[int], RenderedRow]) -> I
     most = icl_demos(data, len(wanted))
 
     def length_of(query: int) -> int:
-        return base.renderer.length(render(query))
+        row = render(query)  # behind the shared prefix, whatever system turn it has
+        return len(base.renderer.prefix_ids) + len(row.prompt_ids) + len(row.answer_ids)
 
     def shown(demo: int) -> int:
         row = render(demo)

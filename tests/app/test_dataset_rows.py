@@ -31,8 +31,22 @@ def test_rows_come_in_pages_in_the_form_in_which_jobs_read_them(api: Api) -> Non
 
     assert [len(page) for page in found] == [10, 10, 5]
     assert [row for page in found for row in page] == [
-        {"line": n + 2, "prompt": f"{n}?", "answer": str(n)} for n in range(25)
+        {"line": n + 2, "prompt": f"{n}?", "answer": str(n), "before": []} for n in range(25)
     ]
+
+
+def test_a_conversation_is_a_row_of_its_last_answer(api: Api) -> None:
+    turns = [{"role": role, "content": f"{role} {n}"} for n, role in enumerate(("system", *["user", "assistant"] * 2))]
+    line = json.dumps({"messages": turns}).encode() + b"\n"
+
+    dataset = api.upload(line + json.dumps({"messages": turns[3:]}).encode())
+
+    ((row, last),) = pages(api, f"/datasets/{dataset.json()['id']}/rows", limit=10)
+    assert row == {"line": 1, "prompt": "user 3", "answer": "assistant 4", "before": turns[:3]}
+    assert last == {**row, "line": 2, "before": []}
+    assert api.http.get(f"/datasets/{dataset.json()['id']}/stats").json()["prompt_chars"]["max"] == len(
+        "".join(turn["content"] for turn in turns[:4])
+    )
 
 
 def test_a_page_of_long_rows_ends_early(api: Api) -> None:

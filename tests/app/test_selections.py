@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
+from app.api.selections import _exported
 from app.core.garbage import collect
+from p2d.rows import Row, Turn, conversation, row_line
 from tests.app.conftest import MODEL, Api, a_job, rows
 from tests.app.test_artifacts import all_rows
 
@@ -154,6 +156,13 @@ def test_the_kept_rows_come_as_a_dataset(api: Api, made: dict[str, Any], ratio: 
     exported = [json.loads(line) for line in answer.text.splitlines()]
     assert exported == [{"prompt": sent[i - 1]["question"], "answer": sent[i - 1]["answer"]} for i in kept]
     assert api.upload(answer.content).status_code in (200, 201)
+
+
+def test_kept_conversations_come_as_a_dataset_file_has_them() -> None:
+    plain, chat = Row("q", "a", 3), Row("q", "a", 4, (Turn("system", "s"),))
+    stored = [row_line(row).rstrip("\n").encode() for row in (plain, chat)]
+
+    assert b"".join(_exported(iter(stored), {3, 4})) == b'{"prompt":"q","answer":"a"}\n' + conversation(chat)
 
 
 def test_an_export_stands_in_the_audit_log(api: Api, made: dict[str, Any]) -> None:

@@ -307,13 +307,13 @@ def test_every_head_scorer_ranks_all_heads_and_leaves_the_base_alone(base: BaseM
 def test_greedy_answers_side_by_side_are_those_of_transformers_one_by_one(
     base: BaseModel, reference: PreTrainedModel, rendered: list[RenderedRow]
 ) -> None:
-    prompts = [row.prompt_ids for row in rendered[:4]]
+    prompts = [base.renderer.asked(row) for row in rendered[:4]]
 
     answers = generate(base, prompts, limit=12, on_token=lambda: None)
 
     theirs: Any = reference
     for prompt, answer in zip(prompts, answers, strict=True):
-        ids_BT = torch.tensor([[*base.renderer.prefix_ids, *prompt]])
+        ids_BT = torch.tensor([prompt])
         mask_BT = torch.ones_like(ids_BT)
         expected = theirs.generate(ids_BT, attention_mask=mask_BT, do_sample=False, max_new_tokens=12)[0]
         stop = base.renderer.stop_ids
@@ -323,10 +323,10 @@ def test_greedy_answers_side_by_side_are_those_of_transformers_one_by_one(
 def test_answers_behind_one_shared_beginning_are_those_of_whole_prompts(
     base: BaseModel, rendered: list[RenderedRow]
 ) -> None:
-    shown = [*rendered[0].prompt_ids, *rendered[0].answer_ids, *base.renderer.separator_ids]
+    shown = [*base.renderer.asked(rendered[0]), *rendered[0].answer_ids, *base.renderer.separator_ids]
     prompts = [rendered[1].prompt_ids[-9:], rendered[2].prompt_ids, rendered[3].prompt_ids]  # of different lengths
 
-    answers = generate(base, prompts, limit=8, after=[*base.renderer.prefix_ids, *shown])
+    answers = generate(base, prompts, limit=8, after=shown)
 
     assert answers == [generate(base, [[*shown, *prompt]], limit=8)[0] for prompt in prompts]
 

@@ -69,9 +69,9 @@ def test_random_heads_match_the_number_of_trained_parameters(tiny: BaseModel) ->
 # --- generation ------------------------------------------------------------------------------------------------------
 
 
-def greedy_without_cache(base: BaseModel, prompt_ids: list[int], limit: int) -> list[int]:
+def greedy_without_cache(base: BaseModel, asked_ids: list[int], limit: int) -> list[int]:
     """The plain definition: the whole sequence again for every token."""
-    sequence, answer = [*base.renderer.prefix_ids, *prompt_ids], list[int]()
+    sequence, answer = list(asked_ids), list[int]()
     while len(answer) < limit:
         with torch.no_grad():
             token = int(base.logits(base.hidden(torch.tensor([sequence]))[:, -1]).argmax())
@@ -83,7 +83,7 @@ def greedy_without_cache(base: BaseModel, prompt_ids: list[int], limit: int) -> 
 
 
 def test_a_batch_of_answers_is_what_each_prompt_gives_alone(tiny: BaseModel) -> None:
-    prompts = [tiny.renderer.render(row).prompt_ids for row in some_rows(5, first=97)]
+    prompts = [tiny.renderer.asked(tiny.renderer.render(row)) for row in some_rows(5, first=97)]
     assert len({len(ids) for ids in prompts}) > 1
 
     answers = generate(tiny, prompts, limit=12, on_token=lambda: None)
@@ -92,7 +92,7 @@ def test_a_batch_of_answers_is_what_each_prompt_gives_alone(tiny: BaseModel) -> 
 
 
 def test_an_answer_ends_at_its_stop_token_while_others_go_on(tiny: BaseModel) -> None:
-    prompts = [tiny.renderer.render(row).prompt_ids for row in some_rows(6)]
+    prompts = [tiny.renderer.asked(tiny.renderer.render(row)) for row in some_rows(6)]
     free = generate(tiny, prompts, limit=8, on_token=lambda: None)
     stop = free[0][2]  # from now on this token ends an answer
     object.__setattr__(tiny, "renderer", _Stopping(tiny.renderer, stop))

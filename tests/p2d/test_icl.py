@@ -161,12 +161,13 @@ def test_written_answers_after_shared_demos_are_those_of_one_long_prompt(tiny: B
     scene, limit = a_scene(tiny), 12
     written = generate(tiny, [query.prompt_ids for query in scene.queries], limit=limit, after=scene.trunk_ids)
 
-    assert written == [generate(tiny, [long.prompt_ids], limit=limit)[0] for long in as_long_rows(tiny)]
+    assert written == [generate(tiny, [tiny.renderer.asked(long)], limit=limit)[0] for long in as_long_rows(tiny)]
 
 
 def test_written_answers_are_judged_by_the_text_metric(tiny: BaseModel) -> None:
     longest = max(len(query.answer_ids) for query in a_scene(tiny).queries)
-    texts = [tiny.renderer.decode(generate(tiny, [long.prompt_ids], limit=longest)[0]) for long in as_long_rows(tiny)]
+    asked = map(tiny.renderer.asked, as_long_rows(tiny))
+    texts = [tiny.renderer.decode(generate(tiny, [ids], limit=longest)[0]) for ids in asked]
 
     expected = np.mean([rouge_l(text, row.answer) for text, row in zip(texts, [ROWS[5], ROWS[6]], strict=True)])
     assert judged(tiny, "rouge_l") == pytest.approx(expected)

@@ -13,16 +13,20 @@ import pytest
 from p2d import Result, adapt, identify_heads, select_data
 from p2d.adapters import load_adapter, merge
 from p2d.config import Control, DataConfig, HeadsConfig, JobConfig, TrainingConfig
-from p2d.errors import Cancelled, ConfigError, DatasetFileMissing, DatasetTooSmall, RowTooLong
+from p2d.errors import Cancelled, ConfigError, DatasetFileMissing, DatasetTooSmall, RowTooLong, TemplateRefuses
 from p2d.evaluation import row_losses
 from p2d.models import load_base_model
 from p2d.pipeline import STEPS, ModelCache, PlannedStep, StepCall, is_input, plan_steps, run_step
 from p2d.plans import split_rows
-from p2d.rows import load_rows, write_rows
-from p2d.selection import read_selection
+from p2d.rows import Turn, conversation, load_rows, write_rows
+from p2d.selection import load_kept, read_selection
 from tests.factories import some_rows, tiny_model_dir
 
 RESULTS = {"heads.safetensors", "manifest.json", "head_map.json", "selection.jsonl", "report.json"}
+
+
+SYSTEM, ASKED, SAID = Turn("system", "Add up."), Turn("user", "1+1"), Turn("assistant", "2")
+EARLIER = ((), (SYSTEM,), (ASKED, SAID), (SYSTEM, ASKED, SAID))
 
 
 def a_config(recipe: str = "default", controls: tuple[Control, ...] = ()) -> JobConfig:
@@ -55,9 +59,12 @@ def whole(tiny_dir: Path, files: Path, tmp_path_factory: pytest.TempPathFactory)
 
 @pytest.mark.parametrize("recipe", ["default", "paper"])
 def test_a_recipe_adapts_the_model_and_reports(recipe: str, tiny_dir: Path, files: Path, tmp_path: Path) -> None:
+    chats = [replace(row, before=EARLIER[row.line % 4]) for row in some_rows(24)]
+    (tmp_path / "chats.jsonl").write_bytes(b"".join(map(conversation, chats)))
+
     result = adapt(
         model=tiny_dir,
-        data=files / "train.jsonl",
+        data=tmp_path / "chats.jsonl",
         validation=files / "held_out.jsonl",
         out=tmp_path,
         config=a_config(recipe),
@@ -65,6 +72,8 @@ def test_a_recipe_adapts_the_model_and_reports(recipe: str, tiny_dir: Path, file
     )
 
     assert {path.name for path in tmp_path.iterdir()} >= RESULTS
+    kept = load_kept(tmp_path / "selection.jsonl")
+    assert list(kept) == [row for row in chats if row.line in {one.line for one in kept}]
     assert not [path for path in tmp_path.iterdir() if path.is_dir()]  # the scratch folder is gone
     report = result.report
     assert report["evaluation"]["loss_after"] < report["evaluation"]["loss_before"]
@@ -252,6 +261,20 @@ def test_every_over_long_row_is_listed_before_the_model_loads(tiny_dir: Path, fi
 
     assert [(error.pointer, error.line) for error in caught.value.errors] == [("/dataset", 5), ("/dataset", 21)]
     assert "long" not in json.dumps([error.message for error in caught.value.errors]).replace("long ", "")
+
+
+def test_conversations_that_the_models_template_refuses_are_listed_before_it_loads(tmp_path: Path) -> None:
+    model = tiny_model_dir(tmp_path / "model")
+    template = model / "chat_template.jinja"
+    refusing = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    template.write_text(refusing + template.read_text())
+    chats = [replace(row, before=EARLIER[row.line % 4]) for row in some_rows(24)]
+    (tmp_path / "chats.jsonl").write_bytes(b"".join(map(conversation, chats)))
+
+    with pytest.raises(TemplateRefuses) as caught:
+        adapt(model=model, data=tmp_path / "chats.jsonl", out=tmp_path / "out", config=a_config(), device="cpu")
+
+    assert [error.line for error in caught.value.errors] == [row.line for row in chats if SYSTEM in row.before]
 
 
 def test_over_long_rows_are_listed_file_by_file_in_line_order(tiny_dir: Path, files: Path, tmp_path: Path) -> None:

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from p2d.errors import ModelError
+from p2d.errors import ModelError, TemplateRefuses
 from p2d.models import BaseModel
 from p2d.rendering import RenderedRows, Renderer, load_renderer
-from p2d.rows import Row
+from p2d.rows import Row, Turn
 from tests.factories import some_rows, tiny_model_dir, tiny_tokenizer
 
 ROW = Row(prompt="What is 1+1?", answer="It is 2", line=1)
@@ -59,6 +59,61 @@ def test_without_a_template_a_row_is_prompt_newline_answer_eos_after_a_first_tok
     assert text(tokenizer, row.prompt_ids) == "What is 1+1?\n"
     assert text(tokenizer, row.answer_ids) == "It is 2<|endoftext|>"
     assert not renderer.has_chat_template
+
+
+SYSTEM, ASKED, SAID = Turn("system", "Rhyme."), Turn("user", "Hi"), Turn("assistant", "Ho")
+
+
+def as_messages(row: Row) -> list[dict[str, str]]:
+    return [*(turn._asdict() for turn in row.before), {"role": "user", "content": row.prompt}]
+
+
+@pytest.mark.parametrize("before", [(SYSTEM,), (ASKED, SAID), (SYSTEM, ASKED, SAID, ASKED, SAID)], ids=len)
+@pytest.mark.parametrize("bos", ["", "<|endoftext|>", "<|im_start|>"])
+def test_a_conversation_alone_is_what_the_template_writes_its_own_system_turn_instead_of_the_templates(
+    before: tuple[Turn, ...], bos: str
+) -> None:
+    tokenizer: Any = tiny_tokenizer(chat=True)
+    if bos == "<|endoftext|>":
+        tokenizer.chat_template = bos + tokenizer.chat_template
+    tokenizer.bos_token = bos or None
+    renderer, row = Renderer(tokenizer), Row("And 1+1?", "It is 2", 1, before)
+
+    rendered = renderer.render(row)
+
+    asked = tokenizer.apply_chat_template(as_messages(row), add_generation_prompt=True, tokenize=True)["input_ids"]
+    assert renderer.asked(rendered) == asked
+    assert renderer.length(rendered) == len(asked) + len(rendered.answer_ids)
+    assert text(tokenizer, rendered.answer_ids) == "It is 2<|im_end|>"
+    # In context it stands whole behind the shared prefix, as any row.
+    shown = text(tokenizer, rendered.prompt_ids)
+    assert shown.startswith("<|im_start|>" + before[0].role)
+    assert shown.count("<|im_start|>") == len(before) + 2
+    assert rendered.own_system == (before[0] is SYSTEM)
+    assert not renderer.render(ROW).own_system
+
+
+def test_turns_that_the_template_does_not_take_are_the_rows_fault() -> None:
+    tokenizer: Any = tiny_tokenizer(chat=True)
+    tokenizer.chat_template = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+        + tokenizer.chat_template
+    )
+    renderer = Renderer(tokenizer)
+
+    with pytest.raises(TemplateRefuses) as refused:
+        renderer.render(Row("q", "a", 7, (SYSTEM,)))
+
+    assert [fault.line for fault in refused.value.errors] == [7]
+    assert renderer.render(Row("q", "a", 8, (ASKED, SAID))).prompt_ids
+
+
+def test_without_a_template_a_conversation_is_a_transcript() -> None:
+    tokenizer: Any = tiny_tokenizer(chat=False)
+
+    row = Renderer(tokenizer).render(Row("And 1+1?", "It is 2", 1, (SYSTEM, ASKED, SAID)))
+
+    assert text(tokenizer, row.prompt_ids) == "Rhyme.\n\nHi\nHo\n\nAnd 1+1?\n"
 
 
 @pytest.mark.parametrize("chat", [True, False])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
 import tracemalloc
@@ -18,7 +19,8 @@ from hypothesis import strategies as st
 
 from p2d.errors import DatasetError, DatasetTooLarge, ErrorDetail
 from p2d.formats import READERS
-from p2d.rows import Format, Row, content_hash, load_rows, read_rows, sniff_format, write_rows
+from p2d.row_files import open_rows
+from p2d.rows import Format, Row, Turn, content_hash, conversation, load_rows, read_rows, sniff_format, write_rows
 
 Fields = list[dict[str, Any]]
 
@@ -132,17 +134,58 @@ def test_only_text_is_text(tmp_path: Path, format: Format, value: Any) -> None:
     assert [code for _, code, _ in faults(found)] == ["row.wrong_type"]
 
 
-@pytest.mark.parametrize("format", ["jsonl", "json", "parquet"])
-def test_a_conversation_of_two_turns_is_a_row_and_longer_ones_are_refused(tmp_path: Path, format: Format) -> None:
-    user, assistant = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
-    found = read(
-        tmp_path,
-        WRITERS[format]([{"messages": [user, assistant]}, {"messages": [user, assistant] * 2}, {"messages": [user]}]),
-        format,
-    )
+SYSTEM, USER, ASSISTANT = ({"role": role, "content": role[0]} for role in ("system", "user", "assistant"))
 
-    assert found[0] == Row("q", "a", 1)
-    assert [code for _, code, _ in faults(found)] == ["row.messages"] * 2
+
+@pytest.mark.parametrize("format", ["jsonl", "json", "parquet"])
+def test_a_conversations_last_answer_is_the_rows_and_all_before_is_shown(tmp_path: Path, format: Format) -> None:
+    conversations = [[USER, ASSISTANT], [SYSTEM, USER, ASSISTANT], [USER, ASSISTANT] * 2]
+
+    found = read(tmp_path, WRITERS[format]([{"messages": turns} for turns in conversations]), format)
+
+    system, user, assistant = Turn("system", "s"), Turn("user", "u"), Turn("assistant", "a")
+    rows = [Row("u", "a", 1), Row("u", "a", 2, (system,)), Row("u", "a", 3, (user, assistant))]
+    assert found == rows
+    assert len({content_hash([row]) for row in rows}) == 3
+    write_rows(tmp_path / "rows.jsonl", rows)
+    assert load_rows(tmp_path / "rows.jsonl") == rows == list(open_rows(tmp_path / "rows.jsonl"))
+    again = b"".join(map(conversation, rows))
+    assert [row for row in read(tmp_path, again) if isinstance(row, Row)] == rows
+
+
+def test_a_row_of_one_exchange_is_stored_and_hashed_as_it_always_was(tmp_path: Path) -> None:
+    row = Row("q\u00e4", "a", 7)
+
+    write_rows(tmp_path / "rows.jsonl", [row])
+
+    assert (tmp_path / "rows.jsonl").read_text() == '{"prompt":"q\u00e4","answer":"a","line":7}\n'
+    assert content_hash([row]) == hashlib.sha256('["q\u00e4","a"]\n'.encode()).hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("turns", "code", "pointer"),
+    [
+        ([], "row.messages", "/messages"),
+        ([USER], "row.messages", "/messages/0/role"),
+        ([SYSTEM, USER, ASSISTANT, USER], "row.messages", "/messages/3/role"),
+        ([ASSISTANT], "row.messages", "/messages/0/role"),
+        ([SYSTEM, ASSISTANT], "row.messages", "/messages/1/role"),
+        ([USER, SYSTEM, ASSISTANT], "row.messages", "/messages/1/role"),
+        ([USER, USER, ASSISTANT], "row.messages", "/messages/1/role"),
+        ([USER, ASSISTANT, ASSISTANT], "row.messages", "/messages/2/role"),
+        ([USER, {"role": "tool", "content": "x"}], "row.role", "/messages/1/role"),
+        ([USER, {"role": ["user"], "content": "x"}], "row.role", "/messages/1/role"),
+        ([USER, {"content": "x"}], "row.role", "/messages/1/role"),
+        ([{"role": "system", "content": " "}, USER, ASSISTANT], "row.empty", "/messages/0/content"),
+        ([USER, {"role": "assistant", "content": None}], "row.wrong_type", "/messages/1/content"),
+        (["u", "a"], "row.wrong_type", "/messages"),
+        ("ua", "row.wrong_type", "/messages"),
+    ],
+)
+def test_a_turn_that_is_wrong_is_named(tmp_path: Path, turns: Any, code: str, pointer: str) -> None:
+    content = json.dumps({"messages": turns}).encode() + b"\n"
+
+    assert faults(read(tmp_path, content)) == [(1, code, pointer)]
 
 
 # --- lines -----------------------------------------------------------------------------------------------------------
