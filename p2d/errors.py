@@ -35,7 +35,7 @@ class ErrorDetail:
 
 
 class P2DError(Exception):
-    """Base of all errors that a user may see."""
+    """A mistake of our own; also the base of all errors that a user may see."""
 
     code: ClassVar[str] = "internal.error"
     fault: ClassVar[Fault] = "service"

@@ -6,7 +6,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.concurrency import run_in_threadpool
 
 from app.api.bodies import read_json, receive_json
-from app.api.content import send_blob
+from app.api.content import PARTIAL, STORED_WHOLE, send_blob
 from app.api.context import ArtifactId, Context, JobId, Services
 from app.api.documentation import ARTIFACT_PATCH_BODY, errors
 from app.api.receipts import receipt
@@ -17,13 +17,8 @@ from app.db.artifacts import find_artifact as artifact_of_job
 from app.db.jobs import find_job
 from app.errors import (
     ArtifactNotFound,
-    BlobCorrupt,
-    BlobMissing,
     JobNotFound,
     RangeNotSatisfiable,
-    RequestError,
-    RequestTooLarge,
-    UnsupportedMediaType,
 )
 from app.key_schemas import ReceiptView
 from app.result_errors import ArtifactExpired, ArtifactInUse
@@ -36,8 +31,7 @@ _BYTES: dict[str, object] = {"*/*": {}}
 
 CONTENT: dict[int | str, dict[str, object]] = {
     200: {"description": "The whole file, of its own media type; `ETag` is its sha256.", "content": _BYTES},
-    206: {"description": "The range that was asked for.", "content": _BYTES},
-    304: {"description": "The client has it: If-None-Match names its sha256."},
+    **PARTIAL,
 }
 """What a download answers."""
 
@@ -61,7 +55,8 @@ def get_job_artifacts(job_id: JobId, services: Context) -> Page[ArtifactView]:
     response_class=Response,
     responses={
         200: {"description": "The file `report.json`.", "content": {"application/json": {}}},
-        **errors(JobNotFound, ArtifactNotFound, ArtifactExpired),
+        **PARTIAL,
+        **errors(JobNotFound, ArtifactNotFound, ArtifactExpired, RangeNotSatisfiable, *STORED_WHOLE),
     },
 )
 def get_job_report(request: Request, job_id: JobId, services: Context) -> Response:
@@ -84,10 +79,7 @@ def get_one_artifact(artifact_id: ArtifactId, services: Context) -> ArtifactView
 @router.patch(
     "/artifacts/{id}",
     response_model=ArtifactView,
-    responses=errors(
-        *(ArtifactNotFound, ArtifactExpired, ArtifactInUse),
-        *(RequestError, RequestTooLarge, UnsupportedMediaType),
-    ),
+    responses=errors(ArtifactNotFound, ArtifactExpired, ArtifactInUse),
     openapi_extra=ARTIFACT_PATCH_BODY,
 )
 async def patch_artifact(request: Request, artifact_id: ArtifactId, services: Context) -> ArtifactView:
@@ -113,7 +105,7 @@ def delete_one_artifact(artifact_id: ArtifactId, services: Context) -> ReceiptVi
     responses={
         **CONTENT,
         **PAST,
-        **errors(ArtifactNotFound, ArtifactExpired, RangeNotSatisfiable, BlobMissing, BlobCorrupt),
+        **errors(ArtifactNotFound, ArtifactExpired, RangeNotSatisfiable, *STORED_WHOLE),
     },
 )
 def get_artifact_content(request: Request, artifact_id: ArtifactId, services: Context) -> Response:

@@ -6,7 +6,9 @@ from typing import Annotated
 
 from fastapi import APIRouter, Query
 
+from app.access_errors import InsufficientScope
 from app.api.context import Admin, Context, Cursor, Limit, Link, page_after, page_of
+from app.api.documentation import errors
 from app.db.audit import list_entries
 from app.key_schemas import AuditView
 from app.views import Page
@@ -18,7 +20,7 @@ Object = Annotated[
 ]
 
 
-@router.get("/audit")
+@router.get("/audit", responses=errors(InsufficientScope))
 def get_audit(
     services: Context, admin: Admin, link: Link, limit: Limit = 20, cursor: Cursor = None, of: Object = None
 ) -> Page[AuditView]:

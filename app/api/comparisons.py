@@ -39,9 +39,7 @@ from app.errors import (
     IdempotencyInFlight,
     IdempotencyMismatch,
     JobNotFound,
-    RequestError,
-    RequestTooLarge,
-    UnsupportedMediaType,
+    StoreUnavailable,
 )
 from app.problems import invalid
 from app.views import Page
@@ -50,8 +48,6 @@ from p2d.comparison_views import to_csv, to_html
 from p2d.errors import ErrorDetail
 
 router = APIRouter(tags=["comparisons"])
-
-_REFUSALS = (RequestError, RequestTooLarge, UnsupportedMediaType, JobNotFound, IdempotencyInFlight, IdempotencyMismatch)
 
 
 def _file(media_type: str) -> dict[int | str, dict[str, object]]:
@@ -62,7 +58,7 @@ def _file(media_type: str) -> dict[int | str, dict[str, object]]:
     "/comparisons",
     status_code=201,
     response_model=ComparisonSummary,
-    responses=errors(*_REFUSALS),
+    responses=errors(JobNotFound, IdempotencyInFlight, IdempotencyMismatch),
     openapi_extra=COMPARISON_BODY,
 )
 async def create_comparison(request: Request, services: Context, key: IdempotencyKey) -> Response:
@@ -87,7 +83,7 @@ def get_comparisons(services: Context, link: Link, limit: Limit = 20, cursor: Cu
 @router.get(
     "/comparisons/{id}.csv",
     response_class=Response,
-    responses={**_file("text/csv"), **errors(ComparisonNotFound)},
+    responses={**_file("text/csv"), **errors(ComparisonNotFound, StoreUnavailable)},
 )
 def get_comparison_csv(comparison_id: ComparisonId, services: Context) -> Response:
     """Everything as a table, a line for each value."""
@@ -98,7 +94,7 @@ def get_comparison_csv(comparison_id: ComparisonId, services: Context) -> Respon
 @router.get(
     "/comparisons/{id}.html",
     response_class=Response,
-    responses={**_file("text/html"), **errors(ComparisonNotFound)},
+    responses={**_file("text/html"), **errors(ComparisonNotFound, StoreUnavailable)},
 )
 def get_comparison_html(comparison_id: ComparisonId, services: Context) -> Response:
     """One page that loads nothing else, to keep or to send."""
@@ -112,7 +108,7 @@ def get_comparison_html(comparison_id: ComparisonId, services: Context) -> Respo
     return Response(page, media_type="text/html", headers=headers)
 
 
-@router.get("/comparisons/{id}", responses=errors(ComparisonNotFound))
+@router.get("/comparisons/{id}", responses=errors(ComparisonNotFound, StoreUnavailable))
 def get_one_comparison(comparison_id: ComparisonId, services: Context) -> ComparisonView:
     """Configuration, heads, rows, held-out losses, curves, seconds and cost of the jobs, as far as each has got."""
     record, views, _, found = _compute(services, comparison_id)

@@ -11,10 +11,21 @@ from fastapi.responses import StreamingResponse
 
 from app.api.etags import matches
 from app.blobs import Blob, BlobStore
-from app.errors import BlobCorrupt, BlobMissing, RangeNotSatisfiable
+from app.errors import BlobCorrupt, BlobMissing, RangeNotSatisfiable, StoreUnavailable
 
 _RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})")
 
+
+PARTIAL: dict[int | str, dict[str, object]] = {
+    206: {"description": "The range that was asked for.", "content": {"*/*": {}}},
+    304: {"description": "The client has it: If-None-Match names its sha256."},
+}
+"""What a file may be answered with beside the whole of it."""
+
+STORED = (StoreUnavailable, BlobMissing)
+"""What reading an object can fail with, and below, where its hash is compared too."""
+
+STORED_WHOLE = (*STORED, BlobCorrupt)
 
 URL_LIVES_S = 300
 """Seconds in which a download past this service must have begun."""

@@ -10,6 +10,7 @@ from fastapi.responses import JSONResponse
 
 from app.access_errors import StorageFull
 from app.api.bodies import Received, read_json, receive, work_folder
+from app.api.content import STORED
 from app.api.context import (
     Context,
     Cursor,
@@ -40,15 +41,13 @@ from app.dataset_errors import (
 from app.db.datasets import Dataset, DatasetFilter, delete_dataset, get_dataset, is_needed, list_datasets
 from app.db.engine import Connection
 from app.errors import (
-    CursorInvalid,
     DatasetInUse,
     DatasetNotFound,
+    DiskFull,
     IdempotencyInFlight,
     IdempotencyMismatch,
-    RequestError,
     RequestInvalid,
-    RequestTooLarge,
-    UnsupportedMediaType,
+    StoreUnavailable,
 )
 from app.key_schemas import ReceiptView
 from app.schemas import DatasetBody, Mapping, RowsBody, Sha256, SourceBody, Text
@@ -62,12 +61,12 @@ router = APIRouter(tags=["datasets"])
 Order = Literal["asc", "desc"]
 
 DATASET_ERRORS = (
-    *(RequestError, RequestInvalid, UnsupportedMediaType, IdempotencyInFlight, IdempotencyMismatch),
-    *(DatasetError, DatasetEmpty, DatasetTooLarge, DatasetTooCostly, DatasetReaderDied, MappingInvalid, StorageFull),
+    *(DatasetError, DatasetEmpty, DatasetTooLarge, DatasetTooCostly, DatasetReaderDied, MappingInvalid),
+    *(DiskFull, StorageFull, StoreUnavailable, IdempotencyInFlight, IdempotencyMismatch),
 )
-"""What can be wrong with a request that makes a dataset."""
+"""What a request that makes a dataset may be refused with."""
 
-SOURCE_ERRORS = (RequestTooLarge, EgressOff, SourceInvalid, SourceRefused, SourceFailed)
+SOURCE_ERRORS = (EgressOff, SourceInvalid, SourceRefused, SourceFailed)
 """And with one that names it."""
 
 
@@ -132,7 +131,7 @@ def get_dataset_report(dataset_id: DatasetId, services: Context) -> ReportView:
     return ReportView.model_validate({**dataset.report, **told})
 
 
-@router.get("/datasets/{id}/rows", responses=errors(DatasetNotFound, CursorInvalid))
+@router.get("/datasets/{id}/rows", responses=errors(DatasetNotFound, *STORED))
 def get_dataset_rows(
     dataset_id: DatasetId, services: Context, link: Link, limit: Limit = 20, cursor: Cursor = None
 ) -> Page[RowView]:

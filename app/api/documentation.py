@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel, TypeAdapter
 
+from app.access_errors import InsufficientScope, KeyRefused, TooManyRequests
+from app.api.door import READING
 from app.comparison_schemas import ComparisonBody
+from app.errors import (
+    CursorInvalid,
+    DatabaseUnavailable,
+    DiskFull,
+    RequestError,
+    RequestInvalid,
+    RequestTooLarge,
+    RouteNotFound,
+    UnsupportedMediaType,
+)
 from app.key_schemas import KeyBody
-from app.problems import MEDIA_TYPE, STATUS
+from app.problems import MEDIA_TYPE, STATUS, catalogue
 from app.result_schemas import BODIES, ArtifactPatch, MergeBody
 from app.schemas import (
     CompleteBody,
@@ -27,9 +39,9 @@ from app.schemas import (
 )
 from app.views import DatasetView, Problem
 from app.webhook_schemas import MessageView, WebhookBody, WebhookPatch
-from p2d.errors import P2DError
+from p2d.errors import DatasetTooLarge, P2DError
 
-_PROBLEM = {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}
+_PROBLEM = {"$ref": "#/components/schemas/Problem"}
 _FILE = {
     "type": "string",
     "format": "binary",
@@ -39,31 +51,56 @@ _MAPPING = TypeAdapter(Mapping).json_schema()
 
 
 def errors(*classes: type[P2DError]) -> dict[int | str, dict[str, Any]]:
-    """The `responses=` of a route for the errors that are its own; those of every route come by themselves."""
+    """The `responses=` of a route for the errors that are its own; `install` adds those of every route like it."""
     by_status: dict[int | str, list[str]] = {}
     for cls in classes:
-        by_status.setdefault(STATUS[cls.code], []).append(f"`{cls.code}`: {(cls.__doc__ or '').splitlines()[0]}")
-    return {status: {"description": " ".join(lines), "content": _PROBLEM} for status, lines in by_status.items()}
+        by_status.setdefault(STATUS[cls.code], []).append(cls.code)
+    return {status: {"description": "", _CODES: codes} for status, codes in by_status.items()}
 
 
-COMMON: dict[int | str, dict[str, Any]] = {
-    401: {
-        "description": "`auth.key_refused`: once the service has API keys, every request needs one.",
-        "content": _PROBLEM,
-    },
-    403: {"description": "`auth.insufficient_scope`: the API key is good, but not for this.", "content": _PROBLEM},
-    422: {
-        "description": "`request.invalid`: fields, path or query are wrong; `errors[]` lists all.",
-        "content": _PROBLEM,
-    },
-    429: {
-        "description": "`limit.requests`: the project sent too many; see Retry-After and RateLimit.",
-        "content": _PROBLEM,
-    },
-    503: {"description": "A server behind the service does not answer; see Retry-After.", "content": _PROBLEM},
-    "default": {"description": "Every other error, in the same shape.", "content": _PROBLEM},
-}
-"""Responses of every route."""
+_CODES = "x-codes"
+"""Where `errors` leaves codes for `install`; no answer of /openapi.json has it."""
+
+COMMON = errors(RequestInvalid)
+"""Of every route, so that FastAPI does not document a 422 of its own."""
+
+
+def _shared(path: str, method: str, operation: dict[str, Any]) -> Iterator[type[P2DError]]:
+    """Errors that an operation can answer with because of what it takes, whatever it does."""
+    yield P2DError
+    yield RequestInvalid
+    if "{" in path:
+        yield RouteNotFound  # an id that is empty or has a slash in it makes another path
+    if operation.get("security") != []:
+        yield from (KeyRefused, TooManyRequests, DatabaseUnavailable)
+        if method.upper() not in READING:
+            yield InsufficientScope
+    if any(parameter["name"] == "cursor" for parameter in operation.get("parameters", ())):
+        yield CursorInvalid
+    types = operation.get("requestBody", {}).get("content", {})
+    if types.keys() & {"application/json", "multipart/form-data"}:
+        yield from (RequestError, RequestTooLarge, UnsupportedMediaType)
+    if "multipart/form-data" in types:
+        yield DatasetTooLarge
+    if types.keys() & {"application/octet-stream", "multipart/form-data"}:
+        yield DiskFull
+
+
+def _document_errors(path: str, method: str, operation: dict[str, Any]) -> None:
+    """Put every error that the operation can answer with into its responses: by status, each with its codes."""
+    responses: dict[str, Any] = operation["responses"]
+    codes: dict[str, set[str]] = {}
+    for cls in _shared(path, method, operation):
+        codes.setdefault(str(STATUS[cls.code]), set()).add(cls.code)
+    for status, response in responses.items():
+        if _CODES in response:
+            codes.setdefault(status, set()).update(response[_CODES])
+    known = catalogue()
+    for status, found in codes.items():
+        meanings = [f"`{code}`: {(known[code].__doc__ or '').splitlines()[0]}" for code in sorted(found)]
+        shape = {"allOf": [_PROBLEM], "properties": {"code": {"enum": sorted(found)}}}
+        responses[status] = {"description": " ".join(meanings), "content": {MEDIA_TYPE: {"schema": shape}}}
+    operation["responses"] = dict(sorted(responses.items()))
 
 
 def _job_body(shape: str) -> dict[str, Any]:
@@ -215,6 +252,9 @@ def install(app: FastAPI) -> None:
                 schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
                 schemas.update(schema.pop("$defs", {}))
                 schemas[model.__name__] = schema
+            for path, operations in document["paths"].items():
+                for method, operation in operations.items():
+                    _document_errors(path, method, operation)
             document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
             document["security"] = [{"key": []}]
             app.openapi_schema = document

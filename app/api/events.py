@@ -19,7 +19,7 @@ from app.api.context import Context, JobId, Services
 from app.api.documentation import errors
 from app.db.events import Event, list_events
 from app.db.jobs import Job, find_job
-from app.errors import JobNotFound, RequestInvalid
+from app.errors import CursorInvalid, JobNotFound, RequestError, RequestInvalid, TooManyStreams
 from app.views import EventView, Page
 from p2d.errors import ErrorDetail
 
@@ -42,7 +42,7 @@ _STREAM = {
     responses={
         200: _STREAM,
         204: {"description": "The stream has ended before; do not come back."},
-        **errors(JobNotFound, TooManyProjectStreams),
+        **errors(JobNotFound, TooManyProjectStreams, TooManyStreams),
     },
 )
 async def list_job_events(
@@ -61,9 +61,9 @@ async def list_job_events(
 
     A job that is retried goes on in the same log, so an earlier `end` may stand in the middle of it.
     """
-    after = max(after, _number(cursor, "/query/cursor"))
+    after = max(after, _number(cursor, CursorInvalid()))
     if "text/event-stream" in request.headers.get("accept", ""):
-        return await _stream(services, job_id, max(after, _number(last_event_id, "/header/Last-Event-ID")))
+        return await _stream(services, job_id, max(after, _number(last_event_id, _not_an_event())))
     job, events = await run_in_threadpool(_read, services, job_id, after, limit + 1)
     if not events and wait and not job.is_final:
         async with services.hub.watch(job_id, services.known_caller):
@@ -130,10 +130,15 @@ def _read(services: Services, job_id: str, after: int, limit: int) -> tuple[Job,
         return find_job(conn, job_id), list_events(conn, job_id, after=after, limit=limit)
 
 
-def _number(text: str | None, pointer: str) -> int:
+def _number(text: str | None, otherwise: RequestError) -> int:
     if text is None or text == "":
         return 0
     if not (text.isascii() and text.isdigit() and len(text) <= 10):
-        detail = ErrorDetail(code="field.event_number", message="Expected the number of an event.", pointer=pointer)
-        raise RequestInvalid("The event number cannot be used.", errors=[detail])
+        raise otherwise
     return min(int(text), 2**31 - 1)
+
+
+def _not_an_event() -> RequestInvalid:
+    pointer = "/header/Last-Event-ID"
+    detail = ErrorDetail(code="field.event_number", message="Expected the number of an event.", pointer=pointer)
+    return RequestInvalid("The event number cannot be used.", errors=[detail])

@@ -19,9 +19,6 @@ from app.errors import (
     ArtifactNotFound,
     IdempotencyInFlight,
     IdempotencyMismatch,
-    RequestError,
-    RequestTooLarge,
-    UnsupportedMediaType,
 )
 from app.result_errors import ArtifactExpired, NotAnAdapter
 from app.result_schemas import MergeBody
@@ -46,7 +43,7 @@ router = APIRouter(tags=["artifacts"])
             ModelUnsupported,
             AdapterMismatch,
         ),
-        *(RequestError, RequestTooLarge, UnsupportedMediaType, TooManyJobs, IdempotencyInFlight, IdempotencyMismatch),
+        *(TooManyJobs, IdempotencyInFlight, IdempotencyMismatch),
     ),
     openapi_extra=MERGE_BODY,
 )

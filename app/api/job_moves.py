@@ -37,11 +37,7 @@ from app.errors import (
     JobNotFound,
     MoveNotAllowed,
     PreconditionFailed,
-    RequestError,
-    RequestInvalid,
-    RequestTooLarge,
     SelectionNotFound,
-    UnsupportedMediaType,
 )
 from app.key_schemas import ReceiptView
 from app.problems import invalid
@@ -114,10 +110,7 @@ def retry_job(job_id: JobId, services: Context, key: IdempotencyKey) -> Response
 @router.patch(
     "/jobs/{id}",
     response_model=JobView,
-    responses=errors(
-        *(JobNotFound, PreconditionFailed),
-        *(RequestError, RequestInvalid, RequestTooLarge, UnsupportedMediaType),
-    ),
+    responses=errors(JobNotFound, PreconditionFailed),
     openapi_extra=PATCH_BODY,
 )
 async def patch_job(request: Request, job_id: JobId, services: Context, if_match: IfMatch = None) -> Response:

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Response
 
+from app.api.content import STORED
 from app.api.context import Context, Cursor, JobId, Limit, Link, Services, page_after, page_of
 from app.api.cursors import read_cursor, write_cursor
 from app.api.documentation import errors
@@ -41,7 +42,7 @@ Points = Annotated[
 _CSV: dict[int | str, dict[str, Any]] = {200: {"description": "A table.", "content": {"text/csv": {}}}}
 
 
-@router.get("/jobs/{id}/logs", responses=errors(JobNotFound, CursorInvalid))
+@router.get("/jobs/{id}/logs", responses=errors(JobNotFound))
 def get_job_logs(
     job_id: JobId, services: Context, link: Link, limit: Limit = 20, cursor: Cursor = None
 ) -> Page[LogLineView]:
@@ -63,7 +64,7 @@ def get_job_logs(
     return Page(data=lines, has_more=False)
 
 
-@router.get("/jobs/{id}/checkpoints", responses=errors(JobNotFound, CursorInvalid))
+@router.get("/jobs/{id}/checkpoints", responses=errors(JobNotFound))
 def get_job_checkpoints(
     job_id: JobId, services: Context, link: Link, limit: Limit = 20, cursor: Cursor = None
 ) -> Page[CheckpointView]:
@@ -110,7 +111,7 @@ def get_job_metrics_csv(job_id: JobId, services: Context, points: Points = 5000)
     return Response(text.getvalue(), media_type="text/csv")
 
 
-@router.get("/jobs/{id}/head-map", responses=errors(JobNotFound, HeadMapNotFound))
+@router.get("/jobs/{id}/head-map", responses=errors(JobNotFound, HeadMapNotFound, *STORED))
 def get_job_head_map(job_id: JobId, services: Context) -> HeadMapView:
     """The head map that the job made; 404 before it has one, and where it took an earlier one."""
     with services.engine.connect() as conn:

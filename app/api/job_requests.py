@@ -17,14 +17,14 @@ from app.core.refusals import Refusal
 from app.core.submit import Content, find_dataset, refusals
 from app.dataset_errors import DatasetReaderDied, DatasetTooCostly, SourceFailed
 from app.errors import (
+    DatasetNotFound,
+    DiskFull,
     HeadMapMismatch,
     HeadMapNotFound,
-    RequestError,
     RequestInvalid,
-    RequestTooLarge,
     SelectionMismatch,
     SelectionNotFound,
-    UnsupportedMediaType,
+    StoreUnavailable,
 )
 from app.job_bodies import read_job_body
 from app.problems import invalid
@@ -43,6 +43,7 @@ from p2d.errors import (
     ModelNotFound,
     ModelUnsupported,
     P2DError,
+    UnknownName,
 )
 from p2d.model_info import ModelInfo, find_model, read_model_info
 from p2d.wording import counted
@@ -51,9 +52,17 @@ FILES = ("dataset", "validation_dataset")
 """Names of the files that may be sent along."""
 
 REFUSALS: tuple[type[P2DError], ...] = (
-    *(RequestError, RequestInvalid, RequestTooLarge, UnsupportedMediaType),
-    *(ConfigError, DatasetError, DatasetEmpty, DatasetTooSmall, DatasetTooLarge, MappingInvalid),
-    *(DatasetTooCostly, DatasetReaderDied, *SOURCE_ERRORS),
+    *(
+        ConfigError,
+        UnknownName,
+        DatasetNotFound,
+        DatasetError,
+        DatasetEmpty,
+        DatasetTooSmall,
+        DatasetTooLarge,
+        MappingInvalid,
+    ),
+    *(DatasetTooCostly, DatasetReaderDied, *SOURCE_ERRORS, DiskFull, StoreUnavailable),
     *(ModelError, ModelNotFound, ModelUnsupported),
     *(HeadMapNotFound, HeadMapMismatch, SelectionNotFound, SelectionMismatch),
 )

@@ -5,12 +5,13 @@ from __future__ import annotations
 from fastapi import APIRouter, Request
 from fastapi.concurrency import run_in_threadpool
 
+from app.access_errors import InsufficientScope
 from app.api.bodies import read_json, receive_json
 from app.api.context import Admin, Context, Cursor, KeyId, Limit, Link, Services, page_after, page_of
 from app.api.documentation import KEY_BODY, errors
 from app.core.keys import make_key
 from app.db.api_keys import list_keys, revoke_key
-from app.errors import KeyNotFound, RequestError, RequestTooLarge, UnsupportedMediaType
+from app.errors import KeyNotFound, PepperMissing
 from app.key_schemas import KeyBody, KeyView, NewKeyView
 from app.views import Page
 
@@ -20,7 +21,7 @@ router = APIRouter(tags=["keys"])
 @router.post(
     "/keys",
     status_code=201,
-    responses=errors(RequestError, RequestTooLarge, UnsupportedMediaType),
+    responses=errors(PepperMissing),
     openapi_extra=KEY_BODY,
 )
 async def create_key(request: Request, services: Context, admin: Admin) -> NewKeyView:
@@ -32,7 +33,7 @@ async def create_key(request: Request, services: Context, admin: Admin) -> NewKe
     return await run_in_threadpool(_create, services, admin.project_id, body)
 
 
-@router.get("/keys")
+@router.get("/keys", responses=errors(InsufficientScope))
 def get_keys(services: Context, admin: Admin, link: Link, limit: Limit = 20, cursor: Cursor = None) -> Page[KeyView]:
     """All keys of the project, newest first, in every state."""
     before = page_after(cursor)

@@ -13,7 +13,7 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_late
 from prometheus_client.registry import Collector
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app.access_errors import InsufficientScope, KeyRefused, NotAllowed
+from app.access_errors import InsufficientScope, NotAllowed
 from app.api.context import Admin
 from app.api.documentation import errors
 from app.db.engine import Engine
@@ -35,7 +35,7 @@ _TEXT: dict[int | str, dict[str, Any]] = {
 @router.get(
     "/metrics",
     response_class=Response,
-    responses={**_TEXT, **errors(KeyRefused, InsufficientScope, NotAllowed)},
+    responses={**_TEXT, **errors(InsufficientScope, NotAllowed)},
 )
 def get_metrics(request: Request, caller: Admin) -> Response:
     """Numbers of the whole service for Prometheus; needs an admin key of the project `default` once there are keys.

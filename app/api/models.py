@@ -12,7 +12,6 @@ from fastapi import Path as PathParameter
 from app.api.bodies import read_json, receive_json
 from app.api.context import Context
 from app.api.documentation import MODEL_CHECK_BODY, errors
-from app.errors import RequestError, RequestTooLarge, UnsupportedMediaType
 from app.problems import problem_body
 from app.schemas import ModelCheckBody
 from app.views import ModelView, Page
@@ -31,12 +30,7 @@ def get_models(services: Context) -> Page[ModelView]:
     return Page[ModelView](data=[_view(name, model) for name, model in found], has_more=False)
 
 
-@router.post(
-    "/models/check",
-    response_model=ModelView,
-    responses=errors(RequestError, RequestTooLarge, UnsupportedMediaType),
-    openapi_extra=MODEL_CHECK_BODY,
-)
+@router.post("/models/check", response_model=ModelView, openapi_extra=MODEL_CHECK_BODY)
 async def check_model(request: Request, services: Context) -> ModelView:
     """Whether a model can be used, and why not, by its config.json alone, before anything is downloaded or installed.
 

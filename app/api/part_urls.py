@@ -17,10 +17,7 @@ from app.db.uploads import Part
 from app.errors import (
     PartWrong,
     PresignUnavailable,
-    RequestError,
-    RequestInvalid,
-    RequestTooLarge,
-    UnsupportedMediaType,
+    StoreUnavailable,
     UploadCompleted,
     UploadNotFound,
 )
@@ -33,10 +30,7 @@ router = APIRouter(tags=["uploads"])
 URL_LIVES_S = 900
 """Seconds in which a part must have begun to arrive: shorter than the hour in which its upload's row outlives the upload."""
 
-_ERRORS = (
-    *(RequestError, RequestInvalid, RequestTooLarge, UnsupportedMediaType),
-    *(UploadNotFound, UploadCompleted, PartWrong),
-)
+_ERRORS = (UploadNotFound, UploadCompleted, PartWrong, StoreUnavailable)
 
 
 @router.post(

@@ -17,7 +17,7 @@ from pydantic import JsonValue
 
 from app.access_errors import StorageFull, TooManyJobs
 from app.api.bodies import receive
-from app.api.content import primed
+from app.api.content import STORED, primed
 from app.api.context import Context, Cursor, IdempotencyKey, Limit, Link, SelectionId, Services, page_after, page_of
 from app.api.cursors import read_cursor, write_cursor
 from app.api.documentation import SELECTION_BODY, errors
@@ -32,7 +32,6 @@ from app.core.row_reasons import nearest, reason_of, sources_of, text_of
 from app.db.datasets import get_dataset
 from app.db.selections import SelectionRecord, get_selection, list_selections
 from app.errors import (
-    BlobMissing,
     CursorInvalid,
     DatasetNotFound,
     IdempotencyInFlight,
@@ -99,7 +98,7 @@ def get_selections(
     return link(Page[SelectionView].model_validate(page_of(views, [one.id for one in found], limit)))
 
 
-@router.get("/selections/{id}", responses=errors(SelectionNotFound, BlobMissing))
+@router.get("/selections/{id}", responses=errors(SelectionNotFound, *STORED))
 def get_one_selection(selection_id: SelectionId, services: Context, ratio: Ratio = None) -> SelectionView:
     """A selection; a later job over the same dataset may name it as `data.selection`."""
     found = _find(services, selection_id)
@@ -117,7 +116,7 @@ def delete_one_selection(selection_id: SelectionId, services: Context) -> Receip
 # --- rows ------------------------------------------------------------------------------------------------------------
 
 
-@router.get("/selections/{id}/rows", responses=errors(SelectionNotFound, CursorInvalid, BlobMissing))
+@router.get("/selections/{id}/rows", responses=errors(SelectionNotFound, *STORED))
 def get_selection_rows(
     selection_id: SelectionId,
     services: Context,
@@ -145,7 +144,7 @@ def get_selection_rows(
     return link(page.model_copy(update={"data": [_seen_at(row, found, ratio) for row in page.data]}))
 
 
-@router.get("/selections/{id}/rows/{row}", responses=errors(SelectionNotFound, SelectionRowNotFound, BlobMissing))
+@router.get("/selections/{id}/rows/{row}", responses=errors(SelectionNotFound, SelectionRowNotFound, *STORED))
 def get_selection_row(
     selection_id: SelectionId, row: RowNumber, services: Context, ratio: Ratio = None
 ) -> RowReasonView:
@@ -187,7 +186,7 @@ def get_selection_row(
 @router.get(
     "/selections/{id}/export",
     response_class=Response,
-    responses={**_LINES, **errors(SelectionNotFound, DatasetNotFound, BlobMissing)},
+    responses={**_LINES, **errors(SelectionNotFound, DatasetNotFound, *STORED)},
 )
 def export_selection(selection_id: SelectionId, services: Context, ratio: Ratio = None) -> Response:
     """The kept rows as JSON Lines, in the order of the dataset, from which they are read: it must not be deleted yet."""

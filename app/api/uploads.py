@@ -30,10 +30,8 @@ from app.errors import (
     IdempotencyInFlight,
     IdempotencyMismatch,
     PartWrong,
-    RequestError,
     RequestInvalid,
-    RequestTooLarge,
-    UnsupportedMediaType,
+    StoreUnavailable,
     UploadCompleted,
     UploadIncomplete,
     UploadNotFound,
@@ -47,8 +45,6 @@ from p2d.validation import DataFile
 
 router = APIRouter(tags=["uploads"])
 
-_JSON_ERRORS = (RequestError, RequestTooLarge, UnsupportedMediaType, IdempotencyInFlight, IdempotencyMismatch)
-
 PartNumber = Annotated[int, PathParameter(ge=1, le=MAX_PARTS, description="From 1.")]
 
 
@@ -56,7 +52,7 @@ PartNumber = Annotated[int, PathParameter(ge=1, le=MAX_PARTS, description="From 
     "/uploads",
     status_code=201,
     response_model=UploadView,
-    responses=errors(*_JSON_ERRORS, DatasetTooLarge, StorageFull),
+    responses=errors(DatasetTooLarge, StorageFull, IdempotencyInFlight, IdempotencyMismatch),
     openapi_extra=UPLOAD_BODY,
 )
 async def create_upload(request: Request, services: Context, key: IdempotencyKey) -> Response:
@@ -74,7 +70,7 @@ def get_one_upload(upload_id: UploadId, services: Context) -> UploadView:
 
 @router.put(
     "/uploads/{id}/parts/{number}",
-    responses=errors(UploadNotFound, UploadCompleted, PartWrong),
+    responses=errors(UploadNotFound, UploadCompleted, PartWrong, StoreUnavailable),
     openapi_extra=PART_BODY,
 )
 async def put_part(
@@ -108,7 +104,7 @@ async def put_part(
     responses={
         **DATASET_KNOWN,
         **errors(
-            *DATASET_ERRORS, RequestTooLarge, UploadNotFound, UploadIncomplete, PartWrong, UploadWrong, DatasetNotFound
+            *(*DATASET_ERRORS, UploadNotFound, UploadIncomplete, PartWrong, UploadWrong, DatasetNotFound, BlobMissing),
         ),
     },
     openapi_extra=COMPLETE_BODY,

@@ -13,6 +13,7 @@ from fastapi import APIRouter, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse
 
+from app.access_errors import InsufficientScope
 from app.api.bodies import read_json, receive_json
 from app.api.context import (
     Admin,
@@ -39,9 +40,7 @@ from app.db.webhooks import Webhook, delete_webhook, find_webhook, list_webhooks
 from app.errors import (
     IdempotencyInFlight,
     IdempotencyMismatch,
-    RequestError,
-    RequestTooLarge,
-    UnsupportedMediaType,
+    PepperMissing,
 )
 from app.views import Page
 from app.webhook_errors import (
@@ -55,7 +54,6 @@ from app.webhook_schemas import DeliveryView, NewSecretView, WebhookBody, Webhoo
 
 router = APIRouter(tags=["webhooks"])
 
-_BODY = (RequestError, RequestTooLarge, UnsupportedMediaType, WebhookRefused)
 _ONCE = (IdempotencyInFlight, IdempotencyMismatch)
 
 DeliveryStatus = Annotated[
@@ -67,7 +65,7 @@ DeliveryStatus = Annotated[
     "/webhooks",
     status_code=201,
     response_model=NewSecretView,
-    responses=errors(*_BODY, *_ONCE, TooManyWebhooks),
+    responses=errors(WebhookRefused, TooManyWebhooks, PepperMissing, *_ONCE),
     openapi_extra=WEBHOOK_BODY,
 )
 async def create_webhook(request: Request, services: Context, admin: Admin, key: IdempotencyKey) -> Response:
@@ -87,7 +85,7 @@ async def create_webhook(request: Request, services: Context, admin: Admin, key:
     return await run_in_threadpool(_tell_secret, services, once, 201, make)
 
 
-@router.get("/webhooks")
+@router.get("/webhooks", responses=errors(InsufficientScope))
 def get_webhooks(
     services: Context, admin: Admin, link: Link, limit: Limit = 20, cursor: Cursor = None
 ) -> Page[WebhookView]:
@@ -99,14 +97,14 @@ def get_webhooks(
     return link(Page[WebhookView].model_validate(page_of(views, [webhook.id for webhook in found], limit)))
 
 
-@router.get("/webhooks/{id}", responses=errors(WebhookNotFound))
+@router.get("/webhooks/{id}", responses=errors(InsufficientScope, WebhookNotFound))
 def get_one_webhook(webhook_id: WebhookId, services: Context, admin: Admin) -> WebhookView:
     """A webhook, and whether its receiver answers."""
     with services.engine.connect() as conn:
         return WebhookView.model_validate(find_webhook(conn, webhook_id))
 
 
-@router.patch("/webhooks/{id}", responses=errors(WebhookNotFound, *_BODY), openapi_extra=WEBHOOK_PATCH_BODY)
+@router.patch("/webhooks/{id}", responses=errors(WebhookNotFound, WebhookRefused), openapi_extra=WEBHOOK_PATCH_BODY)
 async def patch_webhook(request: Request, webhook_id: WebhookId, services: Context, admin: Admin) -> WebhookView:
     """Change where it is, what it is told, or whether it is told at all. What waits goes to the new URL."""
     patch = read_json(WebhookPatch, await receive_json(request, services.settings))
@@ -133,7 +131,9 @@ def delete_one_webhook(webhook_id: WebhookId, services: Context, admin: Admin) -
         services.note(conn, "webhook.delete", webhook_id, _facts(webhook))
 
 
-@router.post("/webhooks/{id}/rotate", response_model=NewSecretView, responses=errors(WebhookNotFound, *_ONCE))
+@router.post(
+    "/webhooks/{id}/rotate", response_model=NewSecretView, responses=errors(WebhookNotFound, PepperMissing, *_ONCE)
+)
 def rotate_webhook(webhook_id: WebhookId, services: Context, admin: Admin, key: IdempotencyKey) -> Response:
     """Make a new secret. The one before signs too, beside it, for the hours of `P2D_WEBHOOK_OLD_SECRET_H`.
 
@@ -160,7 +160,7 @@ def test_webhook(webhook_id: WebhookId, services: Context, admin: Admin, key: Id
     return _send(services, route, key, webhook_id, "webhook.test", lambda conn: send_test(conn, webhook_id))
 
 
-@router.get("/webhooks/{id}/deliveries", responses=errors(WebhookNotFound))
+@router.get("/webhooks/{id}/deliveries", responses=errors(InsufficientScope, WebhookNotFound))
 def get_deliveries(
     webhook_id: WebhookId,
     services: Context,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
+import re
 import socket
 import threading
 from collections.abc import Iterator, Mapping
@@ -20,6 +22,7 @@ from app.blobs import BlobStore
 from app.core.egress import Egress
 from app.db.engine import Engine, make_engine
 from app.main import create_app
+from app.problems import MEDIA_TYPE
 from app.settings import Settings
 from tests.rig import FAST, wait_for, write_stub_model
 from tests.tls_server import World, tls_world
@@ -130,7 +133,8 @@ def serving(settings: Settings, egress: Egress | None = None) -> Iterator[Api]:
     engine = make_engine(settings.url("database_url"))
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
     try:
-        with httpx.Client(base_url=url, timeout=30, trust_env=False) as http:
+        hooks = {"response": [is_described]}
+        with httpx.Client(base_url=url, timeout=30, trust_env=False, event_hooks=hooks) as http:
             yield Api(http, settings, engine, BlobStore.open(settings.url("store_url")))
     finally:
         server.should_exit = True
@@ -138,6 +142,34 @@ def serving(settings: Settings, egress: Egress | None = None) -> Iterator[Api]:
         listener.close()
         engine.dispose()
     assert not thread.is_alive(), "the server did not stop"
+
+
+@functools.cache
+def described() -> list[tuple[re.Pattern[str], dict[str, Any]]]:
+    """What /openapi.json promises: operations by the form of their path, the most particular first."""
+    servers = {"database_url": "postgresql://nowhere", "broker_url": "redis://nowhere", "store_url": "memory://"}
+    paths = create_app(Settings.model_validate(servers)).openapi()["paths"]
+    forms = sorted(paths, key=lambda path: (path.count("{"), -len(path)))
+    return [(re.compile(re.sub(r"\\{\w+\\}", "[^/]+", re.escape(path))), paths[path]) for path in forms]
+
+
+def is_described(answer: httpx.Response) -> None:
+    """Whatever a test provokes, the answer's status and code are those that the description names for the operation."""
+    code = None
+    if answer.headers.get("content-type") == MEDIA_TYPE and answer.request.method != "HEAD":
+        code = json.loads(answer.read())["code"]
+    if code in ("request.no_such_path", "request.method_not_allowed"):
+        return  # not an operation
+    path, method = answer.url.path, answer.request.method.lower()
+    operation = next((found[method] for form, found in described() if form.fullmatch(path) and method in found), None)
+    if operation is None:
+        assert path == "/openapi.json" or method == "head", f"{method} {path} is not described"
+        return
+    found = operation["responses"].get(str(answer.status_code))
+    assert found is not None, f"{method} {path} may not answer {answer.status_code} {code}"
+    if code is not None:
+        codes = found["content"][MEDIA_TYPE]["schema"]["properties"]["code"]["enum"]
+        assert code in codes, f"{method} {path} may not answer {code}"
 
 
 def write_stub_model_once(directory: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -18,8 +19,9 @@ import pytest
 
 from app.core.keys import make_key
 from app.db.projects import DEFAULT_PROJECT
+from app.problems import MEDIA_TYPE, STATUS
 from app.settings import Settings
-from tests.app.conftest import Api, a_job, serving
+from tests.app.conftest import Api, a_job, described, serving
 from tests.rig import ROOT
 
 OPERATIONS_THAT_MUST_GO_WELL = 30
@@ -89,6 +91,19 @@ def explore(api: Api, folder: Path, seed: int, *, examples: int, phases: str) ->
     print(done.stdout)
     assert done.returncode == 0, f"P2D_TEST_SEED={seed}\n{done.stdout[-30_000:]}\n{done.stderr[-5_000:]}"
     return Counter(answers.read_text().splitlines())
+
+
+def test_every_operation_names_its_answers_and_the_codes_of_each() -> None:
+    for form, operations in described():
+        for method, operation in operations.items():
+            where = f"{method} {form.pattern}"
+            assert operation["responses"].keys() >= {"422", "500"}, where
+            for status, answer in operation["responses"].items():
+                assert re.fullmatch(r"[2-5]\d\d", status), where  # no "default": it would describe any answer
+                assert answer["description"], where
+                if status >= "400":
+                    codes = answer["content"][MEDIA_TYPE]["schema"]["properties"]["code"]["enum"]
+                    assert {STATUS[code] for code in codes} == {int(status)}, where
 
 
 @pytest.mark.timeout(900)

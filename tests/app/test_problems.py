@@ -44,7 +44,7 @@ def test_a_problem_is_rfc_9457_and_leaves_out_what_is_not_known() -> None:
 
     assert problem_body(error.to_json(), request_id="r") == {
         "type": "urn:p2d:problem:internal.error",
-        "title": "Base of all errors that a user may see",
+        "title": "A mistake of our own; also the base of all errors that a user may see",
         "status": 500,
         "detail": "Text.",
         "code": "internal.error",
