@@ -44,6 +44,7 @@ from app.api.bodies import sweep
 from app.api.context import CLOSED, Services, Wake
 from app.api.door import Door, is_loopback
 from app.api.event_hub import EventHub
+from app.api.queries import STRICT
 from app.blobs import BlobStore
 from app.core.egress import Egress, egress_of
 from app.core.garbage import ObjectBook
@@ -141,9 +142,9 @@ def create_app(settings: Settings, *, waker: Wake | None = None, egress: Egress 
     problems.install(app)
     documentation.install(app)
     for room in ROOMS:
-        app.include_router(room.router, dependencies=CLOSED)
+        app.include_router(room.router, dependencies=[*CLOSED, STRICT])
     for room in (ops, metrics):
-        app.include_router(room.router)
+        app.include_router(room.router, dependencies=[STRICT])
     app.add_middleware(problems.RequestIds)
     app.add_middleware(metrics.Requests, registry=registry)  # last: the outermost
     return app

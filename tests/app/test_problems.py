@@ -127,3 +127,23 @@ def test_all_problems_of_a_query_are_listed_without_what_was_sent(api: Api) -> N
     assert {fault["pointer"] for fault in answer.json()["errors"]} == {"/query/limit", "/query/status"}
     assert "secret" not in json.dumps(answer.json())
     assert "sensitive" not in json.dumps(answer.json())
+
+
+def test_a_query_parameter_that_a_path_does_not_have_is_refused_with_the_one_that_was_meant(api: Api) -> None:
+    answer = api.http.get("/jobs", params={"statsu": "failed", "limit": "0", "metadata[team]": "a", "x y": "1"})
+
+    faults = {fault["pointer"]: fault["message"] for fault in answer.json()["errors"]}
+    assert (answer.status_code, answer.json()["code"]) == (422, "request.invalid")
+    assert faults.keys() == {"/query/statsu", "/query/limit", "/query"}  # a name that is no name is not said again
+    assert faults["/query/statsu"].endswith("did you mean 'status'?")
+
+    for path in (
+        "/jobs/job_0/events?afer=1",
+        "/datasets?metadata[team]=a",
+        "/healthz?verbose",
+        "/models?=",
+        "/metrics?a=b",
+    ):
+        assert api.http.get(path).json()["code"] == "request.invalid", path
+    assert api.http.post("/datasets?dry_run=true", files={"file": ("a.jsonl", b"{}" * 1_000_000)}).status_code == 422
+    assert api.http.get("/jobs", params={"metadata[team]": "a", "status": "failed"}).status_code == 200
