@@ -21,6 +21,7 @@ from app.api import (
     comparisons,
     datasets,
     documentation,
+    error_pages,
     estimates,
     events,
     exports,
@@ -79,7 +80,7 @@ ROOMS = (
     audit,
     usage,
 )
-"""Whose routes stand behind the door; `ops` and `metrics` say themselves who may ask."""
+"""Whose routes stand behind the door; `ops`, `metrics` and `error_pages` say themselves who may ask."""
 
 
 def create_app(settings: Settings, *, waker: Wake | None = None, egress: Egress | None = None) -> FastAPI:
@@ -143,7 +144,7 @@ def create_app(settings: Settings, *, waker: Wake | None = None, egress: Egress 
     documentation.install(app)
     for room in ROOMS:
         app.include_router(room.router, dependencies=[*CLOSED, STRICT])
-    for room in (ops, metrics):
+    for room in (ops, metrics, error_pages):
         app.include_router(room.router, dependencies=[STRICT])
     app.add_middleware(problems.RequestIds)
     app.add_middleware(metrics.Requests, registry=registry)  # last: the outermost

@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
+from urllib.parse import quote
 
 import structlog
 from fastapi import FastAPI, Request, Response
@@ -27,6 +28,7 @@ import app.result_errors as result_errors
 import app.webhook_errors as webhook_errors
 from app.db.engine import DatabaseUnavailable, PoolTimeout
 from app.db.ids import new_id
+from app.field_faults import expected_and_got
 from p2d.errors import ErrorDetail, P2DError
 from p2d.wording import counted
 
@@ -173,17 +175,25 @@ def catalogue() -> dict[str, type[P2DError]]:
     return found
 
 
-def problem_body(error: Mapping[str, Any], *, request_id: str | None = None) -> dict[str, Any]:
-    """The wire form of an error: an answer's body and `job.error` alike. `error` is what P2DError.to_json gives."""
+def problem_body(
+    error: Mapping[str, Any], *, instance: str | None = None, request_id: str | None = None
+) -> dict[str, Any]:
+    """The wire form of an error: an answer's body and `job.error` alike.
+
+    Args:   error: what P2DError.to_json gives.
+            instance: the path of what it happened to.
+    """
     code = str(error["code"])
     cls = catalogue().get(code, P2DError)
     body = {
-        "type": f"urn:p2d:problem:{code}",
+        "type": f"/errors/{code}",
         "title": (cls.__doc__ or code).splitlines()[0].rstrip("."),
         "status": STATUS.get(code, 500),
         **error,
         "errors": [{key: value for key, value in fault.items() if value is not None} for fault in error["errors"]],
     }
+    if instance is not None:
+        body["instance"] = instance
     if request_id is not None:
         body["request_id"] = request_id
     return body
@@ -191,7 +201,7 @@ def problem_body(error: Mapping[str, Any], *, request_id: str | None = None) -> 
 
 def answer(request: Request, error: P2DError, *, headers: Mapping[str, str] | None = None) -> Response:
     """The response that says `error`."""
-    body = problem_body(error.to_json(), request_id=request_id(request))
+    body = problem_body(error.to_json(), instance=quote(request.scope["path"]), request_id=request_id(request))
     # Also set by RequestIds, but an answer to an unknown exception is sent from outside of it.
     extra = {**(headers or {}), "X-Request-Id": body["request_id"]}
     if body["retryable"] and body["status"] != 500:
@@ -258,7 +268,15 @@ def body_faults(errors: Iterable[ErrorDetails], *, root: str = "") -> list[Error
                 continue
             loc = field + loc[len(field) + 1 :]
             message += ", or 'auto'" if loc == field else ""
-        faults.append(ErrorDetail(code=f"field.{error['type']}", message=f"{message}.", pointer=root + _pointer(loc)))
+        expected, got = expected_and_got(error)
+        if expected and field is not None:
+            expected += ", or 'auto'" if loc == field else ""
+        pointer = root + _pointer(loc)
+        faults.append(
+            ErrorDetail(
+                code=f"field.{error['type']}", message=f"{message}.", pointer=pointer, expected=expected, got=got
+            )
+        )
     return faults
 
 

@@ -27,16 +27,33 @@ class FaultView(View):
     code: str
     message: str
     pointer: str | None = Field(default=None, description="JSON pointer into the body or the row.")
-    line: int | None = Field(default=None, description="1-based line of the dataset file.")
+    line: int | None = Field(default=None, description="1-based line of the dataset file, or of a JSON body.")
+    column: int | None = Field(default=None, description="1-based character of that line.")
+    expected: str | None = Field(default=None, description="What would have been right.")
+    got: str | None = Field(
+        default=None, description="What came instead: a type, a size, a number; never text of a row."
+    )
+
+
+class ErrorView(View):
+    """What a code of the catalogue means."""
+
+    code: str
+    status: int = Field(description="Of an answer with this code.")
+    fault: Literal["user", "service", "capacity", "dependency"] = Field(description="Who can mend it.")
+    retryable: bool = Field(description="Whether the same request can work later.")
+    meaning: str
+    hint: str = Field(description="What to do next.")
 
 
 class Problem(View):
     """Every error of the service (RFC 9457), and `job.error`. Match on `code`: it never changes its meaning."""
 
-    type: str
+    type: str = Field(description="`/errors/CODE` of this service, a page that says what the code means.")
     title: str
     status: int
     detail: str
+    instance: str | None = Field(default=None, description="The path that was asked, or that of the job it is about.")
     code: str
     fault: Literal["user", "service", "capacity", "dependency"]
     retryable: bool = Field(description="Whether the same request can work later.")

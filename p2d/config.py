@@ -273,9 +273,7 @@ def _faults(config: JobConfig) -> Iterator[ErrorDetail]:
     yield from _unknown_words(config)
     for pointer, ratio in (("/heads/ratio", heads.ratio), ("/data/ratio", data.ratio)):
         if ratio != "auto" and not 0 < ratio <= 1:
-            yield ErrorDetail(
-                code="config.ratio", message=f"Expected a ratio above 0 and at most 1, got {ratio}.", pointer=pointer
-            )
+            yield _wrong("config.ratio", "a ratio above 0 and at most 1", ratio, pointer)
     at_least = [
         ("/heads/proxy_rows", heads.proxy_rows, 4),  # two half-proxies of two rows each
         ("/data/n_demos", data.n_demos, 1),
@@ -289,21 +287,20 @@ def _faults(config: JobConfig) -> Iterator[ErrorDetail]:
     ]
     for pointer, value, least in at_least:
         if isinstance(value, int) and value < least:
-            yield ErrorDetail(
-                code="config.too_small", message=f"Expected at least {least}, got {value}.", pointer=pointer
-            )
+            yield _wrong("config.too_small", f"at least {least}", value, pointer)
     yield from _contradictions(config)
     rate = training.learning_rate
     if rate != "auto" and not (math.isfinite(rate) and rate > 0):
-        yield ErrorDetail(
-            code="config.learning_rate",
-            message=f"Expected a positive number, got {rate}.",
-            pointer="/training/learning_rate",
-        )
+        yield _wrong("config.learning_rate", "a positive number", rate, "/training/learning_rate")
     if training.slices != "auto" and (not training.slices or len(set(training.slices)) < len(training.slices)):
         yield ErrorDetail(
             code="config.slices", message="Expected one or more of q, k, v, o, each once.", pointer="/training/slices"
         )
+
+
+def _wrong(code: str, expected: str, got: object, pointer: str) -> ErrorDetail:
+    message = f"Expected {expected}, got {got}."
+    return ErrorDetail(code=code, message=message, pointer=pointer, expected=expected, got=str(got))
 
 
 def _unknown_words(config: JobConfig) -> Iterator[ErrorDetail]:
@@ -322,16 +319,15 @@ def _unknown_words(config: JobConfig) -> Iterator[ErrorDetail]:
         known = get_args(words)
         for word in given:
             if word not in known:
-                text = f"Expected one of {', '.join(known)}, got {word!r}."
-                yield ErrorDetail(code="config.unknown_word", message=text, pointer=pointer)
+                yield _wrong("config.unknown_word", f"one of {', '.join(known)}", repr(word), pointer)
 
 
 def check_rank(config: JobConfig, *, head_dim: int) -> None:
     """Raise ConfigError if the rank is above the head width: the factors would outnumber the slice that they stand for."""
     rank = config.training.rank
     if rank is not None and rank > head_dim:
-        text = f"Expected at most {head_dim}, the width of a head of the base model, got {rank}."
-        detail = ErrorDetail(code="config.rank", message=text, pointer="/training/rank")
+        most = f"at most {head_dim}, the width of a head of the base model"
+        detail = _wrong("config.rank", most, rank, "/training/rank")
         raise ConfigError("training.rank is above the head width.", errors=[detail])
 
 

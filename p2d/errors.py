@@ -31,7 +31,13 @@ class ErrorDetail:
     pointer: str | None = None
     """JSON pointer into the request body or the row, for example `/heads/ratio` or `/answer`."""
     line: int | None = None
-    """1-based line of the dataset file (row number for formats without lines)."""
+    """1-based line of the dataset file (row number for formats without lines), or of a JSON body."""
+    column: int | None = None
+    """1-based character of that line."""
+    expected: str | None = None
+    """What would have been right, where that can be said in a few words."""
+    got: str | None = None
+    """What came instead: a type, a size, a number or a misspelt word. Never text of a row or a secret."""
 
 
 class P2DError(Exception):

@@ -28,13 +28,20 @@ MAX_ROW_GROUP_BYTES = 1 << 30  # Parquet unpacks by row group: a small file may 
 class BadRow(Exception):
     """A row that cannot be used; `rows.py` makes an ErrorDetail of it."""
 
-    def __init__(self, code: str, message: str, pointer: str | None = None) -> None:
+    def __init__(self, code: str, message: str, pointer: str | None = None, **known: Any) -> None:
+        """Args: known: `column`, `expected` and `got` of the ErrorDetail."""
         super().__init__(message)
-        self.code, self.message, self.pointer = code, message, pointer
+        self.code, self.message, self.pointer, self.known = code, message, pointer, known
 
     def at(self, line: int) -> ErrorDetail:
         """The fault at its place in the file."""
-        return ErrorDetail(code=self.code, message=self.message, pointer=self.pointer, line=line)
+        return ErrorDetail(code=self.code, message=self.message, pointer=self.pointer, line=line, **self.known)
+
+
+def wrong_type(expected: str, value: Any, pointer: str | None = None) -> BadRow:
+    """The fault of a value of another type."""
+    text = f"Expected {expected}, got {json_type(value)}."
+    return BadRow("row.wrong_type", text, pointer, expected=expected, got=json_type(value))
 
 
 def json_type(value: Any) -> str:
@@ -52,7 +59,8 @@ def json_type(value: Any) -> str:
 
 def too_large(max_row_bytes: int) -> BadRow:
     """The fault of a row above the limit."""
-    return BadRow("row.too_large", f"The row is longer than {max_row_bytes} bytes.")
+    text = f"The row is longer than {max_row_bytes} bytes."
+    return BadRow("row.too_large", text, expected=f"at most {max_row_bytes} bytes")
 
 
 def sniff_format(path: Path, file_name: str = "") -> Format:
@@ -93,7 +101,10 @@ def _jsonl_fields(path: Path, max_row_bytes: int, wanted: Collection[str]) -> Fi
 def _json_fields(path: Path, max_row_bytes: int, wanted: Collection[str]) -> Fields:
     with path.open("rb") as file:
         for number, raw in enumerate(_elements(file, max_row_bytes), start=1):
-            yield number, raw if isinstance(raw, BadRow) else _parse(raw)
+            row = raw if isinstance(raw, BadRow) else _parse(raw)
+            if isinstance(row, BadRow):
+                row.known.pop("column", None)  # of a line, and rows of an array are not lines
+            yield number, row
 
 
 def _csv_fields(path: Path, max_row_bytes: int, wanted: Collection[str]) -> Fields:
@@ -111,7 +122,9 @@ def _csv_fields(path: Path, max_row_bytes: int, wanted: Collection[str]) -> Fiel
                     return
                 header = cells
             elif len(cells) != len(header):
-                yield line, BadRow("row.cells", f"Expected {len(header)} cells as in the header, got {len(cells)}.")
+                text = f"Expected {len(header)} cells as in the header, got {len(cells)}."
+                sizes = {"expected": f"{len(header)} cells", "got": f"{len(cells)} cells"}
+                yield line, BadRow("row.cells", text, **sizes)
             else:
                 yield line, dict(zip(header, cells, strict=True))
             if header is None:
@@ -197,11 +210,12 @@ def _parse(raw: bytes) -> dict[str, Any] | BadRow:
     except RecursionError:
         return BadRow("row.too_deep", "The row is nested too deeply.")
     except json.JSONDecodeError as error:
-        return BadRow("row.not_json", f"Not JSON: {error.msg} (column {error.colno}).")
+        return BadRow("row.not_json", f"Not JSON: {error.msg} (column {error.colno}).", column=error.colno)
     except ValueError:
         return BadRow("row.not_json", "Not JSON: a number has too many digits.")
     if not isinstance(value, dict):
-        return BadRow("row.not_object", f"Expected an object with named fields, got {json_type(value)}.")
+        text = f"Expected an object with named fields, got {json_type(value)}."
+        return BadRow("row.not_object", text, expected="an object", got=json_type(value))
     return cast("dict[str, Any]", value)
 
 

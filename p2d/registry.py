@@ -21,7 +21,8 @@ def check_name(table: Collection[str], name: str, *, what: str, pointer: str) ->
     text = f"There is no {what} {name!r}; known: {', '.join(sorted(table))}."
     if near:
         text += f" Did you mean {near[0]!r}?"
-    raise UnknownName(text, errors=[ErrorDetail(code=UnknownName.code, message=text, pointer=pointer)])
+    known = {"expected": f"one of {', '.join(sorted(table))}", "got": repr(name[:40])}
+    raise UnknownName(text, errors=[ErrorDetail(code=UnknownName.code, message=text, pointer=pointer, **known)])
 
 
 def load(table: Mapping[str, str], name: str, *, what: str, pointer: str) -> Any:

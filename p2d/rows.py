@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from p2d.columns import ACCEPTED, Columns, is_plain, shown
 from p2d.errors import ErrorDetail
-from p2d.formats import READERS, BadRow, Format, column_names, json_type, sniff_format, too_large
+from p2d.formats import READERS, BadRow, Format, column_names, sniff_format, too_large, wrong_type
 
 __all__ = [
     "MAX_ROW_BYTES",
@@ -186,7 +186,7 @@ def pointer_to(name: str) -> str:
 def _text(fields: Mapping[str, Any], name: str) -> str:
     value, pointer = fields[name], pointer_to(name)
     if not isinstance(value, str):
-        raise BadRow("row.wrong_type", f"Expected text, got {json_type(value)}.", pointer)
+        raise wrong_type("text", value, pointer)
     if not value.strip():
         raise BadRow("row.empty", f"The field {name!r} is empty.", pointer)
     if "\x00" in value:
@@ -203,18 +203,19 @@ def _text(fields: Mapping[str, Any], name: str) -> str:
 def _turns(messages: Any, pointer: str) -> list[Turn]:
     """The turns of a conversation: perhaps a system turn, then user and assistant by turns, the last one an answer."""
     if not isinstance(messages, list) or not all(isinstance(turn, dict) for turn in messages):
-        raise BadRow("row.wrong_type", "Expected a list of {role, content}.", pointer)
+        raise wrong_type("a list of {role, content}", messages, pointer)
     turns: list[Turn] = []
     for number, turn in enumerate(messages):
         role, place = turn.get("role"), f"{pointer}/{number}"
         if role not in ROLES:  # what else stands there is a stranger's text
-            raise BadRow("row.role", f"Expected one of the roles {', '.join(ROLES)}.", f"{place}/role")
+            expected = f"one of the roles {', '.join(ROLES)}"
+            raise BadRow("row.role", f"Expected {expected}.", f"{place}/role", expected=expected)
         if wrong := _out_of_turn(role, turns[-1].role if turns else None):
             raise BadRow("row.messages", wrong, f"{place}/role")
         try:
             turns.append(Turn(role, _text({"content": turn.get("content")}, "content")))
         except BadRow as bad:
-            raise BadRow(bad.code, bad.message, f"{place}/content") from None
+            raise BadRow(bad.code, bad.message, f"{place}/content", **bad.known) from None
     if not turns or turns[-1].role != "assistant":
         text = "Expected the last turn to be the assistant's: it is what is trained."
         raise BadRow("row.messages", text, f"{pointer}/{len(turns) - 1}/role" if turns else pointer)

@@ -20,6 +20,7 @@ from typing import IO, TypeVar
 from fastapi import Request
 from fastapi.concurrency import run_in_threadpool
 from pydantic import TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
@@ -128,8 +129,10 @@ async def _read_bytes(stream: AsyncIterator[bytes], path: Path, size: int) -> Re
                 await run_in_threadpool(write)
         await run_in_threadpool(write)
     if total != size:
+        got = "more" if total > size else f"{total} bytes"
         text = f"Expected {size} bytes, got {'more' if total > size else total}."
-        raise PartWrong(text, errors=[ErrorDetail(code="upload.part_size", message=text)], expected=size)
+        detail = ErrorDetail(code="upload.part_size", message=text, expected=f"{size} bytes", got=got)
+        raise PartWrong(text, errors=[detail], expected=size)
     return ReceivedFile(path, "", digest.hexdigest(), total)
 
 
@@ -158,9 +161,25 @@ def read_json(shape: type[SomeBody], content: bytes, *, root: str = "") -> SomeB
     try:
         return TypeAdapter(shape).validate_json(content)
     except ValidationError as error:
-        if any(fault["type"] == "json_invalid" for fault in error.errors()):
-            raise RequestError("The body is not JSON.") from None
+        if broken := next((fault for fault in error.errors() if fault["type"] == "json_invalid"), None):
+            raise _no_json(broken, root) from None
         raise invalid(body_faults(error.errors(), root=root)) from None
+
+
+_JSON_PLACE = re.compile(r"(.*) at line (\d+) column (\d+)")
+
+
+def _no_json(fault: ErrorDetails, root: str) -> RequestError:
+    """The error of JSON that cannot be parsed, with its place: a merge gone wrong is found at once in a long job."""
+    place = _JSON_PLACE.fullmatch(fault.get("ctx", {}).get("error", ""))
+    if place is None:
+        return RequestError("The body is not JSON.")
+    why, line, column = place.groups()
+    text = f"Not JSON: {why} (line {line}, column {column})."
+    detail = ErrorDetail(
+        code="request.not_json", message=text, pointer=root or None, line=int(line), column=int(column)
+    )
+    return RequestError("The body is not JSON.", errors=[detail])
 
 
 def sweep(settings: Settings) -> None:

@@ -11,7 +11,7 @@ from app.api.context import Context, Cursor, JobId, Limit, Link, page_after, pag
 from app.api.documentation import errors
 from app.api.etags import NOT_MODIFIED, IfNoneMatch, send_view
 from app.db.attempts import list_attempts
-from app.db.engine import Connection
+from app.db.engine import Connection, Json
 from app.db.head_maps import head_map_of_job
 from app.db.jobs import Job, find_job
 from app.db.selections import selection_of_job
@@ -61,9 +61,7 @@ def get_job_attempts(
         find_job(conn, job_id)
         found = list_attempts(conn, job_id, after=after, limit=limit + 1)
     views = [
-        AttemptView.model_validate(
-            asdict(one) | {"attempt": one.token, "error": problem_body(one.error) if one.error else None}
-        )
+        AttemptView.model_validate(asdict(one) | {"attempt": one.token, "error": _error(one.error, job_id)})
         for one in found
     ]
     return link(Page[AttemptView].model_validate(page_of(views, [one.id for one in found], limit)))
@@ -99,6 +97,10 @@ def _view(job: Job, head_map: str | None, selection: str | None) -> JobView:
     )
 
 
+def _error(error: Json | None, job_id: str) -> Json | None:
+    return problem_body(error, instance=f"/jobs/{job_id}") if error else None
+
+
 def _fields(job: Job) -> dict[str, Any]:
     values = {name: getattr(job, name) for name in job.__slots__}  # `asdict` would copy all JSON, value by value
-    return values | {"error": problem_body(job.error) if job.error else None}
+    return values | {"error": _error(job.error, job.id)}

@@ -58,4 +58,6 @@ def _unknown(name: str, known: list[str]) -> ErrorDetail:
         text += f"; there are {', '.join(known)}."
     else:
         text += ", nor any other."
-    return ErrorDetail(code="field.unknown", message=text, pointer=f"/query/{name}" if plain else "/query")
+    expected = f"one of {', '.join(known)}" if known else "no parameters"
+    pointer = f"/query/{name}" if plain else "/query"
+    return ErrorDetail(code="field.unknown", message=text, pointer=pointer, expected=expected)

@@ -42,11 +42,12 @@ def test_every_error_says_what_it_is_and_what_to_do_next() -> None:
 def test_a_problem_is_rfc_9457_and_leaves_out_what_is_not_known() -> None:
     error = P2DError("Text.", errors=[ErrorDetail(code="x.y", message="m", line=3)], count=2)
 
-    assert problem_body(error.to_json(), request_id="r") == {
-        "type": "urn:p2d:problem:internal.error",
+    assert problem_body(error.to_json(), instance="/jobs/job_1", request_id="r") == {
+        "type": "/errors/internal.error",
         "title": "A mistake of our own; also the base of all errors that a user may see",
         "status": 500,
         "detail": "Text.",
+        "instance": "/jobs/job_1",
         "code": "internal.error",
         "fault": "service",
         "retryable": True,
@@ -61,9 +62,19 @@ def test_a_problem_is_rfc_9457_and_leaves_out_what_is_not_known() -> None:
 def is_problem(answer: httpx.Response) -> bool:
     body = answer.json()
     assert answer.headers["content-type"] == "application/problem+json"
-    assert {"type", "title", "status", "detail", "code", "fault", "retryable", "hint", "errors", "request_id"} <= set(
-        body
-    )
+    assert {
+        "type",
+        "title",
+        "status",
+        "detail",
+        "instance",
+        "code",
+        "fault",
+        "retryable",
+        "hint",
+        "errors",
+        "request_id",
+    } <= set(body)
     assert body["status"] == answer.status_code == STATUS[body["code"]]
     assert body["request_id"] == answer.headers["x-request-id"]
     return True
@@ -147,3 +158,60 @@ def test_a_query_parameter_that_a_path_does_not_have_is_refused_with_the_one_tha
         assert api.http.get(path).json()["code"] == "request.invalid", path
     assert api.http.post("/datasets?dry_run=true", files={"file": ("a.jsonl", b"{}" * 1_000_000)}).status_code == 422
     assert api.http.get("/jobs", params={"metadata[team]": "a", "status": "failed"}).status_code == 200
+
+
+def test_the_type_of_a_problem_leads_to_a_page_about_it(api: Api) -> None:
+    problem = api.http.get("/jobs/job_none").json()
+    assert (problem["type"], problem["instance"]) == ("/errors/job.not_found", "/jobs/job_none")
+
+    told = api.http.get(problem["type"]).json()
+    assert {name: told[name] for name in ("code", "status", "fault", "retryable", "hint")} == {
+        name: problem[name] for name in ("code", "status", "fault", "retryable", "hint")
+    }
+    page = api.http.get(problem["type"], headers={"Accept": "text/html,*/*"})
+    assert page.headers["content-type"].startswith("text/html")
+    assert told["meaning"] in page.text
+
+    assert all(api.http.get(f"/errors/{code}").status_code == 200 for code in list(STATUS)[::10])
+    assert api.http.get("/errors/no.such").json()["code"] == "resource.not_found"
+
+
+def test_a_fault_says_where_it_is_what_was_expected_and_what_came(api: Api) -> None:
+    broken = api.http.post(
+        "/jobs", content=b'{"kind": "adapt",\n "name": }', headers={"Content-Type": "application/json"}
+    )
+    assert broken.status_code == 400
+    assert [(fault["line"], fault["column"]) for fault in broken.json()["errors"]] == [(2, 10)]
+
+    wrong = {
+        "kind": "adpat",
+        "base_model": 5,
+        "dataset": "ds_1",
+        "name": "secret" * 40,
+        "priority": 99,
+        "controls": ["x"],
+    }
+    faults = {fault["pointer"]: fault for fault in api.post(wrong).json()["errors"]}
+    told = {pointer: (fault.get("expected"), fault.get("got")) for pointer, fault in faults.items()}
+    assert told["/kind"][1] == "'adpat'"  # nearly one of the words
+    assert told["/name"] == ("at most 200 characters", "text of length 240")
+    assert told["/base_model"] == ("text", "a number")
+    assert told["/priority"] == ("at most 10", "99")
+    assert told["/controls/0"][1] == "text"
+    assert (
+        api.post({"kind": "adapt", "base_model": "stub", "dataset": "ds_1", "heads": {"ratio": 2}}).json()["errors"][0][
+            "got"
+        ]
+        == "2.0"
+    )
+
+    rows = b'{"question": "secret", "answer": 5}\n[1]\n{"question": "a" "b"}\n'
+    told_rows = [
+        (fault["line"], fault.get("column"), fault.get("expected"), fault.get("got"))
+        for fault in api.upload(rows).json()["errors"]
+    ]
+    assert told_rows == [
+        (1, None, "text", "a number"),
+        (2, None, "an object", "a list"),
+        (3, 18, None, None),
+    ]
