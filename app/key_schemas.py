@@ -46,7 +46,9 @@ class KeyView(View):
 class NewKeyView(KeyView):
     """A key that was just made."""
 
-    key: str = Field(description="Shown here, and never again.")
+    key: str | None = Field(
+        description="Shown here, and never again: null in the answer to a request that came before, with its Idempotency-Key."
+    )
 
 
 class AuditView(View):

@@ -21,8 +21,14 @@ def check_name(table: Collection[str], name: str, *, what: str, pointer: str) ->
     text = f"There is no {what} {name!r}; known: {', '.join(sorted(table))}."
     if near:
         text += f" Did you mean {near[0]!r}?"
-    known = {"expected": f"one of {', '.join(sorted(table))}", "got": repr(name[:40])}
-    raise UnknownName(text, errors=[ErrorDetail(code=UnknownName.code, message=text, pointer=pointer, **known)])
+    fault = ErrorDetail(
+        code=UnknownName.code,
+        message=text,
+        pointer=pointer,
+        expected=f"one of {', '.join(sorted(table))}",
+        got=repr(name[:40]),
+    )
+    raise UnknownName(text, errors=[fault])
 
 
 def load(table: Mapping[str, str], name: str, *, what: str, pointer: str) -> Any:

@@ -9,7 +9,7 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse
 
 from app.api.bodies import Received, receive, work_folder
-from app.api.context import Context, Services
+from app.api.context import Context, IdempotencyKey, Services
 from app.api.documentation import JOB_BODY, errors
 from app.api.job_requests import FILES, REFUSALS, check_job, parse_job
 from app.core.forecast import Known, forecast
@@ -20,9 +20,11 @@ router = APIRouter(tags=["jobs"])
 
 
 @router.post("/estimates", response_model=EstimateView, responses=errors(*REFUSALS), openapi_extra=JOB_BODY)
-async def estimate_job(request: Request, services: Context) -> Response:
+async def estimate_job(request: Request, services: Context, key: IdempotencyKey) -> Response:
     """What a job would take: seconds by step and the wait before them as intervals, memory, bytes, cost, the projected AER,
     what every `auto` means, what does not fit and what would. The body is that of POST /jobs, and so is what is refused.
+
+    It makes nothing, so an Idempotency-Key is taken and not needed.
     """
     async with receive(request, services.settings, files=FILES, json_part="job", json=True) as received:
         return await run_in_threadpool(answer_estimate, services, received)

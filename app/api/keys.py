@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Request, Response
 from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import JSONResponse
 
 from app.access_errors import InsufficientScope
 from app.api.bodies import read_json, receive_json
-from app.api.context import Admin, Context, Cursor, KeyId, Limit, Link, Services, page_after, page_of
+from app.api.context import Admin, Context, Cursor, IdempotencyKey, KeyId, Limit, Link, Services, page_after, page_of
 from app.api.documentation import KEY_BODY, errors
+from app.api.idempotency import Once
 from app.core.keys import make_key
 from app.db.api_keys import list_keys, revoke_key
-from app.errors import KeyNotFound, PepperMissing
+from app.errors import IdempotencyInFlight, IdempotencyMismatch, KeyNotFound, PepperMissing
 from app.key_schemas import KeyBody, KeyView, NewKeyView
 from app.views import Page
 
@@ -21,16 +23,18 @@ router = APIRouter(tags=["keys"])
 @router.post(
     "/keys",
     status_code=201,
-    responses=errors(PepperMissing),
+    response_model=NewKeyView,
+    responses=errors(PepperMissing, IdempotencyInFlight, IdempotencyMismatch),
     openapi_extra=KEY_BODY,
 )
-async def create_key(request: Request, services: Context, admin: Admin) -> NewKeyView:
+async def create_key(request: Request, services: Context, admin: Admin, key: IdempotencyKey) -> Response:
     """Make a key for the caller's project. The answer is the only place where its text ever stands.
 
-    So no Idempotency-Key is taken: its answer would be kept. A key whose answer got lost is to be revoked.
+    Repeated with its Idempotency-Key, the request makes no second key and is told the first without its text. A key whose
+    answer got lost opens nothing for anybody: revoke it by the `id`, and make another under a new Idempotency-Key.
     """
     body = read_json(KeyBody, await receive_json(request, services.settings))
-    return await run_in_threadpool(_create, services, admin.project_id, body)
+    return await run_in_threadpool(_create, services, admin.project_id, body, key)
 
 
 @router.get("/keys", responses=errors(InsufficientScope))
@@ -54,8 +58,13 @@ def delete_key(key_id: KeyId, services: Context, admin: Admin) -> KeyView:
     return KeyView.model_validate(key)
 
 
-def _create(services: Services, project_id: str, body: KeyBody) -> NewKeyView:
+def _create(services: Services, project_id: str, body: KeyBody, idempotency_key: str | None) -> Response:
+    once = Once.of("POST /keys", idempotency_key, body.model_dump(mode="json"))
+    if (replay := once.earlier(services.engine)) is not None:
+        return replay
     with services.engine.begin() as conn:
+        if (replay := once.take(conn)) is not None:
+            return replay
         key, text = make_key(
             conn,
             services.settings,
@@ -65,4 +74,7 @@ def _create(services: Services, project_id: str, body: KeyBody) -> NewKeyView:
             expires_days=body.expires_days,
         )
         services.note(conn, "key.create", key.id, {"scope": key.scope, "name": key.name})
-    return NewKeyView.model_validate({**KeyView.model_validate(key).model_dump(), "key": text})
+        view = KeyView.model_validate(key).model_dump(mode="json")
+        # Not made again for a replay, as secrets of webhooks are: whoever has pepper and ledger could then make every key.
+        once.keep(conn, 201, {}, {**view, "key": None})
+    return JSONResponse({**view, "key": text}, status_code=201)

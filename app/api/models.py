@@ -10,7 +10,7 @@ from fastapi import APIRouter, Request
 from fastapi import Path as PathParameter
 
 from app.api.bodies import read_json, receive_json
-from app.api.context import Context
+from app.api.context import Context, IdempotencyKey
 from app.api.documentation import MODEL_CHECK_BODY, errors
 from app.problems import problem_body
 from app.schemas import ModelCheckBody
@@ -31,10 +31,11 @@ def get_models(services: Context) -> Page[ModelView]:
 
 
 @router.post("/models/check", response_model=ModelView, openapi_extra=MODEL_CHECK_BODY)
-async def check_model(request: Request, services: Context) -> ModelView:
+async def check_model(request: Request, services: Context, key: IdempotencyKey) -> ModelView:
     """Whether a model can be used, and why not, by its config.json alone, before anything is downloaded or installed.
 
-    Its weights and tokenizer are checked when it is installed. Nothing is stored.
+    Its weights and tokenizer are checked when it is installed. Nothing is stored, so an
+    Idempotency-Key is taken and not needed.
     """
     body = read_json(ModelCheckBody, await receive_json(request, services.settings))
     try:

@@ -8,6 +8,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Query
 
+from app.api.content import STORED
 from app.api.context import Context, Cursor, Limit, Link, ReportId, Services, page_after, page_of
 from app.api.documentation import errors
 from app.api.receipts import receipt
@@ -15,7 +16,7 @@ from app.api.stored_lines import page_of_lines
 from app.blobs import Blob
 from app.core.refusals import Refusal, keep_report
 from app.db.reports import ReportRecord, delete_report, get_report, list_reports
-from app.errors import CursorInvalid, ReportNotFound
+from app.errors import ReportNotFound
 from app.key_schemas import ReceiptView
 from app.views import FaultView, Page, ReportView
 from p2d.errors import P2DError
@@ -52,7 +53,7 @@ def get_one_report(report_id: ReportId, services: Context) -> ReportView:
     return _view(_find(services, report_id))
 
 
-@router.get("/reports/{id}/errors", responses=errors(ReportNotFound, CursorInvalid))
+@router.get("/reports/{id}/errors", responses=errors(ReportNotFound, *STORED))
 def get_report_errors(
     report_id: ReportId, services: Context, link: Link, limit: ManyAtOnce = 100, cursor: Cursor = None
 ) -> Page[FaultView]:

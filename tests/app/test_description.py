@@ -106,6 +106,13 @@ def test_every_operation_names_its_answers_and_the_codes_of_each() -> None:
                     assert {STATUS[code] for code in codes} == {int(status)}, where
 
 
+def test_every_post_takes_an_idempotency_key() -> None:
+    posts = {form.pattern: operations["post"] for form, operations in described() if "post" in operations}
+    taking = {path for path, post in posts.items() for one in post["parameters"] if one["name"] == "Idempotency-Key"}
+
+    assert taking == posts.keys()
+
+
 @pytest.mark.timeout(900)
 @pytest.mark.skipif(os.environ.get("P2D_TEST_SERVERS") == "machine", reason="the same code as before")
 def test_no_answer_is_outside_of_the_description(api: Api, tmp_path: Path, seed: int) -> None:

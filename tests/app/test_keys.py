@@ -135,6 +135,26 @@ def test_a_key_is_shown_once_and_kept_nowhere(keyless: Api, admin: str, capfd: p
     assert "internal.error" in said[-1]
 
 
+def test_a_request_for_a_key_that_is_sent_again_makes_no_second_one_and_tells_no_secret(
+    keyless: Api, admin: str
+) -> None:
+    def again(**body: str) -> httpx.Response:
+        headers = {"Authorization": f"Bearer {admin}", "Idempotency-Key": "one-key"}
+        return keyless.http.post("/keys", json=body, headers=headers)
+
+    first, second = again(scope="read"), again(scope="read")
+
+    assert (first.status_code, second.status_code) == (201, 201)
+    assert KEY_PATTERN.fullmatch(first.json()["key"])
+    assert second.headers["idempotency-replayed"] == "true"
+    assert second.json() == {**first.json(), "key": None}
+    assert again(scope="write").json()["code"] == "idempotency.mismatch"
+    with keyless.engine.connect() as conn:
+        kept = conn.exec_driver_sql("select string_agg(k::text, '') from idempotency_keys k").scalar_one()
+    assert first.json()["key"] not in kept
+    assert first.json()["id"] in kept
+
+
 def test_a_revoked_key_is_refused_at_once_and_its_stream_ends(keyless: Api, admin: str) -> None:
     made = ask(keyless, "POST", "/keys", admin, json={"scope": "admin"}).json()
     with Client(keyless.url, api_key=made["key"]) as client:
