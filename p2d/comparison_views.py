@@ -15,6 +15,10 @@ from html import escape
 from typing import Any
 
 from p2d.comparison import Comparison, Facts, LossDifference, Metrics, Pair
+from p2d.pipeline import STEPS
+
+NAMED_COLUMNS = 4
+"""Jobs whose names fit side by side above a table."""
 
 Row = tuple[str, str, str, str, Any]
 """section, job, other job, name, value."""
@@ -23,6 +27,7 @@ _STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem; color: #1b2430; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin: 2rem 0 .6rem; }
 table { border-collapse: collapse; } .wide { overflow-x: auto; }
+thead th { white-space: nowrap; vertical-align: bottom; } small { color: #5b6776; } span[title] { white-space: nowrap; }
 th, td { border-bottom: 1px solid #d9e0e8; padding: .3rem .7rem; text-align: left; vertical-align: top; }
 td.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 td.good { background: #e2f3e6; } td.bad { background: #fbe6e3; }
@@ -134,13 +139,24 @@ def _colour(place: int, count: int) -> str:
     return f"#{round(255 * red):02x}{round(255 * green):02x}{round(255 * blue):02x}"
 
 
+def _key(jobs: Sequence[Facts], place: int) -> str:
+    return f'<span class="key" style="background:{_colour(place, len(jobs))}"></span>'
+
+
 def _label(jobs: Sequence[Facts], place: int) -> str:
-    key = f'<span class="key" style="background:{_colour(place, len(jobs))}"></span>'
-    return f"{key}{place + 1}. {escape(jobs[place].name or jobs[place].id)}"
+    return f"{_key(jobs, place)}{place + 1}. {escape(jobs[place].name or jobs[place].id)}"
 
 
-def _labels(jobs: Sequence[Facts]) -> list[str]:
-    return [_label(jobs, place) for place in range(len(jobs))]
+def _short(jobs: Sequence[Facts], place: int) -> str:
+    """Where names have no room: of many jobs the number alone, the name on hovering."""
+    if len(jobs) <= NAMED_COLUMNS:
+        return _label(jobs, place)
+    name = escape(jobs[place].name or jobs[place].id)
+    return f'<span title="{name}">{_key(jobs, place)}{place + 1}</span>'
+
+
+def _columns(jobs: Sequence[Facts]) -> list[str]:
+    return [_short(jobs, place) for place in range(len(jobs))]
 
 
 def _jobs(jobs: Sequence[Facts]) -> str:
@@ -174,11 +190,13 @@ _SHOWN: tuple[tuple[str, str, Callable[[float], str]], ...] = (
 
 def _metric_table(jobs: Sequence[Facts], metrics: Sequence[Metrics]) -> str:
     rows = []
-    for name, said, show in _SHOWN:
-        values = [getattr(one, name) for one in metrics]
+    tasks = {one.metric for one in metrics if one.metric}
+    task = min(tasks).replace("_", " ") if len(tasks) == 1 else "task metric"
+    for name, words, show in _SHOWN:
+        values, said = [getattr(one, name) for one in metrics], words.replace("task metric", task)
         if any(value is not None for value in values):
             rows.append([escape(said), *(_cell("-" if value is None else show(value)) for value in values)])
-    return _table(["", *_labels(jobs)], rows)
+    return _table(["", *_columns(jobs)], rows)
 
 
 def _matrix(jobs: Sequence[Facts], pairs: Sequence[Pair], cell: Callable[[Pair, bool], str]) -> str:
@@ -186,7 +204,7 @@ def _matrix(jobs: Sequence[Facts], pairs: Sequence[Pair], cell: Callable[[Pair, 
     by_places = {(pair.one, pair.other): pair for pair in pairs}
     rows = []
     for row in range(len(jobs)):
-        cells = [_label(jobs, row)]
+        cells = [_short(jobs, row)]
         for column in range(len(jobs)):
             if row == column:
                 cells.append(_cell(""))
@@ -194,7 +212,7 @@ def _matrix(jobs: Sequence[Facts], pairs: Sequence[Pair], cell: Callable[[Pair, 
                 pair = by_places[min(row, column), max(row, column)]
                 cells.append(cell(pair, row > column))
         rows.append(cells)
-    return _table(["", *_labels(jobs)], rows)
+    return _table(["", *_columns(jobs)], rows)
 
 
 def _absent(pair: Pair, name: str) -> str:
@@ -208,7 +226,8 @@ def _loss_cell(pair: Pair, row_is_other: bool) -> str:
     value, low, high = found.difference, found.low, found.high
     if not row_is_other:
         value, low, high = -value, -high, -low
-    return _cell(f"{value:+.4f} ({low:+.4f} to {high:+.4f})", "good" if high < 0 else "bad" if low > 0 else "")
+    kind = "good" if high < 0 else "bad" if low > 0 else ""
+    return f'<td class="n {kind}">{value:+.4f}<br><small>{low:+.4f} to {high:+.4f}</small></td>'
 
 
 def _heads_cell(pair: Pair, _: bool) -> str:
@@ -241,12 +260,13 @@ def _layers(jobs: Sequence[Facts], pairs: Sequence[Pair]) -> str:
 
 
 def _seconds(jobs: Sequence[Facts], metrics: Sequence[Metrics]) -> str:
-    steps = list(dict.fromkeys(step for one in metrics for step in one.step_s))
+    done = {step for one in metrics for step in one.step_s}
+    steps = [*(step for step in STEPS if step in done), *sorted(done - {*STEPS})]
     rows = [
         [escape(step), *(_cell(f"{one.step_s[step]:,.1f}" if step in one.step_s else "-") for one in metrics)]
         for step in steps
     ]
-    return _table(["", *_labels(jobs)], rows)
+    return _table(["", *_columns(jobs)], rows)
 
 
 def _settings(jobs: Sequence[Facts], comparison: Comparison) -> str:
@@ -256,7 +276,7 @@ def _settings(jobs: Sequence[Facts], comparison: Comparison) -> str:
         [escape(setting.pointer), *(f"<td>{escape(str(_plain(value)))}</td>" for value in setting.values)]
         for setting in comparison.settings
     ]
-    return _table(["", *_labels(jobs)], rows)
+    return _table(["", *_columns(jobs)], rows)
 
 
 def _curves(jobs: Sequence[Facts], comparison: Comparison) -> str:
@@ -287,7 +307,9 @@ def _curves(jobs: Sequence[Facts], comparison: Comparison) -> str:
         said = f"{round(tokens[-1] * share):,}{' tokens' if share == 1.0 else ''}"
         parts.append(f'<text x="{x:.1f}" y="{height - bottom + 18}" text-anchor="{anchor}">{said}</text>')
     for place, line in enumerate(lines):
-        points = " ".join(at(index, loss) for index, loss in enumerate(line) if loss is not None)
+        # Between two steps of a job the axis repeats a loss: one point for it, so that the line has no stairs.
+        told = [(n, loss) for n, loss in enumerate(line) if loss is not None and (n == 0 or loss != line[n - 1])]
+        points = " ".join(at(index, loss) for index, loss in told)
         colour = _colour(place, len(jobs))
         name = escape(jobs[place].name or jobs[place].id)
         parts.append(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import random
+import re
 from dataclasses import replace
 from html.parser import HTMLParser
 from typing import Any
@@ -166,6 +167,22 @@ def test_the_page_is_whole_loads_nothing_and_shows_names_as_text() -> None:
     assert "script" not in page.seen
     assert {"svg", "polyline", "table"} <= set(page.seen)
     assert any("<script>x</script>" in text for text in page.text)
+
+
+def test_many_jobs_have_numbers_above_their_columns_steps_their_order_and_lines_no_stairs() -> None:
+    steps = [
+        {"step": name, "load_s": 0, "work_s": 1, "peak_memory_bytes": 1} for name in ("evaluate", "heads", "merge")
+    ]
+    log = [{"tokens": 9, "loss": 2.0}, {"tokens": 9, "loss": 1.0}]
+    jobs = [a_job(f"a long name, number {n}", log=log, cost={"steps": steps}) for n in range(9)]
+
+    page = to_html("many", jobs, compare(jobs))
+
+    assert page.count(">a long name, number 7<") == 1  # of its line
+    assert page.count("8. a long name, number 7") == 1
+    assert page.index(">heads</th>") < page.index(">evaluate</th>") < page.index(">merge</th>")
+    points = re.findall(r'points="([^"]*)"', page)
+    assert [len(line.split()) for line in points] == [2] * 9
 
 
 def test_the_table_has_a_line_for_every_value() -> None:
