@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from p2d.models import BaseModel, load_base_model
+from p2d.models import BaseModel
 from p2d.rendering import RenderedRow
 from tests.factories import some_rows, tiny_model_dir
+from tests.loaded import loaded
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -25,8 +26,8 @@ def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def tiny(tiny_dir: Path) -> BaseModel:
-    """The tiny model, loaded for one test."""
-    return load_base_model(tiny_dir, precision="fp32", device="cpu")
+    """The tiny model, of one test alone."""
+    return loaded(tiny_dir)
 
 
 @pytest.fixture

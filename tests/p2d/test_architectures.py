@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from p2d.adapters import load_adapter, merge, save_adapter
 from p2d.arch import ARCHS
@@ -28,6 +28,7 @@ from p2d.responses import DataScorer, ResponseInput
 from p2d.responses.alignment import align
 from p2d.slices import HeadSlices
 from tests.factories import TINY, WINDOW, some_rows, tiny_model_dir
+from tests.loaded import as_transformers_has_it, loaded
 
 ALL: tuple[Projection, ...] = ("q", "k", "v", "o")
 HEADS = [(1, 0), (1, 4), (2, 5)]
@@ -46,17 +47,14 @@ def directory(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 
 @pytest.fixture
 def base(directory: Path) -> BaseModel:
-    """It, loaded for one test."""
-    return load_base_model(directory, precision="fp32", device="cpu")
+    """It, of one test alone."""
+    return loaded(directory)
 
 
 @pytest.fixture
 def reference(directory: Path) -> PreTrainedModel:
     """It, as transformers loads it, with eager attention and trainable weights."""
-    loader: Any = AutoModelForCausalLM
-    module: PreTrainedModel = loader.from_pretrained(directory, attn_implementation="eager")
-    module.train(False)
-    return module
+    return as_transformers_has_it(directory)
 
 
 @pytest.fixture
@@ -214,7 +212,7 @@ def test_slice_gradients_are_the_masked_full_gradients(
 ) -> None:
     sum(eager_nll(reference, base, row) for row in rendered).backward()  # type: ignore[union-attr]
     answer_tokens = sum(len(row.answer_ids) for row in rendered)
-    twin = load_base_model(directory, precision="fp32", device="cpu")
+    twin = loaded(directory)
     twin.module.requires_grad_(True)
     mean_loss(twin, rendered).backward()
 
