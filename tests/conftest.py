@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from app.settings import Settings
 
 SEED = int(os.environ.get("P2D_TEST_SEED") or secrets.randbelow(2**31))
+os.environ["P2D_TEST_SEED"] = str(SEED)  # pytest-xdist's processes inherit it: one seed a run
 
 hypothesis.settings.register_profile("p2d", deadline=None, print_blob=True, max_examples=50)
 hypothesis.settings.load_profile("p2d")
