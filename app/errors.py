@@ -244,10 +244,10 @@ class JobInUse(Conflict):
 class DatasetInUse(Conflict):
     """A dataset that a job which has not ended still reads."""
 
-    code, hint = "dataset.in_use", "Wait for the job, or cancel it, and delete the dataset then."
+    code, hint = "dataset.in_use", "Wait for the jobs in facts.by, or cancel them, and delete the dataset then."
 
-    def __init__(self, *, dataset_id: str) -> None:
-        super().__init__("A job that has not ended reads the dataset.", dataset_id=dataset_id)
+    def __init__(self, *, dataset_id: str, by: Sequence[str]) -> None:
+        super().__init__("A job that has not ended reads the dataset.", dataset_id=dataset_id, by=list(by))
 
 
 class UploadIncomplete(Conflict):

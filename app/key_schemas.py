@@ -12,7 +12,7 @@ from app.views import View
 
 Scope = Literal["read", "write", "admin"]
 
-Deleted = Literal["job", "dataset", "report", "head_map", "selection", "artifact"]
+Deleted = Literal["job", "dataset", "report", "upload", "head_map", "selection", "artifact"]
 """What a receipt can be about."""
 
 MAX_DAYS = 3650
@@ -63,6 +63,27 @@ class AuditView(View):
     created_at: datetime
 
 
+class DerivedJobView(View):
+    """A job that has read a dataset, and its files."""
+
+    job_id: str
+    artifact_ids: list[str]
+    size_bytes: int
+    audit_id: str | None = Field(
+        default=None, description="The entry of the audit log about its deletion, if it was deleted."
+    )
+
+
+class DerivedView(View):
+    """What jobs have made of a dataset's rows: chosen rows with their text, scores, adapters."""
+
+    deleted: bool = Field(description="Whether it was deleted too; else it stays until its jobs are deleted.")
+    jobs: int
+    artifacts: int
+    size_bytes: int
+    listed: list[DerivedJobView] = Field(description="The jobs, oldest first: the first 1,000.")
+
+
 class ReceiptView(View):
     """That a thing was deleted. Its rows are gone; its bytes leave the store within the hours of P2D_UNREFERENCED_KEPT_H, unless
     something else has the same."""
@@ -72,6 +93,7 @@ class ReceiptView(View):
     deleted_at: datetime
     sha256: list[str] = Field(description="Of every stored file that it had.")
     audit_id: str = Field(description="The entry of the audit log that says so.")
+    derived: DerivedView | None = Field(default=None, description="Of a dataset: what jobs have made of it.")
 
 
 class EstimateErrorView(View):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Query, Request, Response
@@ -29,6 +30,7 @@ from app.api.receipts import receipt
 from app.api.reports import reporting
 from app.api.stored_lines import page_of_lines
 from app.blobs import Blob
+from app.core.erasure import erase, erase_all
 from app.core.ingest import Candidate, inspect_file, inspect_given, record, store
 from app.dataset_errors import (
     DatasetReaderDied,
@@ -38,7 +40,7 @@ from app.dataset_errors import (
     SourceInvalid,
     SourceRefused,
 )
-from app.db.datasets import Dataset, DatasetFilter, delete_dataset, get_dataset, is_needed, list_datasets
+from app.db.datasets import Dataset, DatasetFilter, DerivedJob, get_dataset, list_datasets
 from app.db.engine import Connection
 from app.errors import (
     DatasetInUse,
@@ -46,10 +48,12 @@ from app.errors import (
     DiskFull,
     IdempotencyInFlight,
     IdempotencyMismatch,
+    JobInUse,
+    MoveNotAllowed,
     RequestInvalid,
     StoreUnavailable,
 )
-from app.key_schemas import ReceiptView
+from app.key_schemas import DerivedJobView, DerivedView, ReceiptView
 from app.schemas import DatasetBody, Mapping, RowsBody, Sha256, SourceBody, Text
 from app.views import DatasetStatsView, DatasetView, Page, ReportView, RowView
 from p2d.columns import ACCEPTED, mapped
@@ -59,6 +63,9 @@ from p2d.formats import Format
 router = APIRouter(tags=["datasets"])
 
 Order = Literal["asc", "desc"]
+
+MAX_LISTED = 1000
+"""Jobs over a deleted dataset that its receipt names."""
 
 DATASET_ERRORS = (
     *(DatasetError, DatasetEmpty, DatasetTooLarge, DatasetTooCostly, DatasetReaderDied, MappingInvalid),
@@ -157,19 +164,42 @@ def get_dataset_stats(dataset_id: DatasetId, services: Context) -> DatasetStatsV
     )
 
 
-@router.delete("/datasets/{id}", responses=errors(DatasetNotFound, DatasetInUse))
-def delete_one_dataset(dataset_id: DatasetId, services: Context) -> ReceiptView:
-    """Delete a dataset. Refused while a job that has not ended reads it.
+@router.delete("/datasets/{id}", responses=errors(DatasetNotFound, DatasetInUse, JobInUse, MoveNotAllowed))
+def delete_one_dataset(
+    dataset_id: DatasetId,
+    services: Context,
+    derived: Annotated[
+        bool, Query(description="Delete the jobs over it too, with all that they have made of its rows.")
+    ] = False,
+) -> ReceiptView:
+    """Delete a dataset. Refused while a job that has not ended reads it. The receipt names what jobs have made of it.
 
     Its rows leave the store within the hours of `P2D_UNREFERENCED_KEPT_H`, unless something else has the same.
     """
     with services.engine.begin() as conn:
-        dataset = get_dataset(conn, dataset_id)
-        if is_needed(conn, dataset_id):
-            raise DatasetInUse(dataset_id=dataset_id)
-        if dataset is None or not delete_dataset(conn, dataset_id):
-            raise DatasetNotFound(id=dataset_id)
-        return receipt(services, conn, "dataset", dataset_id, [dataset.sha256])
+        if not derived:
+            dataset, left = erase(conn, dataset_id)
+            found = _derived([(job, None) for job in left], deleted=False)
+        else:
+            dataset, gone = erase_all(conn, dataset_id)
+            told = [(job, receipt(services, conn, "job", job.job_id, hashes).audit_id) for job, hashes in gone]
+            found = _derived(told, deleted=True)
+        return receipt(services, conn, "dataset", dataset_id, [dataset.sha256], found)
+
+
+def _derived(jobs: Sequence[tuple[DerivedJob, str | None]], *, deleted: bool) -> DerivedView:
+    """Args: jobs: each with the entry of the audit log about its deletion."""
+    listed = [
+        DerivedJobView(job_id=job.job_id, artifact_ids=job.artifact_ids, size_bytes=job.size_bytes, audit_id=audit_id)
+        for job, audit_id in jobs[:MAX_LISTED]
+    ]
+    return DerivedView(
+        deleted=deleted,
+        jobs=len(jobs),
+        artifacts=sum(len(job.artifact_ids) for job, _ in jobs),
+        size_bytes=sum(job.size_bytes for job, _ in jobs),
+        listed=listed,
+    )
 
 
 def _create(services: Services, received: Received, key: str | None) -> Response:

@@ -17,13 +17,24 @@ from app.api.context import Context, IdempotencyKey, Services, UploadId
 from app.api.datasets import DATASET_ERRORS, answer_dataset, note_dataset
 from app.api.documentation import COMPLETE_BODY, DATASET_KNOWN, PART_BODY, UPLOAD_BODY, errors
 from app.api.idempotency import Once
+from app.api.receipts import receipt
 from app.api.reports import reporting
 from app.core.ingest import inspect_file, record, store
 from app.core.quotas import allow_storage
 from app.core.uploads import MAX_PARTS, assembled, ended_meanwhile, expected_size, part_size, take_part
 from app.db.datasets import Dataset, get_dataset
 from app.db.engine import Connection
-from app.db.uploads import Part, Upload, delete_upload, finish_upload, get_upload, insert_upload, lock_upload, parts_of
+from app.db.uploads import (
+    Part,
+    Upload,
+    all_parts,
+    delete_upload,
+    finish_upload,
+    get_upload,
+    insert_upload,
+    lock_upload,
+    parts_of,
+)
 from app.errors import (
     BlobMissing,
     DatasetNotFound,
@@ -37,6 +48,7 @@ from app.errors import (
     UploadNotFound,
     UploadWrong,
 )
+from app.key_schemas import ReceiptView
 from app.schemas import CompleteBody, UploadBody
 from app.views import DatasetView, PartView, UploadView
 from p2d.columns import mapped
@@ -116,12 +128,14 @@ async def complete_upload(request: Request, upload_id: UploadId, services: Conte
     return await run_in_threadpool(_complete, services, upload_id, body, key)
 
 
-@router.delete("/uploads/{id}", status_code=204, responses=errors(UploadNotFound))
-def delete_one_upload(upload_id: UploadId, services: Context) -> None:
+@router.delete("/uploads/{id}", responses=errors(UploadNotFound))
+def delete_one_upload(upload_id: UploadId, services: Context) -> ReceiptView:
     """Give an upload up; its parts are removed soon. A dataset that it became stays."""
     with services.engine.begin() as conn:
         if not delete_upload(conn, upload_id):
             raise UploadNotFound(id=upload_id)
+        parts = all_parts(conn, upload_id)
+        return receipt(services, conn, "upload", upload_id, [part.sha256 for part in parts])
 
 
 def _create(services: Services, body: UploadBody, key: str | None) -> Response:

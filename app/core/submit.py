@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from app.core.lifecycle import open_job
 from app.core.plan import plan_job
 from app.db.artifacts import get_artifact
-from app.db.datasets import Dataset, get_dataset
+from app.db.datasets import Dataset, get_dataset, keep_dataset
 from app.db.engine import Connection, Json
 from app.db.head_maps import get_head_map, keep_head_map
 from app.db.jobs import Job, get_job, insert_job, keep_job
@@ -56,10 +56,10 @@ def submit(conn: Connection, request: JobRequest, *, shard_rows: int, queue: str
     """
     config = request.config
     check(config)
-    dataset = find_dataset(conn, request.dataset_id, "/dataset")
+    dataset = _kept_dataset(conn, request.dataset_id, "/dataset")
     validation = None
     if request.validation_dataset_id is not None:
-        validation = find_dataset(conn, request.validation_dataset_id, "/validation_dataset")
+        validation = _kept_dataset(conn, request.validation_dataset_id, "/validation_dataset")
     _keep_earlier(conn, config.heads.head_map, config.data.selection)
     for error in refusals(conn, config, request.model, dataset, validation):
         raise error
@@ -168,10 +168,16 @@ def find_inputs(conn: Connection, job: Job) -> None:
         if job.adapter_id is None or get_artifact(conn, job.adapter_id) is None:
             raise ArtifactNotFound(id=job.adapter_id or "")
         return
-    find_dataset(conn, job.dataset_id, "/dataset")
+    _kept_dataset(conn, job.dataset_id, "/dataset")
     if job.validation_dataset_id is not None:
-        find_dataset(conn, job.validation_dataset_id, "/validation_dataset")
+        _kept_dataset(conn, job.validation_dataset_id, "/validation_dataset")
     _keep_earlier(conn, job.config["heads"]["head_map"], job.config["data"]["selection"])
+
+
+def _kept_dataset(conn: Connection, dataset_id: str, pointer: str) -> Dataset:
+    """As `find_dataset`; nobody deletes it before the job that reads it is committed and seen to need it."""
+    keep_dataset(conn, dataset_id)
+    return find_dataset(conn, dataset_id, pointer)
 
 
 def _keep_earlier(conn: Connection, head_map: str | None, selection: str | None) -> None:

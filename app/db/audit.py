@@ -18,6 +18,7 @@ Action = Literal[
     "dataset.create",
     "dataset.delete",
     "report.delete",
+    "upload.delete",
     "job.create",
     "job.update",
     "job.cancel",

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import datetime
 
-from sqlalchemy import ColumnElement, exists, func, insert, or_, select, update
+from sqlalchemy import ColumnElement, and_, false, func, insert, or_, select, update
 
 from app.db.engine import Connection, Json
 from app.db.ids import new_id
 from app.db.objects import hold_objects
-from app.db.tables import datasets, jobs
+from app.db.tables import artifacts, datasets, jobs
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,10 +80,56 @@ def same_dataset(conn: Connection, content_hash: str) -> Dataset | None:
     return Dataset(**row._mapping) if row else None
 
 
-def is_needed(conn: Connection, dataset_id: str) -> bool:
-    """Whether a job that has not ended reads this dataset."""
-    of_it = or_(jobs.c.dataset_id == dataset_id, jobs.c.validation_dataset_id == dataset_id)
-    return bool(conn.execute(select(exists().where(of_it, jobs.c.finished_at.is_(None)))).scalar_one())
+def keep_dataset(conn: Connection, dataset_id: str) -> None:
+    """Let nobody delete the dataset before the caller's transaction has ended; if somebody just does, wait for that."""
+    conn.execute(select(datasets.c.id).where(datasets.c.id == dataset_id).with_for_update(key_share=True, read=True))
+
+
+def lock_dataset(conn: Connection, dataset_id: str) -> Dataset | None:
+    """As `get_dataset`; no job over it can be added until the caller's transaction has ended."""
+    query = select(datasets).where(datasets.c.id == dataset_id, datasets.c.deleted_at.is_(None))
+    row = conn.execute(query.with_for_update()).first()  # waits for whom `keep_dataset` holds it
+    return Dataset(**row._mapping) if row else None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DerivedJob:
+    """A job that has read some content, and the files of it that are still there."""
+
+    job_id: str
+    needs_it: bool
+    """Whether it reads the dataset itself, and has not ended."""
+    artifact_ids: list[str]
+    size_bytes: int
+
+
+def derived_jobs(conn: Connection, dataset: Dataset) -> list[DerivedJob]:
+    """The jobs over the content of a dataset, as theirs or to validate with, oldest first; also over deleted ones of the same."""
+    same = select(datasets.c.id).where(datasets.c.content_hash == dataset.content_hash)
+    reads_by = (jobs.c.dataset_id, jobs.c.validation_dataset_id)
+    gone = or_(artifacts.c.deleted_at.is_not(None), func.coalesce(artifacts.c.expires_at <= func.now(), false()))
+    query = (
+        select(
+            jobs.c.id.label("job_id"),
+            and_(jobs.c.finished_at.is_(None), or_(*(column == dataset.id for column in reads_by))).label("needs_it"),
+            func.array_remove(func.array_agg(artifacts.c.id), None).label("artifact_ids"),
+            func.coalesce(func.sum(artifacts.c.size_bytes), 0).label("size_bytes"),
+        )
+        .select_from(jobs)
+        .outerjoin(artifacts, and_(artifacts.c.job_id == jobs.c.id, ~gone))
+        .where(or_(*(column.in_(same) for column in reads_by)))
+        .group_by(jobs.c.id)
+        .order_by(jobs.c.id)
+    )
+    return [
+        DerivedJob(
+            job_id=row.job_id,
+            needs_it=bool(row.needs_it),
+            artifact_ids=sorted(row.artifact_ids),
+            size_bytes=int(row.size_bytes),
+        )
+        for row in conn.execute(query)
+    ]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

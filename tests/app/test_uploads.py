@@ -312,7 +312,12 @@ def test_a_deleted_upload_is_gone_at_once_and_its_parts_soon(api: Api) -> None:
     send(api, upload, content)
     send(api, other, content)
 
-    assert api.http.delete(f"/uploads/{upload['id']}").status_code == 204
+    receipt = api.http.delete(f"/uploads/{upload['id']}").json()
+
+    assert receipt["what"] == "upload"
+    assert receipt["sha256"] == sorted({one["sha256"] for one in look(api, other)["parts"]})
+    (entry,) = api.http.get("/audit", params={"object": upload["id"]}).json()["data"]
+    assert (entry["id"], entry["action"]) == (receipt["audit_id"], "upload.delete")
     assert is_gone(api, upload)
     sweep_uploads(api.engine, api.blobs)
 

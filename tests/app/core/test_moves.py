@@ -10,15 +10,19 @@ import pytest
 from sqlalchemy import update
 
 from app.core import lifecycle
+from app.core.erasure import erase
 from app.core.lifecycle import NEXT, StepFacts
 from app.core.moves import MOVES
+from app.core.submit import JobRequest, submit
 from app.db.datasets import delete_dataset
 from app.db.jobs import Status
 from app.db.leases import Lease, claim, pulse
 from app.db.tables import jobs
-from app.errors import DatasetNotFound, LeaseLost, MoveNotAllowed
+from app.errors import DatasetInUse, DatasetNotFound, LeaseLost, MoveNotAllowed
 from app.settings import Settings
+from p2d.config import JobConfig
 from p2d.errors import Diverged
+from p2d.model_info import read_model_info
 from tests.app.db.test_leases import begin, expire, take
 from tests.rig import Rig, make_rig, wait_for
 from workers.reconcile import reconcile
@@ -273,6 +277,26 @@ def test_a_job_whose_dataset_is_gone_is_not_retried(rig: Rig) -> None:
         rig.retry(job_id)
 
     rig.check_ledger(job_id)
+
+
+def test_a_dataset_is_not_deleted_under_a_job_that_is_just_being_made(rig: Rig) -> None:
+    earlier = rig.job(rig.submit())
+    rig.cancel(earlier.id)
+
+    def delete() -> None:
+        with rig.db.begin() as conn:
+            erase(conn, earlier.dataset_id)
+
+    with ThreadPoolExecutor(1) as pool:
+        with rig.db.begin() as conn:
+            model = read_model_info(rig.settings.models_dir / "stub")
+            request = JobRequest(config=JobConfig(), model=model, dataset_id=earlier.dataset_id)
+            later = submit(conn, request, shard_rows=20, queue=rig.settings.worker_queue)
+            deleting = pool.submit(delete)
+            wait_for(lambda: somebody_waits(rig) or deleting.done(), "the deletion to wait for the job")
+        with pytest.raises(DatasetInUse) as refused:
+            deleting.result(30)
+    assert refused.value.facts["by"] == [later.id]
 
 
 def test_a_retry_has_the_whole_time_again(rig: Rig) -> None:
