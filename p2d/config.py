@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, Literal, get_args
 
 from p2d.errors import ConfigError, ErrorDetail, UnknownName
@@ -441,7 +441,15 @@ def resolve(config: JobConfig, *, rows: int, context_length: int) -> Resolution:
 
 def config_json(config: JobConfig) -> dict[str, Any]:
     """The JSON form of a config: the ledger, the child's pipe and plan.json hold it."""
-    return asdict(config)
+    plain: dict[str, Any] = _plain(config)
+    return plain
+
+
+def _plain(value: Any) -> Any:
+    # A config's values are immutable: `asdict` would copy each of them, at ten times the cost.
+    if isinstance(value, tuple):
+        return list(value)
+    return {one.name: _plain(getattr(value, one.name)) for one in fields(value)} if is_dataclass(value) else value
 
 
 def config_from_json(data: Mapping[str, Any]) -> JobConfig:

@@ -16,6 +16,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -83,6 +84,12 @@ def read_model_info(directory: Path) -> ModelInfo:
         raise ModelNotFound(
             f"There is no model {directory.name!r}.", errors=[_fault("model.not_found", "No such model.")]
         )
+    return _read(directory, _stamps(directory))
+
+
+@lru_cache(256)
+def _read(directory: Path, stamps: Stamps) -> ModelInfo:
+    """Once for the files as they are. An error is not kept."""
     shape = shape_of(_config(directory), name=directory.name)
     if not (directory / "tokenizer.json").is_file():
         raise _broken(directory, "tokenizer.json is missing")
@@ -146,6 +153,16 @@ def list_models(models_dir: Path) -> list[tuple[str, ModelInfo | ModelError]]:
         except ModelError as error:
             found.append((directory.name, error))
     return found
+
+
+Stamps = tuple[tuple[str, int, int], ...]
+"""Name, size and time of change (ns) of each file."""
+
+
+def _stamps(directory: Path) -> Stamps:
+    # What _keep writes is left out; a link to nothing is no file.
+    files = (entry for entry in os.scandir(directory) if "p2d-model" not in entry.name and entry.is_file())
+    return tuple(sorted((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files))
 
 
 def model_digest(directory: Path) -> str:

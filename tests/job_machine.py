@@ -112,7 +112,7 @@ class JobMachine(RuleBasedStateMachine):
             reuse=again,
         )
         with self.rig.db.begin() as conn:
-            request = JobRequest(config=config, model=self.model_info, dataset_id=self.dataset.id)
+            request = JobRequest(config=config, model=self.model_info, dataset=self.dataset)
             job = submit(conn, request, shard_rows=self.dataset.rows // 2, queue=self.rig.settings.worker_queue)
             planned = list_steps(conn, job.id)
         ours = [ModelStep(name=step.step, shard=step.shard, after=tuple(step.after)) for step in planned]

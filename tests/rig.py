@@ -122,7 +122,7 @@ class Rig:
                 report={},
             )
             model = read_model_info(self.settings.models_dir / "stub")
-            request = JobRequest(config=config, model=model, dataset_id=dataset.id, priority=priority)
+            request = JobRequest(config=config, model=model, dataset=dataset, priority=priority)
             return submit(conn, request, shard_rows=self.settings.shard_rows, queue=self.settings.worker_queue).id
 
     def cancel(self, job_id: str) -> Job:

@@ -1,9 +1,12 @@
-"""What every route takes: the servers behind the service, ids that are ids, pages and keys. Typed dependencies only."""
+"""What every route takes: the servers behind the service, ids that are ids, pages and keys. Typed dependencies only.
+
+They are `async` though they wait for nothing: FastAPI would else send each of them, in each request, to a thread and back.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Protocol, TypeVar
 
@@ -63,6 +66,8 @@ class Services:
     egress: Egress
     lookout: Lookout
     tables: SelectionTables = field(default_factory=SelectionTables)
+    engines: dict[str, Engine] = field(default_factory=dict)
+    """Of each project that somebody came for."""
     caller: Caller | None = None
     request_id: str = ""
 
@@ -84,7 +89,7 @@ class Services:
         )
 
 
-def _services(request: Request) -> Services:
+async def _services(request: Request) -> Services:
     services = request.app.state.services
     assert isinstance(services, Services)
     return services
@@ -101,7 +106,7 @@ async def _caller(services: OpenContext, request: Request) -> Caller:
 AnyCaller = Annotated[Caller, Depends(_caller)]
 
 
-def _admin(caller: AnyCaller) -> Caller:
+async def _admin(caller: AnyCaller) -> Caller:
     caller.need("admin")
     return caller
 
@@ -112,8 +117,10 @@ CLOSED = [Depends(_caller)]
 """Dependencies of every room but those that anybody may enter."""
 
 
-def _of_caller(services: OpenContext, caller: AnyCaller, request: Request) -> Services:
-    engine = for_project(services.engine, caller.project_id)
+async def _of_caller(services: OpenContext, caller: AnyCaller, request: Request) -> Services:
+    engine = services.engines.get(caller.project_id)
+    if engine is None:
+        engine = services.engines[caller.project_id] = for_project(services.engine, caller.project_id)
     return replace(services, engine=engine, caller=caller, request_id=request_id(request))
 
 
@@ -123,10 +130,10 @@ Context = Annotated[Services, Depends(_of_caller)]
 PathId = Annotated[str, Path(description="An id: prefix, underscore, 26 characters.")]
 
 
-def _id(prefix: str, error: type[NotFound]) -> Callable[[str], str]:
+def _id(prefix: str, error: type[NotFound]) -> Callable[[str], Awaitable[str]]:
     """A path parameter that is an id of this prefix; anything else names nothing: 404, before the database is asked."""
 
-    def check(id: PathId) -> str:
+    async def check(id: PathId) -> str:
         if not (re.fullmatch(ID_PATTERN, id) and id.startswith(prefix + "_")):
             raise error(id=id)
         return id
@@ -146,8 +153,8 @@ KeyId = Annotated[str, Depends(_id("key", KeyNotFound))]
 WebhookId = Annotated[str, Depends(_id("wh", WebhookNotFound))]
 
 
-def _delivery_id(delivery: PathId) -> str:
-    return _id("whd", DeliveryNotFound)(delivery)
+async def _delivery_id(delivery: PathId) -> str:
+    return await _id("whd", DeliveryNotFound)(delivery)
 
 
 DeliveryId = Annotated[str, Depends(_delivery_id)]
@@ -186,7 +193,7 @@ def page_of(items: list[Any], ids: list[str], limit: int) -> dict[str, Any]:
 Paged = TypeVar("Paged", bound=Page[Any])
 
 
-def _link(request: Request, response: Response) -> Callable[[Paged], Paged]:
+async def _link(request: Request, response: Response) -> Callable[[Paged], Paged]:
     def link(page: Paged) -> Paged:
         if page.next_cursor is not None:
             following = request.url.include_query_params(cursor=page.next_cursor)
@@ -206,7 +213,7 @@ class NameNext(Protocol):
 Link = Annotated[NameNext, Depends(_link)]
 
 
-def _idempotency_key(
+async def _idempotency_key(
     key: Annotated[
         str | None,
         Header(

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import asdict
 
 from fastapi import APIRouter, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse
 
-from app.api.bodies import Received, receive, work_folder
+from app.api.bodies import Received, receive
 from app.api.context import Context, IdempotencyKey, Services
 from app.api.documentation import JOB_BODY, errors
-from app.api.job_requests import FILES, REFUSALS, check_job, parse_job
+from app.api.job_requests import FILES, REFUSALS, inspect_job, parse_job
 from app.core.forecast import Known, forecast
 from app.estimate_schemas import EstimateView
 from p2d.config import config_json
@@ -43,9 +44,10 @@ def answer_estimate(services: Services, received: Received) -> Response:
         device=settings.device,
         cost_per_hour=settings.cost_per_hour,
     )
-    with work_folder(settings) as folder:
-        checked = check_job(services, body, received, folder, refused=[])  # nothing is stored, no report either
+    with ExitStack() as stack:
+        inspected = inspect_job(services, body, received, stack, refused=[])  # nothing is stored, no report either
         with services.engine.connect() as conn:
+            checked = inspected.check(conn)
             found = forecast(conn, body.config(), checked.model, checked.dataset, checked.validation, known)
     view = EstimateView.model_validate(
         {

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
@@ -17,8 +17,9 @@ from fastapi.responses import StreamingResponse
 from app.access_errors import KeyRefused, TooManyProjectStreams
 from app.api.context import Context, JobId, Services
 from app.api.documentation import errors
+from app.db.engine import DatabaseUnavailable, PoolTimeout
 from app.db.events import Event, list_events
-from app.db.jobs import Job, find_job
+from app.db.jobs import find_job
 from app.errors import CursorInvalid, JobNotFound, RequestError, RequestInvalid, TooManyStreams
 from app.views import EventView, Page
 from p2d.errors import ErrorDetail
@@ -64,11 +65,11 @@ async def list_job_events(
     after = max(after, _number(cursor, CursorInvalid()))
     if "text/event-stream" in request.headers.get("accept", ""):
         return await _stream(services, job_id, max(after, _number(last_event_id, _not_an_event())))
-    job, events = await run_in_threadpool(_read, services, job_id, after, limit + 1)
-    if not events and wait and not job.is_final:
+    log, events = await run_in_threadpool(_read, services, job_id, after, limit + 1)
+    if not events and wait and not log.is_final:
         async with services.hub.watch(job_id, services.known_caller):
             await services.hub.wait(job_id, after, wait)
-        job, events = await run_in_threadpool(_read, services, job_id, after, limit + 1)
+        log, events = await run_in_threadpool(_read, services, job_id, after, limit + 1)
     page = {
         "data": [EventView.model_validate(event) for event in events[:limit]],
         "has_more": len(events) > limit,
@@ -78,10 +79,10 @@ async def list_job_events(
 
 
 async def _stream(services: Services, job_id: str, after: int) -> Response:
-    job, _ = await run_in_threadpool(_read, services, job_id, after, 1)
-    if job.is_final and after >= job.event_seq:
+    log, _ = await run_in_threadpool(_read, services, job_id, after, 1)
+    if log.is_final and after >= log.last_seq:
         return Response(status_code=204)  # tells an EventSource to stop coming back
-    after = min(after, job.event_seq)  # a number that was never given would skip what is to come
+    after = min(after, log.last_seq)  # a number that was never given would skip what is to come
     watch = services.hub.watch(job_id, services.known_caller)
     await watch.__aenter__()  # here and not in the generator: too many streams must still be a 429 or 503
     return _EventStream(_frames(services, job_id, after), watch)
@@ -106,15 +107,15 @@ async def _frames(services: Services, job_id: str, after: int) -> AsyncIterator[
     yield b"retry: 1000\n\n"
     while not services.hub.closing:
         try:
-            job, events = await run_in_threadpool(_read, services, job_id, after, BATCH)
+            log, events = await run_in_threadpool(_read, services, job_id, after, BATCH)
             await run_in_threadpool(services.door.still_open, services.caller)
-        except (JobNotFound, KeyRefused):
-            return  # it was deleted, or the key was revoked: whoever comes back gets 404 or 401
+        except (JobNotFound, KeyRefused, DatabaseUnavailable, PoolTimeout):
+            return  # deleted, revoked, or no database: whoever comes back gets 404, 401, 503 or what is missing
         if events:
             yield b"".join(_frame(event) for event in events)
             after = events[-1].seq
         # The job was read before its events: if it was retried in between, the last of them is no `end`.
-        if job.is_final and after >= job.event_seq and (not events or events[-1].type == "end"):
+        if log.is_final and after >= log.last_seq and (not events or events[-1].type == "end"):
             return
         if not events and not await services.hub.wait(job_id, after, services.settings.sse_ping_s):
             yield b": ping\n\n"
@@ -125,9 +126,17 @@ def _frame(event: Event) -> bytes:
     return f"id: {event.seq}\nevent: {event.type}\ndata: {data}\n\n".encode()
 
 
-def _read(services: Services, job_id: str, after: int, limit: int) -> tuple[Job, list[Event]]:
+class _Log(NamedTuple):
+    """How far a job's log has got. The job itself, with its configuration, is not kept for as long as a stream lasts."""
+
+    is_final: bool
+    last_seq: int
+
+
+def _read(services: Services, job_id: str, after: int, limit: int) -> tuple[_Log, list[Event]]:
     with services.engine.connect() as conn:
-        return find_job(conn, job_id), list_events(conn, job_id, after=after, limit=limit)
+        job = find_job(conn, job_id)
+        return _Log(job.is_final, job.event_seq), list_events(conn, job_id, after=after, limit=limit)
 
 
 def _number(text: str | None, otherwise: RequestError) -> int:

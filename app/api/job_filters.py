@@ -38,7 +38,7 @@ METADATA_QUERY = {
 """What OpenAPI says of the pairs; FastAPI has no such parameters."""
 
 
-def _metadata(request: Request) -> dict[str, str]:
+async def _metadata(request: Request) -> dict[str, str]:
     pairs: dict[str, str] = {}
     faults: list[ErrorDetail] = []
     for name, value in request.query_params.multi_items():
@@ -58,7 +58,7 @@ def _metadata(request: Request) -> dict[str, str]:
     return pairs
 
 
-def _filter(
+async def _filter(
     metadata: Annotated[dict[str, str], Depends(_metadata)],
     status: Annotated[Status | None, Query(description="Only jobs in this status.")] = None,
     stage: Annotated[Stage | None, Query(description="Only jobs that are, or ended, in this stage.")] = None,

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-from app.api.bodies import Received, read_json
+from app.api.bodies import Received, read_json, work_folder
 from app.api.context import Services
 from app.api.datasets import SOURCE_ERRORS
 from app.core.ingest import Candidate, inspect_file, inspect_given
 from app.core.refusals import Refusal
 from app.core.submit import Content, find_dataset, refusals
 from app.dataset_errors import DatasetReaderDied, DatasetTooCostly, SourceFailed
+from app.db.datasets import Dataset
+from app.db.engine import Connection
 from app.errors import (
     DatasetNotFound,
     DiskFull,
@@ -108,18 +111,49 @@ class CheckedJob:
     """A job that can be made."""
 
     model: ModelInfo
-    candidates: Mapping[str, Candidate]
-    """Datasets that came with the job, as files or in its JSON."""
     dataset: Content
     validation: Content | None
+    stored: Mapping[str, Dataset]
+    """Those of the two that the ledger had already, by their names in the body."""
 
 
-def check_job(
-    services: Services, body: JobBody, received: Received, folder: Path, refused: list[Refusal]
-) -> CheckedJob:
-    """Check everything that can be checked without a model's weights, and raise all that is wrong at once.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class InspectedJob:
+    """A job of which all was looked at that lies outside the ledger: its fields, its model, the data that came with it."""
 
-    Args:   folder: where the candidates of data in the job's JSON lie.
+    body: JobBody
+    model: ModelInfo | None
+    contents: Mapping[str, Content | None]
+    candidates: Mapping[str, Candidate]
+    """Datasets that came with the job, as files or in its JSON."""
+    faults: _Faults
+
+    def check(self, conn: Connection, *, keep: bool = False) -> CheckedJob:
+        """Look at what the job names in the ledger, and raise everything that is wrong at once. Writes nothing.
+
+        Args:   keep: nobody deletes the datasets before the caller's transaction has ended.
+        """
+        faults, stored = self.faults, dict[str, Dataset]()
+        for name in FILES:
+            if isinstance(dataset_id := getattr(self.body, name), str):
+                found = faults.catch(partial(find_dataset, conn, dataset_id, f"/{name}", keep=keep))
+                stored |= {} if found is None else {name: found}
+        contents = {**self.contents, **stored}
+        dataset, validation = contents.get("dataset"), contents.get("validation_dataset")
+        if self.model is not None and dataset is not None:
+            faults.add(*refusals(conn, self.body.config(), self.model, dataset, validation))
+        faults.raise_all()
+        assert self.model is not None
+        assert dataset is not None
+        return CheckedJob(model=self.model, dataset=dataset, validation=validation, stored=stored)
+
+
+def inspect_job(
+    services: Services, body: JobBody, received: Received, stack: ExitStack, refused: list[Refusal]
+) -> InspectedJob:
+    """Look at everything that can be seen without a model's weights and without the ledger; `check` tells what is wrong.
+
+    Args:   stack: until it is left, the candidates of data in the job's JSON lie in a folder.
             refused: takes what was found of data that are refused.
     """
     faults, config, settings = _Faults(), body.config(), services.settings
@@ -133,7 +167,9 @@ def check_job(
             contents[name] = found
             if found is not None:
                 candidates[name] = found
-        for name, given in _given(body).items():
+        given_data = _given(body)
+        folder = stack.enter_context(work_folder(settings)) if given_data else Path()
+        for name, given in given_data.items():
             to, pointer = folder / name, f"/{name}"
             found = faults.catch(
                 partial(inspect_given, given, settings, services.egress, to, columns, refused, pointer=pointer)
@@ -141,19 +177,7 @@ def check_job(
             contents[name] = found
             if found is not None:
                 candidates[name] = found
-    with services.engine.connect() as conn:
-        for name in FILES:
-            if isinstance(dataset_id := getattr(body, name), str):
-                contents[name] = faults.catch(lambda name=name, id=dataset_id: find_dataset(conn, id, f"/{name}"))  # type: ignore[misc]
-        dataset = contents.get("dataset")
-        if model is not None and dataset is not None:
-            faults.add(*refusals(conn, config, model, dataset, contents.get("validation_dataset")))
-    faults.raise_all()
-    assert model is not None
-    assert dataset is not None
-    return CheckedJob(
-        model=model, candidates=candidates, dataset=dataset, validation=contents.get("validation_dataset")
-    )
+    return InspectedJob(body=body, model=model, contents=contents, candidates=candidates, faults=faults)
 
 
 def _model(services: Services, body: JobBody) -> ModelInfo:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any
 
 from fastapi import APIRouter, Response
@@ -13,7 +13,7 @@ from app.api.etags import NOT_MODIFIED, IfNoneMatch, send_view
 from app.db.attempts import list_attempts
 from app.db.engine import Connection, Json
 from app.db.head_maps import head_map_of_job
-from app.db.jobs import Job, find_job
+from app.db.jobs import Job, ListedJob, find_job
 from app.db.selections import selection_of_job
 from app.errors import JobNotFound
 from app.problems import problem_body
@@ -67,7 +67,7 @@ def get_job_attempts(
     return link(Page[AttemptView].model_validate(page_of(views, [one.id for one in found], limit)))
 
 
-def summary_of(job: Job) -> JobSummary:
+def summary_of(job: ListedJob) -> JobSummary:
     """A job in a list."""
     return JobSummary.model_validate(_fields(job))
 
@@ -101,6 +101,6 @@ def _error(error: Json | None, job_id: str) -> Json | None:
     return problem_body(error, instance=f"/jobs/{job_id}") if error else None
 
 
-def _fields(job: Job) -> dict[str, Any]:
-    values = {name: getattr(job, name) for name in job.__slots__}  # `asdict` would copy all JSON, value by value
+def _fields(job: ListedJob) -> dict[str, Any]:
+    values = {one.name: getattr(job, one.name) for one in fields(job)}  # `asdict` would copy all JSON, value by value
     return values | {"error": _error(job.error, job.id)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request, Response
@@ -11,14 +12,14 @@ from fastapi.responses import JSONResponse
 from pydantic import JsonValue
 
 from app.access_errors import StorageFull, TooManyJobs
-from app.api.bodies import Received, read_json, receive, receive_json, work_folder
+from app.api.bodies import Received, read_json, receive, receive_json
 from app.api.context import Context, Cursor, IdempotencyKey, JobId, Limit, Link, Services, page_after, page_of
 from app.api.datasets import note_dataset
 from app.api.documentation import CLONE_BODY, JOB_BODY, errors
 from app.api.estimates import answer_estimate
 from app.api.idempotency import Once
 from app.api.job_filters import METADATA_QUERY, Wanted
-from app.api.job_requests import FILES, REFUSALS, check_job, parse_job
+from app.api.job_requests import FILES, REFUSALS, inspect_job, parse_job
 from app.api.job_views import new_view, summary_of
 from app.api.patches import merge_patch
 from app.api.reports import reporting
@@ -26,6 +27,7 @@ from app.blobs import Blob
 from app.core.ingest import Candidate, record, store
 from app.core.quotas import allow_job
 from app.core.submit import JobRequest, submit
+from app.db.datasets import Dataset
 from app.db.engine import Connection
 from app.db.jobs import find_job, list_jobs
 from app.errors import IdempotencyInFlight, IdempotencyMismatch, JobNotFound
@@ -126,21 +128,26 @@ def queue_job(services: Services, body: JobBody, received: Received, once: Once)
     """Check the job, store the files that came with it, and queue it: 202, or the answer of an earlier twin."""
     if (replay := once.earlier(services.engine)) is not None:
         return replay
-    with work_folder(services.settings) as folder:
-        with reporting(services) as refused:
-            checked = check_job(services, body, received, folder, refused)
-        blobs = {name: store(services.blobs, candidate) for name, candidate in checked.candidates.items()}
+    with ExitStack() as stack, reporting(services) as refused:
+        inspected = inspect_job(services, body, received, stack, refused)
+        if (
+            inspected.candidates or refused
+        ):  # before anything is stored, so that a refused job leaves nothing but a report
+            with services.engine.connect() as conn:
+                inspected.check(conn)
+        blobs = {name: store(services.blobs, candidate) for name, candidate in inspected.candidates.items()}
     with services.engine.begin() as conn:
         if (replay := once.take(conn)) is not None:
             return replay
+        checked = inspected.check(conn, keep=True)
         allow_job(conn, services.settings)
-        ids = {name: _record(services, conn, candidate, blobs[name]) for name, candidate in checked.candidates.items()}
-        ids |= {name: value for name in FILES if isinstance(value := getattr(body, name), str)}
+        made = {name: _record(services, conn, found, blobs[name]) for name, found in inspected.candidates.items()}
+        datasets = {**checked.stored, **made}
         request = JobRequest(
             config=body.config(),
             model=checked.model,
-            dataset_id=ids["dataset"],
-            validation_dataset_id=ids.get("validation_dataset"),
+            dataset=datasets["dataset"],
+            validation_dataset=datasets.get("validation_dataset"),
             name=body.name,
             metadata=body.metadata,
             priority=body.priority,
@@ -155,8 +162,8 @@ def queue_job(services: Services, body: JobBody, received: Received, once: Once)
     return JSONResponse(view, status_code=202, headers=headers)
 
 
-def _record(services: Services, conn: Connection, candidate: Candidate, blob: Blob) -> str:
+def _record(services: Services, conn: Connection, candidate: Candidate, blob: Blob) -> Dataset:
     dataset, new = record(conn, candidate, blob, services.settings)
     if new:
         note_dataset(services, conn, dataset)
-    return dataset.id
+    return dataset

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from app.core.lifecycle import open_job
 from app.core.plan import plan_job
 from app.db.artifacts import get_artifact
-from app.db.datasets import Dataset, get_dataset, keep_dataset
+from app.db.datasets import Dataset, get_dataset
 from app.db.engine import Connection, Json
 from app.db.head_maps import get_head_map, keep_head_map
 from app.db.jobs import Job, get_job, insert_job, keep_job
@@ -40,8 +40,9 @@ class JobRequest:
 
     config: JobConfig
     model: ModelInfo
-    dataset_id: str
-    validation_dataset_id: str | None = None
+    dataset: Dataset
+    """Made in the same transaction, or found with `keep`; so the validation dataset."""
+    validation_dataset: Dataset | None = None
     name: str = ""
     metadata: Mapping[str, Any] = field(default_factory=dict)
     priority: int = 0
@@ -51,15 +52,12 @@ class JobRequest:
 def submit(conn: Connection, request: JobRequest, *, shard_rows: int, queue: str) -> Job:
     """Record the job, its steps and its first event.
 
-    Raises: ConfigError, DatasetNotFound, DatasetTooSmall, HeadMapNotFound, HeadMapMismatch, SelectionNotFound,
+    Raises: ConfigError, DatasetTooSmall, HeadMapNotFound, HeadMapMismatch, SelectionNotFound,
             SelectionMismatch. Nothing is written then.
     """
     config = request.config
     check(config)
-    dataset = _kept_dataset(conn, request.dataset_id, "/dataset")
-    validation = None
-    if request.validation_dataset_id is not None:
-        validation = _kept_dataset(conn, request.validation_dataset_id, "/validation_dataset")
+    dataset, validation = request.dataset, request.validation_dataset
     _keep_earlier(conn, config.heads.head_map, config.data.selection)
     for error in refusals(conn, config, request.model, dataset, validation):
         raise error
@@ -151,9 +149,12 @@ def refusals(
         yield from _selection_refusals(conn, config, model, dataset, validation)
 
 
-def find_dataset(conn: Connection, dataset_id: str, pointer: str) -> Dataset:
-    """The dataset that the body names at `pointer`. Raises DatasetNotFound."""
-    dataset = get_dataset(conn, dataset_id)
+def find_dataset(conn: Connection, dataset_id: str, pointer: str, *, keep: bool = False) -> Dataset:
+    """The dataset that the body names at `pointer`. Raises DatasetNotFound.
+
+    Args:   keep: nobody deletes it before the job that reads it is committed and seen to need it.
+    """
+    dataset = get_dataset(conn, dataset_id, keep=keep)
     if dataset is None:
         raise _at(pointer, DatasetNotFound(id=dataset_id))
     return dataset
@@ -168,16 +169,10 @@ def find_inputs(conn: Connection, job: Job) -> None:
         if job.adapter_id is None or get_artifact(conn, job.adapter_id) is None:
             raise ArtifactNotFound(id=job.adapter_id or "")
         return
-    _kept_dataset(conn, job.dataset_id, "/dataset")
+    find_dataset(conn, job.dataset_id, "/dataset", keep=True)
     if job.validation_dataset_id is not None:
-        _kept_dataset(conn, job.validation_dataset_id, "/validation_dataset")
+        find_dataset(conn, job.validation_dataset_id, "/validation_dataset", keep=True)
     _keep_earlier(conn, job.config["heads"]["head_map"], job.config["data"]["selection"])
-
-
-def _kept_dataset(conn: Connection, dataset_id: str, pointer: str) -> Dataset:
-    """As `find_dataset`; nobody deletes it before the job that reads it is committed and seen to need it."""
-    keep_dataset(conn, dataset_id)
-    return find_dataset(conn, dataset_id, pointer)
 
 
 def _keep_earlier(conn: Connection, head_map: str | None, selection: str | None) -> None:

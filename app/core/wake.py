@@ -5,6 +5,9 @@ The row in PostgreSQL is the outbox. A wake-up that is lost costs an idle worker
 
 from __future__ import annotations
 
+import threading
+from collections import Counter
+
 import structlog
 from celery import Celery
 from kombu.entity import Queue
@@ -15,6 +18,9 @@ TASK = "p2d.wake"
 
 MAX_WAKES = 8
 """Most messages sent at once: further workers are woken by those that find more than they can take."""
+
+CLOSE_S = 3.0
+"""How long a closing process still waits for its last wake-ups: a broker that is away answers after 2 s."""
 
 log = structlog.get_logger()
 
@@ -51,23 +57,50 @@ def celery_app(broker_url: str, *, queue: str) -> Celery:
 
 
 class Waker:
-    """Sends wake-ups. One per process; safe to share between threads."""
+    """Sends wake-ups from a thread of its own: nobody waits for a broker. One per process; safe to share between threads."""
 
     def __init__(self, broker_url: str) -> None:
         self._celery = celery_app(broker_url, queue="default")
-        # A producer must not keep a request waiting for a broker that is away.
+        # What piles up while a broker is away is sent late or never: it was a hint.
         self._celery.conf.broker_transport_options |= {"max_retries": 1, "interval_start": 0, "interval_step": 0.05}
+        self._changed = threading.Condition()
+        self._wanted: Counter[str] = Counter()
+        self._closing = False
+        self._thread: threading.Thread | None = None
 
     def wake(self, queue: str, *, count: int = 1) -> None:
-        """Ask up to `count` workers of the queue to look for work. Never raises; a broker that is away costs about 2 s."""
+        """Ask up to `count` workers of the queue to look for work, in a moment. Never raises, never waits."""
+        with self._changed:
+            self._wanted[queue] = min(self._wanted[queue] + count, MAX_WAKES)
+            if self._thread is None and not self._closing:
+                self._thread = threading.Thread(target=self._send_all, name="waker", daemon=True)
+                self._thread.start()
+            self._changed.notify()
+
+    def close(self) -> None:
+        """Send what is still wanted, and give the connections back."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+        if self._thread is not None:
+            self._thread.join(CLOSE_S)
+        self._celery.close()
+
+    def _send_all(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._wanted or self._closing)
+                if not self._wanted:
+                    return
+                wanted, self._wanted = self._wanted, Counter()
+            for queue, count in wanted.items():
+                self._send(queue, count)
+
+    def _send(self, queue: str, count: int) -> None:
         try:
-            for _ in range(min(count, MAX_WAKES)):
+            for _ in range(count):
                 self._celery.send_task(
                     TASK, kwargs={"queue": queue}, queue=f"p2d.{queue}", retry=False, ignore_result=True, expires=3600
                 )
         except (OperationalError, OSError) as error:
             log.warning("wake.failed", queue=queue, error=type(error).__name__)
-
-    def close(self) -> None:
-        """Give the connections back."""
-        self._celery.close()

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Literal
 
-from sqlalchemy import ColumnElement, case, func, insert, select, update
+from sqlalchemy import ColumnElement, bindparam, case, func, insert, select, update
 
 from app.db.engine import Connection
 from app.db.tables import api_keys as keys
@@ -69,15 +69,21 @@ def insert_key(
     return key
 
 
+_BY_ID = _QUERY.where(keys.c.id == bindparam("key_id"))
+
+
 def get_key(conn: Connection, key_id: str) -> ApiKey | None:
     """The key in whatever state, or None."""
-    row = conn.execute(_QUERY.where(keys.c.id == key_id)).first()
+    row = conn.execute(_BY_ID, {"key_id": key_id}).first()
     return ApiKey(**row._mapping) if row else None
+
+
+_ANY = select(select(keys.c.id).exists())
 
 
 def any_key(conn: Connection) -> bool:
     """Whether a key was ever made."""
-    return bool(conn.execute(select(select(keys.c.id).exists())).scalar_one())
+    return bool(conn.execute(_ANY).scalar_one())
 
 
 def note_use(conn: Connection, key: ApiKey) -> None:

@@ -62,6 +62,9 @@ class Entry:
     created_at: datetime
 
 
+_INSERT = insert(audit).returning(audit)
+
+
 def append_entry(
     conn: Connection,
     *,
@@ -75,7 +78,7 @@ def append_entry(
     """Add an entry, for the project that the transaction speaks for where none is named. Never a secret, never row text."""
     values: Json = {"id": new_id("aud"), "actor": actor, "action": action, "object_id": object_id}
     values |= {"request_id": request_id, "facts": facts} | ({"project_id": project_id} if project_id else {})
-    return Entry(**conn.execute(insert(audit).values(values).returning(audit)).one()._mapping)
+    return Entry(**conn.execute(_INSERT, values).one()._mapping)
 
 
 def list_entries(

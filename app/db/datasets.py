@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import datetime
 
-from sqlalchemy import ColumnElement, and_, false, func, insert, or_, select, update
+from sqlalchemy import ColumnElement, and_, bindparam, false, func, insert, or_, select, update
 
 from app.db.engine import Connection, Json
 from app.db.ids import new_id
@@ -63,9 +63,18 @@ def insert_dataset(
     return Dataset(**row._mapping)
 
 
-def get_dataset(conn: Connection, dataset_id: str) -> Dataset | None:
-    """The dataset, or None if there is none or it was deleted."""
-    row = conn.execute(select(datasets).where(datasets.c.id == dataset_id, datasets.c.deleted_at.is_(None))).first()
+_BY_ID = select(datasets).where(datasets.c.id == bindparam("dataset_id"), datasets.c.deleted_at.is_(None))
+
+
+_KEPT = _BY_ID.with_for_update(key_share=True, read=True)
+
+
+def get_dataset(conn: Connection, dataset_id: str, *, keep: bool = False) -> Dataset | None:
+    """The dataset, or None if there is none or it was deleted.
+
+    Args:   keep: nobody deletes it before the caller's transaction has ended; if somebody just does, wait for that.
+    """
+    row = conn.execute(_KEPT if keep else _BY_ID, {"dataset_id": dataset_id}).first()
     return Dataset(**row._mapping) if row else None
 
 
@@ -80,15 +89,10 @@ def same_dataset(conn: Connection, content_hash: str) -> Dataset | None:
     return Dataset(**row._mapping) if row else None
 
 
-def keep_dataset(conn: Connection, dataset_id: str) -> None:
-    """Let nobody delete the dataset before the caller's transaction has ended; if somebody just does, wait for that."""
-    conn.execute(select(datasets.c.id).where(datasets.c.id == dataset_id).with_for_update(key_share=True, read=True))
-
-
 def lock_dataset(conn: Connection, dataset_id: str) -> Dataset | None:
     """As `get_dataset`; no job over it can be added until the caller's transaction has ended."""
     query = select(datasets).where(datasets.c.id == dataset_id, datasets.c.deleted_at.is_(None))
-    row = conn.execute(query.with_for_update()).first()  # waits for whom `keep_dataset` holds it
+    row = conn.execute(query.with_for_update()).first()  # waits for whom `keep` holds it
     return Dataset(**row._mapping) if row else None
 
 

@@ -5,13 +5,20 @@ Functions of app.db take a Connection first and never commit: the caller opens t
 
 from __future__ import annotations
 
+import math
+import time
 from typing import Any
 
+from psycopg import Error as PsycopgError
 from sqlalchemy import Connection, Engine, create_engine, event, make_url, text
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import InvalidatePoolError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy.pool import ConnectionPoolEntry
 
 __all__ = ["Connection", "DatabaseUnavailable", "Engine", "Json", "PoolTimeout", "for_project", "make_engine", "ping"]
+
+RESTED_S = 1.0
+"""A connection that lay idle for so long is tried before it is used."""
 
 NOBODY = ""
 """The project of a caller who is not known yet: no row is one of its."""
@@ -37,7 +44,6 @@ def make_engine(
         pool_size=pool_size,
         max_overflow=pool_size,
         pool_timeout=pool_wait_s,
-        pool_pre_ping=True,
         pool_recycle=1800,
         connect_args={
             "connect_timeout": 3,
@@ -49,6 +55,7 @@ def make_engine(
         },
     )
     event.listen(engine, "begin", _speak_for_project)
+    _ping_rested(engine)
     return engine
 
 
@@ -67,6 +74,23 @@ def _speak_for_project(conn: Connection) -> None:
         # `true`: until the transaction ends, as SET LOCAL; so the pool never hands on somebody's project.
         speak = "select set_config('role', 'p2d_api', true), set_config('p2d.project', %s, true)"
         conn.exec_driver_sql(speak, (project_id,))
+
+
+def _ping_rested(engine: Engine) -> None:
+    """Do as `pool_pre_ping` does, but only for connections that lay idle: the others were alive a moment ago."""
+
+    def note(_: object, record: ConnectionPoolEntry) -> None:
+        record.info["rests_since"] = time.monotonic()
+
+    def ping(connection: Any, record: ConnectionPoolEntry, _: object) -> None:
+        if time.monotonic() - record.info.get("rests_since", math.inf) > RESTED_S:
+            try:
+                engine.dialect.do_ping(connection)
+            except PsycopgError as error:
+                raise InvalidatePoolError() from error  # the pool opens another in its place
+
+    event.listen(engine, "checkin", note)
+    event.listen(engine, "checkout", ping)
 
 
 def ping(engine: Engine) -> None:

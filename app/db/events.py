@@ -42,7 +42,7 @@ class Event:
 
 def open_log(conn: Connection, job_id: str, type: EventType, data: Json) -> None:
     """Write the first event of a job that was just inserted, with its number."""
-    conn.execute(insert(events).values(job_id=job_id, seq=1, type=type, data=data))
+    conn.execute(insert(events), {"job_id": job_id, "seq": 1, "type": type, "data": data})
 
 
 def append_event(conn: Connection, job_id: str, type: EventType, data: Json) -> int:
@@ -50,7 +50,7 @@ def append_event(conn: Connection, job_id: str, type: EventType, data: Json) -> 
     seq = conn.execute(
         update(jobs).where(jobs.c.id == job_id).values(event_seq=jobs.c.event_seq + 1).returning(jobs.c.event_seq)
     ).scalar_one()
-    conn.execute(insert(events).values(job_id=job_id, seq=seq, type=type, data=data))
+    conn.execute(insert(events), {"job_id": job_id, "seq": seq, "type": type, "data": data})
     return int(seq)
 
 

@@ -33,5 +33,8 @@ def _uuid7() -> int:
     return (ms & (1 << 48) - 1) << 80 | 0x7 << 76 | fraction << 64 | 0b10 << 62 | secrets.randbits(62)
 
 
+_PAIRS = [first + second for first in ALPHABET for second in ALPHABET]
+
+
 def _base32(number: int) -> str:
-    return "".join(ALPHABET[number >> shift & 31] for shift in range(125, -1, -5))
+    return "".join([_PAIRS[number >> shift & 1023] for shift in range(120, -1, -10)])

@@ -6,11 +6,12 @@ What a job may do next is decided in app.core.lifecycle; this file only writes i
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from datetime import datetime
 from typing import Any, Literal
 
 from sqlalchemy import ColumnElement, case, delete, func, insert, or_, select, update
+from sqlalchemy.dialects.postgresql import JSONB
 
 from app.db.engine import Connection, Json
 from app.db.ids import new_id
@@ -24,50 +25,60 @@ FINAL: frozenset[Status] = frozenset({"cancelled", "succeeded", "failed"})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Job:
-    """One job as the ledger knows it."""
+class ListedJob:
+    """What a list shows of a job: without its configuration, which is most of the row."""
 
     id: str
-    project_id: str
     kind: str
     name: str
     status: Status
     stage: Stage | None
-    config: Json
-    resolved: Json | None
     dataset_id: str
     validation_dataset_id: str | None
     base_model: str
     model_digest: str
-    queue: str
     priority: int
     progress: float
-    estimate: Json | None
-    progress_at: datetime | None
     eta_at: datetime | None
     eta_p10_at: datetime | None
     eta_p90_at: datetime | None
-    max_seconds: int | None
     adapter_id: str | None
     """The artifact that an export is of."""
     artifact_ttl: int | None
     """Seconds that the job's files live after its end; None: as long as the job."""
     error: Json | None
     metadata: Json
-    event_seq: int
     cancel_requested_at: datetime | None
     pause_requested_at: datetime | None
-    paused_at: datetime | None
-    paused_s: float
     retries: int
     created_at: datetime
     started_at: datetime | None
     finished_at: datetime | None
 
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job(ListedJob):
+    """One job as the ledger knows it."""
+
+    project_id: str
+    config: Json
+    resolved: Json | None
+    queue: str
+    estimate: Json | None
+    progress_at: datetime | None
+    max_seconds: int | None
+    event_seq: int
+    paused_at: datetime | None
+    paused_s: float
+
     @property
     def is_final(self) -> bool:
         """Whether the job has ended; only a retry changes its status again."""
         return self.status in FINAL
+
+
+# Statements of every POST are built once, with their values apart: building one takes longer than running it.
+_INSERT = insert(jobs).returning(*(column for column in jobs.c if not isinstance(column.type, JSONB)))
 
 
 def insert_job(
@@ -107,7 +118,8 @@ def insert_job(
         "artifact_ttl": artifact_ttl,
         "adapter_id": adapter_id,
     }
-    return Job(**conn.execute(insert(jobs).values(values).returning(jobs)).one()._mapping)
+    row = conn.execute(_INSERT, values).one()._mapping
+    return Job(**row, config=config, resolved=resolved, metadata=metadata, estimate=None, error=None)
 
 
 def get_job(conn: Connection, job_id: str) -> Job | None:
@@ -202,15 +214,20 @@ class JobFilter:
     order: Order = "desc"
 
 
-def list_jobs(conn: Connection, *, limit: int, after: str | None = None, wanted: JobFilter | None = None) -> list[Job]:
+_LISTED = tuple(jobs.c[one.name] for one in fields(ListedJob))
+
+
+def list_jobs(
+    conn: Connection, *, limit: int, after: str | None = None, wanted: JobFilter | None = None
+) -> list[ListedJob]:
     """A page of jobs; `after` is the id of the last one of the page before."""
     wanted = wanted or JobFilter()
     newest = wanted.order == "desc"
-    query = select(jobs).where(*_conditions(wanted)).limit(limit)
+    query = select(*_LISTED).where(*_conditions(wanted)).limit(limit)
     query = query.order_by(jobs.c.id.desc() if newest else jobs.c.id)
     if after is not None:
         query = query.where(jobs.c.id < after if newest else jobs.c.id > after)
-    return [Job(**row._mapping) for row in conn.execute(query)]
+    return [ListedJob(**row._mapping) for row in conn.execute(query)]
 
 
 def _conditions(wanted: JobFilter) -> list[ColumnElement[bool]]:

@@ -79,7 +79,8 @@ def insert_steps(conn: Connection, job_id: str, new: Sequence[NewStep], *, prior
         }
         for step in new
     ]
-    conn.execute(insert(steps), values)  # not `values(...)`, which compiles the statement each time
+    # Not `values(...)`, which compiles the statement each time; with `returning` all rows go in one statement.
+    conn.execute(insert(steps).returning(steps.c.id), values)
 
 
 def list_steps(conn: Connection, job_id: str) -> list[Step]:

@@ -9,10 +9,12 @@ from sqlalchemy import Select, false, func, select
 from app.db.engine import Connection
 from app.db.tables import artifacts, datasets, head_maps, jobs, reports, uploads, webhooks
 
+_OPEN_JOBS = select(func.count()).select_from(jobs).where(jobs.c.finished_at.is_(None))
+
 
 def open_jobs(conn: Connection) -> int:
     """Jobs that have not ended."""
-    return _number(conn, select(func.count()).select_from(jobs).where(jobs.c.finished_at.is_(None)))
+    return _number(conn, _OPEN_JOBS)
 
 
 def webhooks_made(conn: Connection) -> int:

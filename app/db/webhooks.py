@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Literal
 
-from sqlalchemy import any_, delete, func, insert, literal, select, update
+from sqlalchemy import Text, any_, bindparam, delete, func, insert, select, update
 
 from app.db.engine import Connection
 from app.db.tables import webhooks
@@ -95,13 +95,21 @@ def delete_webhook(conn: Connection, webhook_id: str) -> Webhook | None:
     return Webhook(**row._mapping) if row else None
 
 
-def listeners(conn: Connection, project_id: str, type: str) -> list[str]:
-    """Ids of the project's webhooks that are told of such events; none of them goes until the transaction ends."""
-    query = select(webhooks.c.id).where(
-        webhooks.c.project_id == project_id, webhooks.c.enabled, literal(type) == any_(webhooks.c.events)
+_LISTENERS = (
+    select(webhooks.c.id)
+    .where(
+        webhooks.c.project_id == bindparam("project_id"),
+        webhooks.c.enabled,
+        bindparam("type", type_=Text) == any_(webhooks.c.events),
     )
     # KEY SHARE: a delivery that is written in this transaction must not find its webhook deleted meanwhile.
-    return list(conn.execute(query.with_for_update(read=True, key_share=True)).scalars())
+    .with_for_update(read=True, key_share=True)
+)
+
+
+def listeners(conn: Connection, project_id: str, type: str) -> list[str]:
+    """Ids of the project's webhooks that are told of such events; none of them goes until the transaction ends."""
+    return list(conn.execute(_LISTENERS, {"project_id": project_id, "type": type}).scalars())
 
 
 def note_failure(conn: Connection, webhook_id: str, *, failing_d: float) -> bool:

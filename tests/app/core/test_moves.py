@@ -13,7 +13,7 @@ from app.core import lifecycle
 from app.core.erasure import erase
 from app.core.lifecycle import NEXT, StepFacts
 from app.core.moves import MOVES
-from app.core.submit import JobRequest, submit
+from app.core.submit import JobRequest, find_dataset, submit
 from app.db.datasets import delete_dataset
 from app.db.jobs import Status
 from app.db.leases import Lease, claim, pulse
@@ -290,7 +290,8 @@ def test_a_dataset_is_not_deleted_under_a_job_that_is_just_being_made(rig: Rig) 
     with ThreadPoolExecutor(1) as pool:
         with rig.db.begin() as conn:
             model = read_model_info(rig.settings.models_dir / "stub")
-            request = JobRequest(config=JobConfig(), model=model, dataset_id=earlier.dataset_id)
+            dataset = find_dataset(conn, earlier.dataset_id, "/dataset", keep=True)
+            request = JobRequest(config=JobConfig(), model=model, dataset=dataset)
             later = submit(conn, request, shard_rows=20, queue=rig.settings.worker_queue)
             deleting = pool.submit(delete)
             wait_for(lambda: somebody_waits(rig) or deleting.done(), "the deletion to wait for the job")
