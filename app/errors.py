@@ -414,12 +414,15 @@ class WorkerLost(JobFailure):
 
 
 class LimitReached(JobFailure):
-    """The job needed more than limits.max_seconds."""
+    """The job needed more than limits.max_seconds, or had not ended at limits.deadline; what was finished is kept."""
 
-    code, fault, hint = "job.limit_reached", "user", "Raise limits.max_seconds, or make the job smaller."
+    code, fault, hint = "job.limit_reached", "user", "Clone the job with a later limit, or make it smaller."
 
-    def __init__(self, *, max_seconds: int) -> None:
-        super().__init__(f"The job needed more than {max_seconds} seconds.", max_seconds=max_seconds)
+    def __init__(self, *, limit: str, value: object) -> None:
+        text = (
+            f"The job needed more than {value} seconds." if limit == "max_seconds" else f"It had not ended at {value}."
+        )
+        super().__init__(text, limit=limit, value=value)
 
 
 class Stalled(JobFailure):

@@ -113,6 +113,7 @@ STATUS = {
     "job.not_found": 404,
     "job.already_final": 409,
     "job.move_not_allowed": 409,
+    "job.deadline_passed": 409,
     "job.in_use": 409,
     "job.results_gone": 409,
     # Why a job ended: met in `job.error`; the status is what an answer with this code would have.

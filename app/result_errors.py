@@ -81,3 +81,12 @@ class ResultsGone(Conflict):
 
     def __init__(self, *, job_id: str, names: Sequence[str]) -> None:
         super().__init__("Files that the job had made were deleted or have expired.", job_id=job_id, names=list(names))
+
+
+class DeadlinePassed(Conflict):
+    """A job that is to be retried, and whose deadline has passed."""
+
+    code, hint = "job.deadline_passed", "Clone the job with a later limits.deadline, or with null for none."
+
+    def __init__(self, *, job_id: str, deadline: str) -> None:
+        super().__init__(f"The job had to end by {deadline}.", job_id=job_id, deadline=deadline)

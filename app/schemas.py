@@ -6,9 +6,21 @@ documentation for OpenAPI.
 
 from __future__ import annotations
 
+import re
+from datetime import datetime
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, JsonValue, Tag
+from pydantic import (
+    AfterValidator,
+    AwareDatetime,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    JsonValue,
+    Tag,
+)
 
 from p2d.columns import FIELDS
 from p2d.config import (
@@ -205,10 +217,36 @@ class TrainingBody(Body):
     seed: int = Field(default=0, le=2**63 - 1, description="Fixes row order, proxies, folds and random controls.")
 
 
-class LimitsBody(Body):
-    """What a job may use at most."""
+def _rfc3339(value: Any) -> Any:
+    # pydantic would take a number for seconds since 1970, which the description does not say.
+    if not isinstance(value, datetime) and not (isinstance(value, str) and re.match(r"\d{4}-\d\d-\d\d[Tt ]", value)):
+        raise ValueError("expected a time as RFC 3339 has it, such as 2026-11-25T17:05:00Z")
+    return value
 
-    max_seconds: int | None = Field(default=None, le=2**31 - 1, description="Seconds from the first claim.")
+
+Moment = Annotated[AwareDatetime, Field(strict=False), BeforeValidator(_rfc3339)]
+"""A time with its offset."""
+
+
+def _near(value: datetime) -> datetime:
+    if value.year > 9000:  # in the hours of another zone it might be beyond what a date can be
+        raise ValueError("expected a time before the year 9000")
+    return value
+
+
+class LimitsBody(Body):
+    """What a job may use at most; past a limit it fails with `job.limit_reached`, and what was finished is kept."""
+
+    max_seconds: int | None = Field(
+        default=None,
+        le=2**31 - 1,
+        description="Seconds on the clock from the first claim of a step on, however many run side by side and whatever was "
+        "tried twice, without those in which the job was paused.",
+    )
+    deadline: Annotated[Moment, AfterValidator(_near)] | None = Field(
+        default=None,
+        description="When a job that has not ended fails, also one that still waits; one that is paused, once it goes on.",
+    )
 
 
 class JobBody(Body):
@@ -268,7 +306,7 @@ class JobBody(Body):
             data=DataConfig(**self.data.model_dump()),
             training=TrainingConfig(**training),
             controls=tuple(self.controls),
-            limits=Limits(**self.limits.model_dump()),
+            limits=Limits(**self.limits.model_dump(mode="json")),
             reuse=self.reuse,
         )
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
+from datetime import datetime
 from typing import Any, Literal, get_args
 
 from p2d.errors import ConfigError, ErrorDetail, UnknownName
@@ -174,7 +175,15 @@ class Limits:
     """What a job may use at most."""
 
     max_seconds: int | None = None
-    """Seconds from the first claim; a job that needs more fails with `job.limit_reached`."""
+    """Seconds on the clock from the first claim of a step on, however many steps run side by side, without those in which the
+    job was paused; a job that needs more fails with `job.limit_reached`."""
+    deadline: str | None = None
+    """RFC 3339 time at which a job that has not ended fails likewise, also one that still waits. The service alone keeps it."""
+
+    @property
+    def ends_at(self) -> datetime | None:
+        """The deadline as a time."""
+        return None if self.deadline is None else datetime.fromisoformat(self.deadline)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -7,7 +7,7 @@
 | the child reports an error            | fail_step: the job fails        |
 | the child dies, stalls, or we crash   | lose_step: tried again, counted |
 | the user cancels                      | cancel_step, child stopped      |
-| limits.max_seconds is over            | fail_step, child stopped        |
+| limits.max_seconds or .deadline       | overrun_step, child stopped     |
 | the user pauses                       | release_step, child stopped     |
 | the worker is told to go              | release_step, child stopped     |
 | somebody else has the step by now     | nothing at all, child stopped   |
@@ -36,7 +36,7 @@ from app.db.artifacts import NewArtifact
 from app.db.engine import Connection, DatabaseUnavailable, Engine
 from app.db.jobs import Job
 from app.db.leases import Lease, ready_by_queue
-from app.errors import BlobCorrupt, BlobMissing, LeaseLost, LimitReached, ObjectCollected, Stalled, StoreUnavailable
+from app.errors import BlobCorrupt, BlobMissing, LeaseLost, ObjectCollected, Stalled, StoreUnavailable
 from app.settings import Settings
 from p2d.errors import ModelError, P2DError
 from p2d.model_info import find_model, model_digest
@@ -317,8 +317,7 @@ class Attempt:
             self._write(lambda conn: lifecycle.cancel_step(conn, self._lease))
             return "cancelled"
         if why == "limit":
-            over = LimitReached(max_seconds=job.max_seconds or 0)
-            self._write(lambda conn: lifecycle.fail_step(conn, self._lease, over))
+            self._write(lambda conn: lifecycle.overrun_step(conn, self._lease))
             return "limit"
         job = self._write(lambda conn: lifecycle.release_step(conn, self._lease))
         if why == "pause":

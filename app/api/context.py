@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Protocol, TypeVar
 
 from fastapi import Depends, Header, Path, Query, Request, Response
-from pydantic import AwareDatetime, BeforeValidator
 
 from app.api.cursors import read_cursor, write_cursor
 from app.api.door import Door
@@ -161,17 +160,6 @@ DeliveryId = Annotated[str, Depends(_delivery_id)]
 
 Limit = Annotated[int, Query(ge=1, le=100, description="Entries of one page.")]
 Cursor = Annotated[str | None, Query(max_length=200, description="`next_cursor` of the page before.")]
-
-
-def _rfc3339(value: Any) -> Any:
-    # pydantic would take a number for seconds since 1970, which the description does not say.
-    if isinstance(value, str) and not re.match(r"\d{4}-\d\d-\d\d[Tt ]", value):
-        raise ValueError("expected a time as RFC 3339 has it, such as 2026-11-25T17:05:00Z")
-    return value
-
-
-Moment = Annotated[AwareDatetime, BeforeValidator(_rfc3339)]
-"""A time with its offset."""
 
 
 def page_after(cursor: str | None) -> str | None:

@@ -19,7 +19,6 @@ from app.api.context import (
     IdempotencyKey,
     Limit,
     Link,
-    Moment,
     Services,
     page_after,
     page_of,
@@ -54,7 +53,7 @@ from app.errors import (
     StoreUnavailable,
 )
 from app.key_schemas import DerivedJobView, DerivedView, ReceiptView
-from app.schemas import DatasetBody, Mapping, RowsBody, Sha256, SourceBody, Text
+from app.schemas import DatasetBody, Mapping, Moment, RowsBody, Sha256, SourceBody, Text
 from app.views import DatasetStatsView, DatasetView, Page, ReportView, RowView
 from p2d.columns import ACCEPTED, mapped
 from p2d.errors import DatasetEmpty, DatasetError, DatasetTooLarge, ErrorDetail, MappingInvalid

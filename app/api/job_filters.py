@@ -7,10 +7,9 @@ from typing import Annotated
 
 from fastapi import Depends, Query, Request
 
-from app.api.context import Moment
 from app.db.jobs import JobFilter, Order, Stage, Status
 from app.errors import RequestInvalid
-from app.schemas import MAX_METADATA, Text
+from app.schemas import MAX_METADATA, Moment, Text
 from app.views import JobKind
 from p2d.errors import ErrorDetail
 

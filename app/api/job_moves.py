@@ -41,7 +41,7 @@ from app.errors import (
 )
 from app.key_schemas import ReceiptView
 from app.problems import invalid
-from app.result_errors import ResultsGone
+from app.result_errors import DeadlinePassed, ResultsGone
 from app.schemas import MAX_METADATA, JobPatch
 from app.views import JobView
 from p2d.errors import ErrorDetail
@@ -89,15 +89,15 @@ def resume_job(job_id: JobId, services: Context, key: IdempotencyKey) -> Respons
     status_code=202,
     response_model=JobView,
     responses=errors(
-        *(JobNotFound, MoveNotAllowed, IdempotencyInFlight, TooManyJobs),
+        *(JobNotFound, MoveNotAllowed, DeadlinePassed, IdempotencyInFlight, TooManyJobs),
         *(DatasetNotFound, HeadMapNotFound, SelectionNotFound, ArtifactNotFound, ResultsGone),
     ),
 )
 def retry_job(job_id: JobId, services: Context, key: IdempotencyKey) -> Response:
     """Queue a job again that failed or was cancelled: finished steps and their files are kept, the others start again.
 
-    Training goes on from its last checkpoint. Its `limits.max_seconds` count anew. The earlier error stays in the job's
-    events and attempts.
+    Training goes on from its last checkpoint. Its `limits.max_seconds` count anew, its `limits.deadline` stays what it was. The
+    earlier error stays in the job's events and attempts.
     """
 
     def retry(conn: Connection, job_id: str) -> Job:

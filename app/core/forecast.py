@@ -19,6 +19,7 @@ from app.core.plan import GUESSED_S
 from app.core.submit import Content, resolution_of
 from app.db.engine import Connection
 from app.db.estimates import Error, MeasuredSpeed, measured_rows, measured_speed, past_errors
+from app.db.jobs import seconds_until
 from p2d.config import JobConfig, Resolution, proxy_count, top_count
 from p2d.estimate import EFFICIENCY, Speed, estimate_seconds
 from p2d.flops import full_fine_tuning, lora_training, typical_work
@@ -175,7 +176,10 @@ def forecast(
         size_bytes={name: size.most for name, size in artifacts.items()},
         artifacts=artifacts,
         memory=memory,
-        misfits=tuple(_misfits(config, whole, counted, memory)),
+        misfits=(
+            *_late(conn, config, known.outlook.wait, whole),
+            *_misfits(config, whole, counted, memory),
+        ),
         changes=tuple(_changes(sizing, config, whole, counted, memory)),
         cost=_cost(whole, known.cost_per_hour),
         full=full,
@@ -253,6 +257,15 @@ def _artifacts(sizing: Sizing, config: JobConfig, dataset: Content, shards: Mapp
         sizes["adapter"] = adapter_size(sizing.model, config, wide=sizing.machine.wide)
     total = Size(least=sum(s.least for s in sizes.values()), most=sum(s.most for s in sizes.values()))
     return sizes | {"total": total}
+
+
+def _late(conn: Connection, config: JobConfig, wait: Interval, whole: Interval) -> Iterator[str]:
+    deadline = config.limits.ends_at
+    if deadline is not None and (left_s := seconds_until(conn, deadline)) < wait.p50 + whole.p50:
+        yield (
+            f"limits.deadline is in {max(0.0, left_s):.0f} s, the middle of the estimate {wait.p50 + whole.p50:.0f} s with the "
+            f"wait; {math.ceil(wait.p90 + whole.p90)} would be enough in nine of ten cases."
+        )
 
 
 def _misfits(config: JobConfig, whole: Interval, counted: RowCounts | None, memory: Memory) -> Iterator[str]:

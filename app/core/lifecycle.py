@@ -190,6 +190,13 @@ def fail_step_with(conn: Connection, lease: Lease, error: Json) -> Job:
     return _fail(conn, job, error)
 
 
+def overrun_step(conn: Connection, lease: Lease) -> Job:
+    """End the job because it has reached one of its limits. Raises LeaseLost."""
+    over = _limit_reached(conn, _hold(conn, lease))
+    assert over is not None, "no clock goes back"
+    return fail_step(conn, lease, over)
+
+
 def lose_step(conn: Connection, lease: Lease, *, max_crashes: int, reason: P2DError | None = None) -> Job:
     """Charge a crash: the step is tried again, or after `max_crashes` the job fails. Raises LeaseLost.
 
@@ -250,8 +257,8 @@ def settle_job(conn: Connection, job_id: str) -> None:
         if steps.count_running(conn, job_id) == 0:
             steps.stop_waiting_steps(conn, job_id)
             end_job(conn, job, "cancelled")
-    elif job.max_seconds is not None and leases.pulse(conn, job_id).limit_reached:
-        _fail(conn, job, LimitReached(max_seconds=job.max_seconds).to_json())
+    elif (over := _limit_reached(conn, job)) is not None:
+        _fail(conn, job, over.to_json())
 
 
 # --- inside ----------------------------------------------------------------------------------------------------------
@@ -264,6 +271,13 @@ def _hold(conn: Connection, lease: Lease) -> Job:
         raise LeaseLost(step_id=lease.step_id, token=lease.token)
     leases.fence(conn, lease)
     return job
+
+
+def _limit_reached(conn: Connection, job: Job) -> LimitReached | None:
+    now = leases.pulse(conn, job.id)
+    if now.deadline_passed and job.deadline_at is not None:
+        return LimitReached(limit="deadline", value=job.deadline_at.isoformat())
+    return LimitReached(limit="max_seconds", value=job.max_seconds) if now.time_used_up else None
 
 
 def _waiting(job: Job) -> Literal["ready", "blocked"]:

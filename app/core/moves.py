@@ -16,7 +16,7 @@ from app.db.artifacts import expire_artifacts, gone_names, list_artifacts
 from app.db.engine import Connection
 from app.db.jobs import Job, Status
 from app.errors import JobAlreadyFinal, JobInUse, MoveNotAllowed
-from app.result_errors import ResultsGone
+from app.result_errors import DeadlinePassed, ResultsGone
 
 Move = Literal["pause", "resume", "cancel", "retry", "delete"]
 
@@ -77,11 +77,13 @@ def request_resume(conn: Connection, job_id: str) -> Job:
 def request_retry(conn: Connection, job_id: str) -> Job:
     """Queue a job again that failed or was cancelled: what is done stays done, the rest starts again, its time anew.
 
-    Raises: JobNotFound, MoveNotAllowed; DatasetNotFound, HeadMapNotFound, SelectionNotFound (of
+    Raises: JobNotFound, MoveNotAllowed, DeadlinePassed; DatasetNotFound, HeadMapNotFound, SelectionNotFound (of
             an export ArtifactNotFound) for inputs deleted since; ResultsGone for files of finished steps.
     """
     job = jobs.find_job(conn, job_id, lock=True)
     _allow(job, "retry")
+    if job.deadline_at is not None and jobs.seconds_until(conn, job.deadline_at) < 0:
+        raise DeadlinePassed(job_id=job_id, deadline=job.deadline_at.isoformat())
     find_inputs(conn, job)
     if gone := gone_names(conn, job_id):
         raise ResultsGone(job_id=job_id, names=gone)

@@ -16,7 +16,7 @@ from app.db.artifacts import get_artifact
 from app.db.datasets import Dataset, get_dataset
 from app.db.engine import Connection, Json
 from app.db.head_maps import get_head_map, keep_head_map
-from app.db.jobs import Job, get_job, insert_job, keep_job
+from app.db.jobs import Job, get_job, insert_job, keep_job, seconds_until
 from app.db.selections import SelectionRecord, get_selection, keep_selection
 from app.db.steps import insert_steps
 from app.errors import (
@@ -73,6 +73,7 @@ def submit(conn: Connection, request: JobRequest, *, shard_rows: int, queue: str
         queue=queue,
         priority=request.priority,
         max_seconds=config.limits.max_seconds,
+        deadline_at=config.limits.ends_at,
         metadata=dict(request.metadata),
         resolved=_resolved(config, request.model, dataset, validation),
         artifact_ttl=request.artifact_ttl,
@@ -135,6 +136,11 @@ def refusals(
 
     The API also asks before it stores an uploaded file, so that a refused job leaves nothing behind.
     """
+    deadline = config.limits.ends_at
+    if deadline is not None and (left_s := seconds_until(conn, deadline)) < 0:
+        text = f"The deadline was {-left_s:.0f} seconds ago."
+        fault = ErrorDetail(code="config.deadline", message=text, pointer="/limits/deadline", expected="a time to come")
+        yield ConfigError(text, errors=[fault])
     if config.heads.head_map is not None:
         yield from _head_map_refusals(conn, model, config.heads.head_map)
     try:

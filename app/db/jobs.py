@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields
 from datetime import datetime
 from typing import Any, Literal
 
-from sqlalchemy import ColumnElement, case, delete, func, insert, or_, select, update
+from sqlalchemy import ColumnElement, DateTime, case, delete, func, insert, literal, or_, select, update
 from sqlalchemy.dialects.postgresql import JSONB
 
 from app.db.engine import Connection, Json
@@ -67,6 +67,7 @@ class Job(ListedJob):
     estimate: Json | None
     progress_at: datetime | None
     max_seconds: int | None
+    deadline_at: datetime | None
     event_seq: int
     paused_at: datetime | None
     paused_s: float
@@ -96,6 +97,7 @@ def insert_job(
     max_seconds: int | None,
     metadata: Json,
     resolved: Json,
+    deadline_at: datetime | None = None,
     artifact_ttl: int | None = None,
     adapter_id: str | None = None,
 ) -> Job:
@@ -112,6 +114,7 @@ def insert_job(
         "queue": queue,
         "priority": priority,
         "max_seconds": max_seconds,
+        "deadline_at": deadline_at,
         "metadata": metadata,
         "resolved": resolved,
         "event_seq": 1,
@@ -280,6 +283,12 @@ def used_s() -> ColumnElement[Any]:
     """Seconds of limits.max_seconds that a job has used: null before the first claim, and still while it is paused."""
     clock = func.coalesce(jobs.c.paused_at, func.now())
     return func.extract("epoch", clock - jobs.c.started_at) - jobs.c.paused_s
+
+
+def seconds_until(conn: Connection, moment: datetime) -> float:
+    """Seconds from now, by PostgreSQL's clock, to a moment; negative once it has passed."""
+    left = func.extract("epoch", literal(moment, DateTime(timezone=True)) - func.clock_timestamp())
+    return float(conn.execute(select(left)).scalar_one())
 
 
 def note_cancel(conn: Connection, job_id: str) -> Job:

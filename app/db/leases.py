@@ -45,7 +45,13 @@ class Pulse:
 
     cancel_requested: bool
     pause_requested: bool
-    limit_reached: bool
+    time_used_up: bool
+    deadline_passed: bool
+
+    @property
+    def limit_reached(self) -> bool:
+        """Whether the job is to end because of one of its limits."""
+        return self.time_used_up or self.deadline_passed
 
 
 def claim(conn: Connection, *, queue: str, worker: str, lease_s: float, warm: str | None = None) -> Lease | None:
@@ -135,11 +141,12 @@ def heartbeat(conn: Connection, lease: Lease, *, lease_s: float) -> Pulse:
 
 
 def pulse(conn: Connection, job_id: str) -> Pulse:
-    """Whether the job was asked to stop or to pause, and whether it used up its time."""
+    """Whether the job was asked to stop or to pause, and whether it reached a limit."""
     columns = (
         jobs.c.cancel_requested_at.is_not(None).label("cancel_requested"),
         jobs.c.pause_requested_at.is_not(None).label("pause_requested"),
-        func.coalesce(used_s() > jobs.c.max_seconds, False).label("limit_reached"),
+        func.coalesce(used_s() > jobs.c.max_seconds, False).label("time_used_up"),
+        func.coalesce(func.now() > jobs.c.deadline_at, False).label("deadline_passed"),
     )
     return Pulse(**conn.execute(select(*columns).where(jobs.c.id == job_id)).one()._mapping)
 
@@ -215,7 +222,7 @@ def ready_by_queue(conn: Connection) -> dict[str, int]:
 
 def stale_jobs(conn: Connection) -> list[str]:
     """Unfinished jobs that need a decision without a worker: over their time, or asked to stop with nobody on them."""
-    over = used_s() > jobs.c.max_seconds
+    over = (used_s() > jobs.c.max_seconds) | (func.now() > jobs.c.deadline_at)
     held = select(steps.c.id).where(steps.c.job_id == jobs.c.id, steps.c.status == "running").exists()
     asked = jobs.c.cancel_requested_at.is_not(None) & ~held
     query = select(jobs.c.id).where(jobs.c.status.in_(["queued", "running", "pausing", "cancelling"]), over | asked)

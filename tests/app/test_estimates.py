@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,9 @@ def test_warnings_and_limits_are_told_before_anything_runs(api: Api) -> None:
     change = found["changes"][0]
     assert change["pointer"] == "/limits/max_seconds"
     assert estimate(api, data={"ratio": 0.1}, limits={"max_seconds": change["value"]})["fits"]
+    soon = datetime.now(UTC) + timedelta(seconds=found["seconds"]["p50"] / 2)
+    late = estimate(api, data={"ratio": 0.1}, limits={"deadline": soon.isoformat()})
+    assert "limits.deadline is in" in late["misfits"][0]
 
 
 def test_memory_is_judged_once_a_step_has_told_of_its_machine(api: Api) -> None:

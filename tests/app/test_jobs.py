@@ -189,6 +189,26 @@ def test_broken_line_317_and_all_other_bad_lines_are_named(api: Api) -> None:
     ]
 
 
+def test_a_deadline_is_a_time_to_come(api: Api) -> None:
+    dataset = api.dataset()
+
+    def post(deadline: object) -> httpx.Response:
+        return api.post(a_job(dataset=dataset, limits={"deadline": deadline}))
+
+    for wrong in ("2999-01-01", "2999-01-01T00:00:00", "9999-12-31T23:59:59-14:00", 32_472_144_000, "soon"):
+        assert (post(wrong).status_code, post(wrong).json()["errors"][0]["pointer"]) == (422, "/limits/deadline"), wrong
+    for past in ("2020-01-01T00:00:00Z", "0002-01-01T00:00:00+14:00"):
+        assert (post(past).json()["code"], post(past).json()["errors"][0]["expected"]) == (
+            "config.invalid",
+            "a time to come",
+        )
+
+    job_id = post("2999-01-01T02:00:00+02:00").json()["id"]
+    kept = api.http.get(f"/jobs/{job_id}/config").json()["config"]["limits"]
+    assert kept == {"max_seconds": None, "deadline": "2999-01-01T02:00:00+02:00"}
+    assert api.http.post(f"/jobs/{job_id}/clone", json={"limits": {"deadline": None}}).status_code == 202
+
+
 def test_too_few_rows_in_a_sent_file_leave_nothing_behind(api: Api) -> None:
     before = (api.count("datasets"), api.kept())
 

@@ -96,6 +96,22 @@ def test_a_job_over_its_time_fails_as_limit_reached(rig: Rig) -> None:
     rig.check(job_id)
 
 
+def test_a_job_that_runs_into_its_deadline_fails_and_keeps_what_was_finished(rig: Rig) -> None:
+    rig.steer("hold", "heads")
+    job_id = rig.submit(kind="identify_heads", deadline="2999-01-01T00:00:00Z")
+
+    with rig.in_process():
+        rig.reached("heads")
+        with rig.db.begin() as conn:
+            conn.exec_driver_sql("update jobs set deadline_at = now()")
+        job = rig.ended(job_id)
+
+    assert job.error is not None
+    assert (job.error["code"], job.error["facts"]["limit"]) == ("job.limit_reached", "deadline")
+    assert "plan.json" in rig.artifacts(job_id)
+    rig.check(job_id)
+
+
 def test_a_step_that_fails_fails_the_job_with_its_error(rig: Rig) -> None:
     rig.steer("fail", "train", "user")
     job_id = rig.submit()

@@ -17,6 +17,7 @@ from app.db.jobs import FINAL
 from app.db.leases import claim
 from app.db.tables import jobs, steps
 from app.errors import JobAlreadyFinal, LeaseLost, MoveNotAllowed
+from app.result_errors import DeadlinePassed
 from app.settings import Settings
 from p2d.errors import Diverged
 from p2d.pipeline import STEPS
@@ -156,6 +157,25 @@ def test_a_job_over_its_time_ends_even_with_no_worker_on_it(rig: Rig) -> None:
     error = rig.job(job_id).error
     assert error is not None
     assert error["code"] == "job.limit_reached"
+    rig.check_ledger(job_id)
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_job_past_its_deadline_ends_even_if_it_still_waits(rig: Rig, begun: bool) -> None:
+    job_id, other = (rig.submit(max_seconds=60, deadline="2999-01-01T00:00:00Z") for _ in range(2))
+    if begun:
+        finish(rig)
+    with rig.db.begin() as conn:
+        conn.execute(update(jobs).where(jobs.c.id == job_id).values(deadline_at="2000-01-01T00:00:00Z"))
+
+    reconcile(rig.db, rig.waker, max_crashes=3)
+
+    error = rig.job(job_id).error
+    assert error is not None
+    assert (error["code"], error["facts"]["limit"]) == ("job.limit_reached", "deadline")
+    assert not rig.job(other).is_final
+    with pytest.raises(DeadlinePassed):
+        rig.retry(job_id)
     rig.check_ledger(job_id)
 
 
