@@ -124,12 +124,15 @@ def api() -> None:
 
     from app.logs import configure_logs
     from app.main import create_app, may_listen
+    from app.wire_protocol import PatientProtocol, allow_connections
 
     settings = _with_servers()
     configure_logs()
     may_listen(settings)
+    allow_connections()
     uvicorn.run(
         create_app(settings),
+        http=PatientProtocol,
         host=settings.host,
         port=settings.port,
         timeout_graceful_shutdown=5,

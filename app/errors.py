@@ -56,6 +56,15 @@ class RequestTooLarge(RequestError):
         super().__init__(f"The body is larger than {limit} bytes.", limit=limit)
 
 
+class RequestTooSlow(RequestError):
+    """A request that did not come fast enough: its head, or its body."""
+
+    code, hint = "request.too_slow", "Send it again on a better line; large files may come in parts (POST /uploads)."
+
+    def __init__(self) -> None:
+        super().__init__("The request did not arrive in time.")
+
+
 class UnsupportedMediaType(RequestError):
     """A body of a type that the path does not take."""
 
@@ -357,12 +366,16 @@ class TooManyStreams(Unavailable):
 
 
 class DiskFull(Unavailable):
-    """The disk of the service is full."""
+    """The disk of the service is full, or nearly."""
 
-    code, fault, hint = "service.disk_full", "capacity", "Try again later; tell the operator that the disk is full."
+    code, fault, hint = (
+        "service.disk_full",
+        "capacity",
+        "Try again later; tell the operator that the disk is full, or that P2D_DISK_FLOOR asks for more free space than there is.",
+    )
 
-    def __init__(self) -> None:
-        super().__init__("There is no space left to work in.")
+    def __init__(self, text: str = "There is no space left to work in.") -> None:
+        super().__init__(text)
 
 
 class BlobMissing(ServiceError):

@@ -73,6 +73,7 @@ STATUS = {
     "request.malformed": 400,
     "request.invalid": 422,
     "request.too_large": 413,
+    "request.too_slow": 408,
     "request.unsupported_media_type": 415,
     "request.method_not_allowed": 405,
     "request.no_such_path": 404,
@@ -137,7 +138,7 @@ STATUS = {
 }
 """Status of every code of the catalogue. A test holds this table and the error classes together."""
 
-RETRY_AFTER_S = {"idempotency.in_flight": 1, "service.too_many_streams": 30}
+RETRY_AFTER_S = {"service.disk_full": 60, "idempotency.in_flight": 1, "service.too_many_streams": 30}
 """Seconds in Retry-After; 5 for every other retryable answer."""
 
 _AUTO = "literal['auto']"
@@ -296,7 +297,9 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(P2DError)
     def known(request: Request, error: P2DError) -> Response:
-        if STATUS[error.code] >= 500:
+        if STATUS[error.code] >= 500 and error.fault == "capacity":
+            log.warning("request.refused", code=error.code, request_id=request_id(request))
+        elif STATUS[error.code] >= 500:
             log.error("request.failed", code=error.code, request_id=request_id(request), exc_info=error)
         return answer(request, error)
 

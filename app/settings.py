@@ -88,6 +88,9 @@ class Settings(BaseSettings):
     """Address space of that process, in bytes (Linux); Python and pyarrow alone take 0.6 GiB of it."""
     check_file_bytes: int = Field(default=4096 * MiB, ge=1 * MiB)
     """Largest file that that process may write, in bytes: an unpacked file, or the rows in their stored form."""
+    disk_floor: float = Field(default=0.1, ge=0, lt=1)
+    """Share of a disk that uploads leave free, but of a large disk no more than twice P2D_MAX_UPLOAD_BYTES: while less is free on
+    the disk of P2D_WORK_DIR or of a local store, files and rows are refused with 507. 0 = they may fill it."""
 
     reports_kept_d: float = Field(default=30.0, gt=0)
     """Days that the report on a refused file stays."""

@@ -24,6 +24,7 @@ from pydantic_core import ErrorDetails
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
+from app.core.disk_space import need_space
 from app.errors import DiskFull, PartWrong, RequestError, RequestTooLarge, UnsupportedMediaType
 from app.problems import body_faults, invalid
 from app.settings import Settings
@@ -78,6 +79,11 @@ async def receive(
     if json and media_type == b"application/json":
         yield Received(json=await _read_json(request, settings.max_json_bytes), plain=True)
     elif media_type == b"multipart/form-data" and options.get(b"boundary"):
+        try:
+            need_space(settings)
+        except DiskFull:
+            await drain(request.stream())
+            raise
         with work_folder(settings) as folder:
             form = _Form(folder, settings, files, json_part)
             yield await _read_form(request, form, options[b"boundary"])
@@ -104,6 +110,7 @@ async def receive_bytes(request: Request, settings: Settings, expect: Callable[[
     stream = request.stream()
     try:
         size = await run_in_threadpool(expect)
+        need_space(settings)
         with work_folder(settings) as folder:
             yield await _read_bytes(stream, folder / "part", size)
     except P2DError:

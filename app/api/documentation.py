@@ -19,6 +19,7 @@ from app.errors import (
     RequestError,
     RequestInvalid,
     RequestTooLarge,
+    RequestTooSlow,
     RouteNotFound,
     UnsupportedMediaType,
 )
@@ -78,6 +79,8 @@ def _shared(path: str, method: str, operation: dict[str, Any]) -> Iterator[type[
     if any(parameter["name"] == "cursor" for parameter in operation.get("parameters", ())):
         yield CursorInvalid
     types = operation.get("requestBody", {}).get("content", {})
+    if types:
+        yield RequestTooSlow
     if types.keys() & {"application/json", "multipart/form-data"}:
         yield from (RequestError, RequestTooLarge, UnsupportedMediaType)
     if "multipart/form-data" in types:

@@ -19,6 +19,7 @@ from app.api.documentation import COMPLETE_BODY, DATASET_KNOWN, PART_BODY, UPLOA
 from app.api.idempotency import Once
 from app.api.receipts import receipt
 from app.api.reports import reporting
+from app.core.disk_space import need_space
 from app.core.ingest import inspect_file, record, store
 from app.core.quotas import allow_storage
 from app.core.uploads import MAX_PARTS, assembled, ended_meanwhile, expected_size, part_size, take_part
@@ -38,6 +39,7 @@ from app.db.uploads import (
 from app.errors import (
     BlobMissing,
     DatasetNotFound,
+    DiskFull,
     IdempotencyInFlight,
     IdempotencyMismatch,
     PartWrong,
@@ -64,7 +66,7 @@ PartNumber = Annotated[int, PathParameter(ge=1, le=MAX_PARTS, description="From 
     "/uploads",
     status_code=201,
     response_model=UploadView,
-    responses=errors(DatasetTooLarge, StorageFull, IdempotencyInFlight, IdempotencyMismatch),
+    responses=errors(DatasetTooLarge, DiskFull, StorageFull, IdempotencyInFlight, IdempotencyMismatch),
     openapi_extra=UPLOAD_BODY,
 )
 async def create_upload(request: Request, services: Context, key: IdempotencyKey) -> Response:
@@ -144,6 +146,7 @@ def _create(services: Services, body: UploadBody, key: str | None) -> Response:
         text = f"The file has {body.size_bytes} bytes; the limit is {limit}."
         detail = ErrorDetail(code=DatasetTooLarge.code, message=text, pointer="/size_bytes")
         raise DatasetTooLarge(text, errors=[detail], size_bytes=body.size_bytes, limit=limit)
+    need_space(settings)
     once = Once.of("POST /uploads", key, body.model_dump(mode="json"))
     with services.engine.begin() as conn:
         if (replay := once.take(conn)) is not None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from pydantic import JsonValue
 
 from app.blobs import Blob, BlobStore
+from app.core.disk_space import need_space
 from app.core.egress import Egress
 from app.core.quotas import allow_storage
 from app.core.reader import check_apart
@@ -109,6 +110,7 @@ def inspect_given(
             pointer: where they stand in the request. Bad rows in it are named by their place there, without a line.
     Raises: as `inspect` and `fetch_source`.
     """
+    need_space(settings)
     if given.mapping:
         columns = _pointed(pointer, given.mapping)
     if isinstance(given, RowsBody):

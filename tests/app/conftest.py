@@ -24,6 +24,7 @@ from app.db.engine import Engine, make_engine
 from app.main import create_app
 from app.problems import MEDIA_TYPE
 from app.settings import Settings
+from app.wire_protocol import PatientProtocol
 from tests.rig import FAST, wait_for, write_stub_model
 from tests.tls_server import World, tls_world
 from workers.loop import Worker
@@ -119,13 +120,17 @@ def rows(count: int, *, start: int = 0) -> bytes:
 
 
 @contextlib.contextmanager
-def serving(settings: Settings, egress: Egress | None = None) -> Iterator[Api]:
+def serving(
+    settings: Settings, egress: Egress | None = None, protocol: type[PatientProtocol] = PatientProtocol
+) -> Iterator[Api]:
     """The service on a free port, in a thread."""
     write_stub_model_once(settings.models_dir / MODEL)
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
     app = create_app(settings, egress=egress)
-    config = uvicorn.Config(app, log_config=None, ws="none", timeout_graceful_shutdown=3, access_log=False)
+    config = uvicorn.Config(
+        app, http=protocol, log_config=None, ws="none", timeout_graceful_shutdown=3, access_log=False
+    )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name="uvicorn")
     thread.start()

@@ -6,8 +6,10 @@ import base64
 import gzip
 import hashlib
 import random
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -19,7 +21,7 @@ from app.db.engine import Engine
 from app.db.uploads import Part, delete_upload
 from app.errors import UploadNotFound
 from p2d.client import Client
-from tests.app.conftest import Api, rows, serving
+from tests.app.conftest import Api, a_job, rows, serving
 from tests.rig import wait_for
 from workers.loop import Worker
 
@@ -286,6 +288,30 @@ def test_only_json_begins_or_completes_an_upload(api: Api) -> None:
 
 
 # --- the end ---------------------------------------------------------------------------------------------------------
+
+
+def test_nothing_is_taken_in_while_the_disk_is_nearly_full(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    upload, known = begin(api, rows(80)), api.dataset()
+    total, floor = 100 * 10**6, 2 * api.settings.max_upload_bytes
+    assert floor < 0.1 * total  # of a large disk not a whole tenth
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(total=total, free=floor - 1))
+    file, given = {"file": ("x", rows(9000))}, {"rows": [{"question": "a", "answer": "b"}]}
+    for refused in (
+        api.http.post("/datasets", files=file),
+        api.http.post("/datasets", json=given),
+        api.http.post("/uploads", json={"size_bytes": 10}),
+        put(api, upload, 1, part(upload, rows(80), 1)),
+        api.send(a_job(), rows(80)),
+        api.post(a_job(dataset=given)),
+    ):
+        assert (refused.status_code, refused.json()["code"]) == (507, "service.disk_full")
+        assert (refused.json()["retryable"], refused.headers["retry-after"]) == (True, "60")
+    assert api.uploading() == []
+    assert api.post(a_job(dataset=known)).status_code == 202  # takes no room here
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(total=total, free=floor))
+    assert put(api, upload, 1, part(upload, rows(80), 1)).status_code == 200
 
 
 def expire(api: Api, upload: dict[str, Any], *, hours_ago: float = 0) -> None:
