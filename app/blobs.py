@@ -17,6 +17,7 @@ from typing import IO, Any, Protocol
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 import obstore
+import structlog
 from obstore.exceptions import AlreadyExistsError, BaseError
 from obstore.store import LocalStore, ObjectStore, S3Store
 
@@ -46,6 +47,8 @@ class Book(Protocol):
 
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+
+log = structlog.get_logger()
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,12 +134,34 @@ class BlobStore:
         options = {"range": (start, end)} if end is not None else {"range": {"offset": start}} if start else None
         yield from self._stream(key(sha256), sha256, options)
 
+    def checked(self, sha256: str, start: int = 0, end: int | None = None) -> Iterator[bytes]:
+        """The same bytes, but all of the object is read, and the last of them are given only once its hash is right.
+
+        Raises: BlobMissing before the first chunk; BlobCorrupt, which is logged, in place of the last one.
+        """
+        digest, offset, held = hashlib.sha256(), 0, b""
+        for chunk in self.stream(sha256):
+            digest.update(chunk)
+            part = chunk[max(0, start - offset) : None if end is None else max(0, end - offset)]
+            offset += len(chunk)
+            if part:
+                if held:
+                    yield held
+                held = part
+        if digest.hexdigest() != sha256:
+            log.error("object.corrupt", sha256=sha256)  # an answer that has begun can only be cut off
+            raise BlobCorrupt(sha256=sha256)
+        yield held
+
     def lines(self, sha256: str, size_bytes: int, start: int = 0) -> Iterator[tuple[int, bytes]]:
-        """Yield each line from `start` on, without its newline, with the byte at which it begins. Raises BlobMissing."""
+        """Yield each line from `start` on, without its newline, with the byte at which it begins.
+
+        Whoever reads all of them has read what was stored, or met BlobCorrupt before the last ones. Raises: BlobMissing.
+        """
         if start >= size_bytes:
             return
         rest, offset = b"", start
-        for chunk in self.stream(sha256, start, size_bytes):
+        for chunk in self.checked(sha256) if start == 0 else self.stream(sha256, start, size_bytes):
             *lines, rest = (rest + chunk).split(b"\n")
             for line in lines:
                 yield offset, line

@@ -6,7 +6,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.concurrency import run_in_threadpool
 
 from app.api.bodies import read_json, receive_json
-from app.api.content import PARTIAL, STORED_WHOLE, send_blob
+from app.api.content import PARTIAL, STORED, send_blob
 from app.api.context import ArtifactId, Context, JobId, Services
 from app.api.documentation import ARTIFACT_PATCH_BODY, errors
 from app.api.receipts import receipt
@@ -56,7 +56,7 @@ def get_job_artifacts(job_id: JobId, services: Context) -> Page[ArtifactView]:
     responses={
         200: {"description": "The file `report.json`.", "content": {"application/json": {}}},
         **PARTIAL,
-        **errors(JobNotFound, ArtifactNotFound, ArtifactExpired, RangeNotSatisfiable, *STORED_WHOLE),
+        **errors(JobNotFound, ArtifactNotFound, ArtifactExpired, RangeNotSatisfiable, *STORED),
     },
 )
 def get_job_report(request: Request, job_id: JobId, services: Context) -> Response:
@@ -105,7 +105,7 @@ def delete_one_artifact(artifact_id: ArtifactId, services: Context) -> ReceiptVi
     responses={
         **CONTENT,
         **PAST,
-        **errors(ArtifactNotFound, ArtifactExpired, RangeNotSatisfiable, *STORED_WHOLE),
+        **errors(ArtifactNotFound, ArtifactExpired, RangeNotSatisfiable, *STORED),
     },
 )
 def get_artifact_content(request: Request, artifact_id: ArtifactId, services: Context) -> Response:

@@ -22,10 +22,11 @@ PARTIAL: dict[int | str, dict[str, object]] = {
 }
 """What a file may be answered with beside the whole of it."""
 
-STORED = (StoreUnavailable, BlobMissing)
-"""What reading an object can fail with, and below, where its hash is compared too."""
+STORED = (StoreUnavailable, BlobMissing, BlobCorrupt)
+"""What reading an object can fail with."""
 
-STORED_WHOLE = (*STORED, BlobCorrupt)
+PART_CHECKED_BYTES = 64 << 20
+"""Objects up to this are read and checked whole for a Range too; of a larger one a part is sent as the store gives it."""
 
 URL_LIVES_S = 300
 """Seconds in which a download past this service must have begun."""
@@ -35,6 +36,9 @@ def send_blob(
     request: Request, blobs: BlobStore, blob: Blob, *, media_type: str, file_name: str, past: bool = False
 ) -> Response:
     """Answer with the object, honouring If-None-Match, Range and If-Range; HEAD gets the headers alone.
+
+    An object that does not have its hash is never sent whole: a small one (of one chunk, a MiB) is an error before the first byte,
+    of a larger one the connection ends before the last chunk. A Range of a large object is not checked; `Repr-Digest` is for that.
 
     Args:   past: answer a GET with 307 to a signed URL of the store, where it signs any.
     Raises: RangeNotSatisfiable, BlobMissing, BlobCorrupt, StoreUnavailable - all before the first byte.
@@ -69,7 +73,8 @@ def send_blob(
     status_code = 200 if wanted is None else 206
     if request.method == "HEAD" or start == end:
         return Response(status_code=status_code, headers=headers, media_type=media_type)
-    chunks = primed(blobs.stream(blob.sha256, start, end))
+    checks = wanted is None or blob.size_bytes <= PART_CHECKED_BYTES
+    chunks = primed((blobs.checked if checks else blobs.stream)(blob.sha256, start, end))
     return StreamingResponse(chunks, status_code=status_code, headers=headers, media_type=media_type)
 
 

@@ -16,7 +16,7 @@ from fastapi.concurrency import run_in_threadpool
 
 from app.access_errors import StorageFull, TooManyJobs
 from app.api.bodies import Received, receive
-from app.api.content import PARTIAL, STORED, STORED_WHOLE, send_blob
+from app.api.content import PARTIAL, STORED, send_blob
 from app.api.context import Context, Cursor, HeadMapId, IdempotencyKey, Limit, Link, Services, page_after, page_of
 from app.api.documentation import HEAD_MAP_BODY, errors
 from app.api.head_map_imports import import_head_map
@@ -99,7 +99,7 @@ def get_head_maps(
 @router.get(
     "/head-maps/{id}.json",
     response_class=Response,
-    responses={**_file("application/json"), **PARTIAL, **errors(HeadMapNotFound, RangeNotSatisfiable, *STORED_WHOLE)},
+    responses={**_file("application/json"), **PARTIAL, **errors(HeadMapNotFound, RangeNotSatisfiable, *STORED)},
 )
 def get_head_map_json(request: Request, head_map_id: HeadMapId, services: Context) -> Response:
     """The file `head_map.json`, byte for byte."""
@@ -111,7 +111,7 @@ def get_head_map_json(request: Request, head_map_id: HeadMapId, services: Contex
 @router.get(
     "/head-maps/{id}.svg",
     response_class=Response,
-    responses={**_file("image/svg+xml"), **errors(HeadMapNotFound, *STORED_WHOLE)},
+    responses={**_file("image/svg+xml"), **errors(HeadMapNotFound, *STORED)},
 )
 def get_head_map_svg(head_map_id: HeadMapId, services: Context, ratio: Ratio = DEFAULT_RATIO) -> Response:
     """A picture, layers by heads; the heads that the ratio picks are outlined."""
@@ -127,7 +127,7 @@ def get_head_map_svg(head_map_id: HeadMapId, services: Context, ratio: Ratio = D
 @router.get(
     "/head-maps/{id}.csv",
     response_class=Response,
-    responses={**_file("text/csv"), **errors(HeadMapNotFound, *STORED_WHOLE)},
+    responses={**_file("text/csv"), **errors(HeadMapNotFound, *STORED)},
 )
 def get_head_map_csv(head_map_id: HeadMapId, services: Context) -> Response:
     """A table, one line per head, best first."""
@@ -137,7 +137,7 @@ def get_head_map_csv(head_map_id: HeadMapId, services: Context) -> Response:
 @router.get(
     "/head-maps/{id}.npz",
     response_class=Response,
-    responses={**_file("application/octet-stream"), **errors(HeadMapNotFound, *STORED_WHOLE)},
+    responses={**_file("application/octet-stream"), **errors(HeadMapNotFound, *STORED)},
 )
 def get_head_map_npz(head_map_id: HeadMapId, services: Context) -> Response:
     """A NumPy archive: `scores` [layer, head] and, of maps that have them, `halves` [half, layer, head]; float64, no pickles."""
@@ -146,7 +146,7 @@ def get_head_map_npz(head_map_id: HeadMapId, services: Context) -> Response:
     return Response(content, media_type="application/octet-stream", headers=headers)
 
 
-@router.get("/head-maps/{id}/diff", responses=errors(HeadMapNotFound, HeadMapMismatch, *STORED_WHOLE))
+@router.get("/head-maps/{id}/diff", responses=errors(HeadMapNotFound, HeadMapMismatch, *STORED))
 def diff_head_maps(
     head_map_id: HeadMapId, services: Context, other: With, ratio: KeptRatio = DEFAULT_RATIO
 ) -> HeadMapDiffView:
@@ -170,7 +170,7 @@ def diff_head_maps(
 def get_one_head_map(head_map_id: HeadMapId, services: Context) -> HeadMapView:
     """A head map with all its scores; a later job may name it as `heads.head_map`."""
     found = _find(services, head_map_id)
-    content = json.loads(b"".join(services.blobs.stream(found.sha256)))
+    content = json.loads(b"".join(services.blobs.checked(found.sha256)))
     return HeadMapView.model_validate({**asdict(found), "map": content})
 
 

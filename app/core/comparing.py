@@ -116,14 +116,14 @@ class _Reader:
         if name not in self._files:
             return None
         try:
-            return b"".join(self._blobs.stream(self._files[name][0]))
+            return b"".join(self._blobs.checked(self._files[name][0]))
         except (BlobMissing, BlobCorrupt):
             self.missing.add(name)
             return None
 
     def _lines(self, name: str) -> Iterator[bytes]:
         rest = b""
-        for chunk in self._blobs.stream(self._files[name][0]):
+        for chunk in self._blobs.checked(self._files[name][0]):
             *lines, rest = (rest + chunk).split(b"\n")
             yield from lines
         if rest:

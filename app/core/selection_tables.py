@@ -21,7 +21,7 @@ class SelectionTables:
         self._reading = threading.Lock()
 
     def get(self, blobs: BlobStore, selection: SelectionRecord) -> SelectionTable:
-        """The table of a selection. Raises BlobMissing, StoreUnavailable."""
+        """The table of a selection. Raises BlobMissing, BlobCorrupt, StoreUnavailable."""
         with self._reading:  # one at a time: who waits for the same one then finds it
             table = self._tables.get(selection.sha256)
             if table is None:

@@ -10,6 +10,7 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from tests.app.conftest import Api, a_job
@@ -110,11 +111,48 @@ def test_the_report_is_the_file_and_404_until_it_is_there(api: Api, job: dict[st
     assert (missing.status_code, missing.json()["code"]) == (404, "artifact.not_found")
 
 
+RANGES: list[dict[str, str]] = [{}, {"Range": "bytes=0-3"}, {"Range": "bytes=-4"}]
+
+
+def flipped(content: bytes) -> bytes:
+    """The content with one bit changed in the middle, where no length tells."""
+    at = len(content) // 2
+    return content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
+
+
+def test_a_large_object_that_was_changed_is_cut_off_before_its_end(
+    api: Api, files: dict[str, dict[str, Any]], tmp_path: Path
+) -> None:
+    file, content = files["training.json"], random.Random(1).randbytes(5_000_000)
+    (tmp_path / "large").write_bytes(content)
+    large = api.blobs.put_file(tmp_path / "large")
+    (path,) = Path(api.settings.url("store_url").removeprefix("file://")).rglob(large.sha256)
+    stored = "update artifacts set sha256 = %s, size_bytes = %s where id = %s"
+    try:
+        with api.engine.begin() as conn:
+            conn.exec_driver_sql(stored, (large.sha256, large.size_bytes, file["id"]))
+        whole = api.http.get(f"/artifacts/{file['id']}/content")
+        path.write_bytes(flipped(content))
+        arrived = list[bytes]()
+        download = api.http.stream("GET", f"/artifacts/{file['id']}/content")
+        with download as answer, pytest.raises(httpx.RemoteProtocolError):
+            arrived.extend(answer.iter_raw())
+    finally:
+        path.unlink()
+        with api.engine.begin() as conn:
+            conn.exec_driver_sql(stored, (file["sha256"], file["size_bytes"], file["id"]))
+
+    assert whole.content == content
+    assert 0 < len(b"".join(arrived)) < len(content)
+
+
 def test_a_lost_or_changed_object_is_an_error_and_never_wrong_bytes(api: Api, files: dict[str, dict[str, Any]]) -> None:
     file = files["training.json"]
     (path,) = Path(api.settings.url("store_url").removeprefix("file://")).rglob(file["sha256"])
     content = path.read_bytes()
     try:
+        path.write_bytes(flipped(content))
+        changed = [api.http.get(f"/artifacts/{file['id']}/content", headers=range) for range in RANGES]
         path.write_bytes(content[:-1])
         cut = api.http.get(f"/artifacts/{file['id']}/content")
         path.unlink()
@@ -122,6 +160,7 @@ def test_a_lost_or_changed_object_is_an_error_and_never_wrong_bytes(api: Api, fi
     finally:
         path.write_bytes(content)
 
+    assert [(one.status_code, one.json()["code"]) for one in changed] == [(500, "store.object_corrupt")] * len(RANGES)
     assert (cut.status_code, cut.json()["code"]) == (500, "store.object_corrupt")
     assert (lost.status_code, lost.json()["code"]) == (500, "store.object_missing")
 
