@@ -80,8 +80,17 @@ def inspect(
     try:
         report = check_apart(files, settings, normalised=normalised, listed=listed, columns=columns)
     except DatasetError as error:
-        size_bytes = sum(file.path.stat().st_size for file in files)
-        refused.append(refusal_of(error, listed, place, name=name, size_bytes=size_bytes, mapping=columns.mapping))
+        refused.append(
+            refusal_of(
+                error,
+                listed,
+                place,
+                name=name,
+                size_bytes=sum(file.path.stat().st_size for file in files),
+                mapping=columns.mapping,
+                provenance=provenance,
+            )
+        )
         raise
     return Candidate(name=name, report=report, normalised=normalised, provenance=provenance)
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from app.access_errors import StorageFull
 from app.blobs import BlobStore
 from app.core.quotas import allow_storage
+from app.core.sources import Provenance
 from app.db.engine import Engine
 from app.db.reports import insert_report
 from app.settings import Settings
@@ -33,6 +34,8 @@ class Refusal:
     size_bytes: int
     """Of the file as sent."""
     mapping: Mapping[str, str]
+    provenance: Provenance | None
+    """Where it was fetched."""
 
     @property
     def by_code(self) -> Mapping[str, int]:
@@ -50,6 +53,7 @@ def refusal_of(
     name: str,
     size_bytes: int,
     mapping: Mapping[str, str],
+    provenance: Provenance | None,
 ) -> Refusal:
     """Put all faults of a file at their places in the request: those of the error, and those on the disk.
 
@@ -68,7 +72,7 @@ def refusal_of(
     with moved.open("w", encoding="utf-8", newline="\n") as file:
         file.writelines(map(fault_line, faults))
     moved.replace(listed)
-    return Refusal(name=name, error=error, listed=listed, size_bytes=size_bytes, mapping=mapping)
+    return Refusal(name=name, error=error, listed=listed, size_bytes=size_bytes, mapping=mapping, provenance=provenance)
 
 
 def keep_report(engine: Engine, blobs: BlobStore, settings: Settings, refused: Sequence[Refusal]) -> str | None:
@@ -89,6 +93,7 @@ def keep_report(engine: Engine, blobs: BlobStore, settings: Settings, refused: S
         "rows": sum(refusal.error.facts.get("good_rows", 0) for refusal in refused),
         "size_bytes": sum(refusal.size_bytes for refusal in refused),
         "mapping": dict(refused[0].mapping),
+        "source": asdict(refused[0].provenance) if refused[0].provenance else None,
         "errors_total": by_code.total(),
         "errors_listed": count,
         "errors_by_code": dict(by_code),

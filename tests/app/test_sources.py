@@ -185,6 +185,7 @@ def test_bad_lines_of_a_fetched_file_are_listed_and_nothing_stays(fetching: Api,
     answer = refer(fetching, https("/bad.jsonl"))
 
     assert (answer.status_code, answer.json()["errors"][0]["line"]) == (422, 1)
+    assert fetching.http.get(answer.json()["report"]).json()["source"]["url"].endswith("/bad.jsonl")
     assert fetching.uploading() == []
 
 
