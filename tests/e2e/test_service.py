@@ -175,23 +175,25 @@ def test_a_cancelled_job_stops_and_leaves_the_worker_free(client: Client, exampl
 
 
 def test_a_worker_and_an_api_that_are_killed_are_started_again_and_the_job_ends_once(
-    client: Client, service: Service, examples: Path
+    service: Service, examples: Path
 ) -> None:
-    job = client.submit(SMALL | {"kind": "adapt"}, dataset=examples / "train.jsonl")
-    killed = False
-    seen = []
-    for event in client.events(job.id):
-        seen.append(event.seq)
-        if not killed and event.type == "job.stage" and event.data["stage"] == "identifying_heads":
-            killed = True
-            for name in ("worker", "api"):
-                os.kill(service.pid(name), signal.SIGKILL)
+    # Patient: on a machine that runs two files of tests, an API takes longer to start than a client waits by itself.
+    with Client(service.url, retries=30) as client:
+        job = client.submit(SMALL | {"kind": "adapt"}, dataset=examples / "train.jsonl")
+        killed = False
+        seen = []
+        for event in client.events(job.id):
+            seen.append(event.seq)
+            if not killed and event.type == "job.stage" and event.data["stage"] == "identifying_heads":
+                killed = True
+                for name in ("worker", "api"):
+                    os.kill(service.pid(name), signal.SIGKILL)
 
-    assert killed
-    assert seen == list(range(1, len(seen) + 1))
-    assert client.job(job.id).status == "succeeded"
-    artifacts = client.artifacts(job.id)
-    assert len({artifact.name for artifact in artifacts}) == len(artifacts)
+        assert killed
+        assert seen == list(range(1, len(seen) + 1))
+        assert client.job(job.id).status == "succeeded"
+        artifacts = client.artifacts(job.id)
+        assert len({artifact.name for artifact in artifacts}) == len(artifacts)
 
 
 def test_a_broker_that_is_killed_is_started_again_and_no_job_notices(

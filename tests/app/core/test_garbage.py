@@ -295,7 +295,7 @@ def test_every_column_that_names_an_object_counts_as_a_reference() -> None:
              if "sha256" in column.name}  # fmt: skip
 
     # `_referenced` in app/db/objects.py knows these, and steps.checkpoint. Uploads have their own prefix.
-    known = {"artifacts.sha256", "datasets.sha256", "head_maps.sha256"}
+    known = {"artifacts.sha256", "datasets.sha256", "head_maps.sha256", "reports.sha256"}
     assert named == {*known, "objects.sha256", "uploads.sha256", "upload_parts.sha256"}
 
 
