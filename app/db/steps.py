@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Literal
 
-from sqlalchemy import ColumnElement, bindparam, case, func, insert, select, update
+from sqlalchemy import ColumnElement, bindparam, case, func, select, text, update
+from sqlalchemy.dialects.postgresql import JSONB
 
 from app.db.engine import Connection, Json
 from app.db.ids import new_id
@@ -61,6 +62,13 @@ class Step:
     finished_at: datetime | None
 
 
+# One short statement for any number of rows: psycopg reads a long one anew each time, and many ones are many words.
+_INSERTED = "id, job_id, step, shard, shards, after, status, queue, priority, model_digest, weight"
+_INSERT_ALL = text(
+    f"insert into steps ({_INSERTED}) select {_INSERTED} from jsonb_populate_recordset(null::steps, :rows)"  # noqa: S608 - of constants
+).bindparams(bindparam("rows", type_=JSONB))
+
+
 def insert_steps(conn: Connection, job_id: str, new: Sequence[NewStep], *, priority: int = 0) -> None:
     """Record the steps of a job in the order given; those that wait for nothing are ready at once."""
     values = [
@@ -79,8 +87,7 @@ def insert_steps(conn: Connection, job_id: str, new: Sequence[NewStep], *, prior
         }
         for step in new
     ]
-    # Not `values(...)`, which compiles the statement each time; with `returning` all rows go in one statement.
-    conn.execute(insert(steps).returning(steps.c.id), values)
+    conn.execute(_INSERT_ALL, {"rows": values})
 
 
 def list_steps(conn: Connection, job_id: str) -> list[Step]:
