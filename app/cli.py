@@ -120,26 +120,14 @@ def up(port: Annotated[int | None, typer.Option(help="Port of the API; 0 = a fre
 @cli.command()
 def api() -> None:
     """Run the HTTP API alone, on servers named by P2D_DATABASE_URL, P2D_BROKER_URL and P2D_STORE_URL."""
-    import uvicorn
-
     from app.logs import configure_logs
-    from app.main import create_app, may_listen
-    from app.wire_protocol import PatientProtocol, allow_connections
+    from app.main import may_listen
+    from app.serving import serve
 
     settings = _with_servers()
     configure_logs()
     may_listen(settings)
-    allow_connections()
-    uvicorn.run(
-        create_app(settings),
-        http=PatientProtocol,
-        host=settings.host,
-        port=settings.port,
-        timeout_graceful_shutdown=5,
-        server_header=False,
-        access_log=False,
-        log_config=None,  # its lines take our form
-    )
+    serve(settings)
 
 
 @cli.command()

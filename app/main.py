@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 from collections.abc import AsyncIterator
 
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
+from prometheus_client.multiprocess import MultiProcessCollector
 
 from app import problems
 from app.api import (
@@ -91,6 +93,8 @@ def create_app(settings: Settings, *, waker: Wake | None = None, egress: Egress 
             egress: what fetches data by reference; that of the settings without one.
     """
     registry = CollectorRegistry()  # of this app: a process may run several
+    if together := "PROMETHEUS_MULTIPROC_DIR" in os.environ:  # with other processes: each tells what all have counted
+        MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -147,7 +151,7 @@ def create_app(settings: Settings, *, waker: Wake | None = None, egress: Egress 
     for room in (ops, metrics, error_pages):
         app.include_router(room.router, dependencies=[STRICT])
     app.add_middleware(problems.RequestIds)
-    app.add_middleware(metrics.Requests, registry=registry)  # last: the outermost
+    app.add_middleware(metrics.Requests, registry=None if together else registry)  # last: the outermost
     return app
 
 

@@ -7,6 +7,7 @@ again when they end, the servers are not: without its database nothing is left t
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -26,6 +27,9 @@ from app.main import may_listen
 from app.processes import Child, Supervisor, Terminated
 from app.settings import Settings
 from migrations import upgrade
+
+REQUESTS = "requests"
+"""Folder of `run` in which the processes of the API count their requests together."""
 
 RESTARTS = 5
 """Most restarts of one part in RESTART_WINDOW_S; more means that starting again does not help."""
@@ -139,6 +143,8 @@ def _tend(service: Service, leaving: threading.Event, say: Callable[[str], None]
 def environment(settings: Settings) -> dict[str, str]:
     """The environment in which a child process reads exactly these settings."""
     env = {name: value for name, value in os.environ.items() if not name.startswith("P2D_")}
+    if settings.api_processes > 1:  # what each of them counts, for the one that is asked (prometheus_client)
+        env["PROMETHEUS_MULTIPROC_DIR"] = str(settings.home.absolute() / "run" / REQUESTS)
     for name in type(settings).model_fields:
         value = getattr(settings, name)
         if value is not None:
@@ -172,12 +178,15 @@ def _start(settings: Settings, supervisor: Supervisor, say: Callable[[str], None
     may_listen(settings)
     # -P: the caller's directory is not a place to import from.
     command = [sys.executable, "-P", "-m", "app.cli"]
-    parts = {"api": [*command, "api"], "worker": [*command, "worker"]}
+    names = ["api", *(f"api-{number}" for number in range(2, settings.api_processes + 1))]
+    parts = {**{name: [*command, "api"] for name in names}, "worker": [*command, "worker"]}
     say("Starting the API and a worker ...")
-    api = supervisor.spawn("api", parts["api"], env=environment(settings))
-    supervisor.spawn("worker", parts["worker"], env=environment(settings))
+    shutil.rmtree(supervisor.run / REQUESTS, ignore_errors=True)
+    (supervisor.run / REQUESTS).mkdir()
+    for name, part in parts.items():
+        supervisor.spawn(name, part, env=environment(settings))
     url = f"http://{_reachable(settings.host)}:{settings.port}"
-    _wait_ready(supervisor, api, url)
+    _wait_ready(supervisor, supervisor.child("api"), url)
     return Service(url=url, settings=settings, supervisor=supervisor, parts=parts)
 
 

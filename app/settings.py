@@ -151,6 +151,8 @@ class Settings(BaseSettings):
     max_crashes: int = Field(default=3, ge=1)
     """Crashes of one step after which its job fails with `job.worker_lost`."""
 
+    api_processes: int = Field(default=1, ge=1, le=64)
+    """Processes of the API that `p2d up` starts on the one port. A slow core takes some fifty new jobs a second."""
     db_pool_size: int = Field(default=10, ge=1)
     """Database connections of one process."""
     db_pool_wait_s: float = Field(default=2.0, gt=0)

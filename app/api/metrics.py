@@ -1,4 +1,4 @@
-"""GET /metrics in Prometheus' text format: the ledger as it is at the scrape, and the requests that this process has served."""
+"""GET /metrics in Prometheus' text format: the ledger as it is at the scrape, and the requests that were served."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _TEXT: dict[int | str, dict[str, Any]] = {
 def get_metrics(request: Request, caller: Admin) -> Response:
     """Numbers of the whole service for Prometheus; needs an admin key of the project `default` once there are keys.
 
-    Those of the ledger are the same from every API process, those of HTTP requests are this process' own.
+    Those of the ledger are the same from every API process; those of HTTP requests are of the processes that `p2d up` started.
     """
     if caller.project_id != DEFAULT_PROJECT:
         raise NotAllowed("These numbers are of all projects; use an admin key of the project 'default'.")
@@ -51,7 +51,7 @@ def get_metrics(request: Request, caller: Admin) -> Response:
 class Requests:
     """Counts requests by route, method and class of status, and times them until their answer begins."""
 
-    def __init__(self, app: ASGIApp, registry: CollectorRegistry) -> None:
+    def __init__(self, app: ASGIApp, registry: CollectorRegistry | None) -> None:
         self._app = app
         self._number = Counter(
             "p2d_http_requests",

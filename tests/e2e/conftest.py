@@ -27,7 +27,7 @@ def service() -> Iterator[Service]:
     home = Path(tempfile.gettempdir()) / f"p2d e2e ä {secrets.token_hex(4)}"
     # Short leases, so that a killed worker is missed within seconds.
     quick = {"poll_s": 0.5, "lease_s": 8, "heartbeat_s": 1, "reconcile_s": 1}
-    settings = Settings.model_validate({"home": home, "port": 0, **quick})
+    settings = Settings.model_validate({"home": home, "port": 0, "api_processes": 2, **quick})
     tiny_model_dir(settings.models_dir / MODEL, context_length=1024)
     try:
         with running(settings, say=print) as service:

@@ -174,6 +174,20 @@ def test_a_cancelled_job_stops_and_leaves_the_worker_free(client: Client, exampl
     finish(client, client.submit(SMALL | {"kind": "identify_heads"}, dataset=examples / "train.jsonl"))
 
 
+def test_each_process_of_the_api_tells_what_all_have_counted(service: Service) -> None:
+    for _ in range(8):
+        httpx.get(f"{service.url}/version").raise_for_status()  # each on a connection, so from a process, of its own
+
+    told = {_line(httpx.get(f"{service.url}/metrics").text, 'route="/version"') for _ in range(8)}
+
+    assert len(told) == 1
+    assert float(told.pop().split()[-1]) >= 8
+
+
+def _line(text: str, holding: str) -> str:
+    return next(line for line in text.splitlines() if line.startswith("p2d_http_requests_total") and holding in line)
+
+
 def test_a_worker_and_an_api_that_are_killed_are_started_again_and_the_job_ends_once(
     service: Service, examples: Path
 ) -> None:
