@@ -84,8 +84,18 @@ def main(arguments: list[str] | None = None) -> None:
         done = subprocess.run(child, check=True, stdout=subprocess.PIPE, cwd=ROOT, env=environment)
         found.append(json.loads(done.stdout))
         command = f"python -m benchmarks.growth --max-rows {rows} --precision {options.precision}"
-        write(options.out, found, command=command, seconds=time.monotonic() - started)
+        if held_rows(options.out, found[0]["dtype"]) > options.max_rows:
+            say(f"{options.out / 'growth.json'} holds a run over more rows, which stays: write elsewhere with --out")
+        else:
+            write(options.out, found, command=command, seconds=time.monotonic() - started)
         say(f"{rows:,} rows: {found[-1]['seconds']:.0f} s, peak {found[-1]['peak_bytes'] / 2**20:.0f} MiB")
+
+
+def held_rows(out: Path, dtype: str) -> int:
+    """Rows of the largest job of the run in this precision that growth.json holds; 0 without one."""
+    path = out / "growth.json"
+    runs: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    return max((job["rows"] for job in runs.get(dtype, {}).get("jobs", [])), default=0)
 
 
 def write(out: Path, jobs: Sequence[Facts], *, command: str, seconds: float) -> None:

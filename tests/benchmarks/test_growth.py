@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.growth import PERIOD, ROOT, Facts, as_markdown, exponent, lines, shows, write
+from benchmarks.growth import PERIOD, ROOT, Facts, as_markdown, exponent, held_rows, lines, shows, write
 from p2d.pipeline import SHARD_ROWS
 
 ROWS, TIMES = 12 * PERIOD, 8
@@ -108,3 +108,5 @@ def test_a_run_stays_beside_that_of_another_precision(jobs: list[Facts], tmp_pat
     page = (tmp_path / "growth.md").read_text()
     assert page == as_markdown(runs)
     assert page.count("| **whole job** |") == 2 * 5
+    assert held_rows(tmp_path, "bf16") == TIMES * ROWS  # which a smaller run does not replace
+    assert held_rows(tmp_path / "elsewhere", "bf16") == 0
