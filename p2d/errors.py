@@ -161,9 +161,12 @@ class ModelNotFound(ModelError):
 
 
 class ModelUnsupported(ModelError):
-    """A model family without an architecture spec."""
+    """A family without an architecture spec, a setting that the engine does not follow, or weights that are quantised."""
 
-    code, hint = "model.unsupported", "Use a model of one of the supported families listed in the message."
+    code, hint = (
+        "model.unsupported",
+        "Use a model whose family README.md lists under Models, with plain weights (F32, BF16 or F16).",
+    )
 
 
 class AdapterMismatch(ModelError):

@@ -107,7 +107,9 @@ def shape_of(config: Mapping[str, Any], *, name: str) -> ModelShape:
     directory = Path(name)
     spec = _spec(directory, config)
     if config.get("quantization_config"):
-        raise ModelUnsupported(f"The model {name!r} is quantised; head slices need plain weights.")
+        raise ModelUnsupported(
+            f"The model {name!r} is quantised; head slices need plain weights: take the model from which it was made."
+        )
     keys = spec.config
     heads = _size(directory, config, keys.n_heads)
     hidden = _size(directory, config, keys.hidden_size)
@@ -183,6 +185,11 @@ def model_digest(directory: Path) -> str:
     return digest.hexdigest()
 
 
+def is_weight(name: str) -> bool:
+    """Whether a tensor of that name in a weight file is a weight, not a mask or table that older files hold."""
+    return not _BUFFER.search(name)
+
+
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
@@ -251,7 +258,7 @@ def _weights(directory: Path) -> tuple[int, str]:
     paths = _weight_files(directory)
     for path in paths:
         for name, entry in _header(directory, path).items():
-            if not _BUFFER.search(name):
+            if is_weight(name):
                 by_dtype[entry["dtype"]] += math.prod(entry["shape"])
     dtype = by_dtype.most_common(1)[0][0] if by_dtype else ""
     if dtype not in _DTYPES:

@@ -10,6 +10,7 @@ import os
 import shutil
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from p2d.config import Precision, Projection
 from p2d.device import pick_device, pick_dtype
 from p2d.errors import ModelError, ModelNotFound
 from p2d.files import sha256_of
-from p2d.model_info import ModelInfo, read_model_info
+from p2d.model_info import ModelInfo, is_weight, read_model_info
 from p2d.registry import load
 from p2d.rendering import Renderer, load_renderer
 from p2d.wording import counted
@@ -81,7 +82,8 @@ def load_base_model(directory: Path, *, precision: Precision = "auto", device: s
     """Load the model of a directory, frozen.
 
     Raises:  ModelNotFound, ModelUnsupported, ModelError (`model.invalid`) if a weight is missing, misshapen or unreadable:
-             transformers alone would fill missing weights with random numbers.
+             transformers alone would fill missing weights with random numbers. Also if one is left over, such as a bias
+             that config.json does not ask for: transformers alone would compute another function than the model's.
     """
     started = time.perf_counter()
     info = read_model_info(directory)
@@ -162,20 +164,34 @@ def _write_converted(gguf: Path, out: Path) -> None:
 
 
 def _load_weights(directory: Path, **kwargs: Any) -> PreTrainedModel:
-    """The frozen model in evaluation mode. Raises ModelError if a weight is missing or misshapen."""
+    """The frozen model in evaluation mode. Raises ModelError if a weight is missing, misshapen or left over, with its name."""
     logging: Any = transformers_logging
     logging.set_verbosity_error()  # its load report is checked below, its bars would fill the worker's log
     logging.disable_progress_bar()
     loader: Any = AutoModelForCausalLM
+    # Misshapen weights are let through here, to be refused by name below: its own error points to the muted report.
     module, report = loader.from_pretrained(
-        os.fspath(directory), local_files_only=True, output_loading_info=True, **kwargs
+        os.fspath(directory), local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
     )
     assert isinstance(module, PreTrainedModel)
-    wrong = sorted(str(key) for part in ("missing_keys", "mismatched_keys", "error_msgs") for key in report[part])
-    if wrong:
-        text = counted(len(wrong), "weight is", "weights are")
-        text = f"In {directory.name!r} {text} missing or misshapen, first: {wrong[0]}."
-        raise ModelError(text, model=directory.name)
+    if wrong := _wrong_weights(report):
+        more = f" (and {counted(len(wrong) - 1, 'more weight', 'more weights')})" if len(wrong) > 1 else ""
+        raise ModelError(
+            f"The weights of {directory.name!r} do not fit its config.json: {wrong[0]}{more}.", model=directory.name
+        )
     module.requires_grad_(False)
     module.train(False)
     return module
+
+
+def _wrong_weights(report: Mapping[str, Any]) -> list[str]:
+    """What transformers' account of a load says against it, weight by weight; buffers of older files are no weights."""
+    misshapen = [
+        f"{name} has the shape {tuple(found)}, expected {tuple(expected)}"
+        for name, found, expected in sorted(report["mismatched_keys"])
+    ]
+    missing = [f"{name} is missing" for name in sorted(report["missing_keys"])]
+    left_over = [
+        f"{name} belongs to no part of the model" for name in sorted(report["unexpected_keys"]) if is_weight(name)
+    ]
+    return [*misshapen, *missing, *left_over, *map(str, report["error_msgs"])]

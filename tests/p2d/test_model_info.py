@@ -237,6 +237,14 @@ def test_a_config_is_refused_with(tmp_path: Path, config: dict[str, Any], error:
         read_model_info(write_model(tmp_path / "m", **config))
 
 
+def test_the_hint_for_a_quantised_model_does_not_speak_of_a_list_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ModelUnsupported, match="take the model from which it was made") as caught:
+        read_model_info(write_model(tmp_path / "m", quantization_config={"bits": 4}))
+
+    assert "plain weights" in caught.value.hint
+    assert "in the message" not in caught.value.hint
+
+
 @pytest.mark.parametrize("family", ["falcon", "mamba", "gemma3"])
 def test_another_family_is_refused_by_name_with_those_there_are(tmp_path: Path, family: str) -> None:
     wrapped = {"text_config": {"model_type": "gemma3_text"}} if family == "gemma3" else {}

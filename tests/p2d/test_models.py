@@ -31,24 +31,46 @@ def test_a_loaded_model_is_frozen_in_the_asked_type(tiny_dir: Path, precision: P
     assert base.load_s > 0
 
 
-def test_a_missing_weight_is_refused_rather_than_drawn_at_random(tmp_path: Path) -> None:
-    directory = tiny_model_dir(tmp_path / "tiny")
-    tensors = load_file(directory / "model.safetensors")
-    del tensors["model.layers.1.self_attn.v_proj.weight"]
-    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+LOADED: dict[str, tuple[dict[str, torch.Tensor | None], str]] = {
+    "a missing weight": (
+        {"model.layers.1.input_layernorm.weight": None}, r"model\.layers\.1\.input_layernorm\.weight is missing"),
+    "a misshapen weight": (
+        {"model.norm.weight": torch.ones(7)}, r"model\.norm\.weight has the shape \(7,\), expected \(96,\)"),
+    "a bias that the config does not ask for": (
+        {"model.layers.0.self_attn.q_proj.bias": torch.ones(96), "model.layers.1.self_attn.q_proj.bias": torch.ones(96)},
+        r"layers\.0\.self_attn\.q_proj\.bias belongs to no part of the model \(and 1 more weight\)"),
+    "a layer too many": (
+        {"model.layers.3.self_attn.q_proj.weight": torch.ones(96, 96)}, r"layers\.3\.self_attn\.q_proj\.weight belongs"),
+}  # fmt: skip
+"""What is wrong with a weight file -> how its tensors change (None: gone), and what the refusal says."""
 
-    with pytest.raises(ModelError, match=r"layers\.1\.self_attn\.v_proj"):
+
+@pytest.mark.parametrize("what", LOADED)
+def test_a_load_refuses_by_name(tmp_path: Path, what: str) -> None:
+    changes, said = LOADED[what]
+    change_weights(directory := tiny_model_dir(tmp_path / "tiny"), changes)
+
+    with pytest.raises(ModelError, match=said):
         load_base_model(directory, device="cpu")
 
 
-def test_a_misshapen_weight_is_refused(tmp_path: Path) -> None:
-    directory = tiny_model_dir(tmp_path / "tiny")
-    tensors = load_file(directory / "model.safetensors")
-    tensors["model.norm.weight"] = torch.ones(7)
-    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+def test_the_tables_and_masks_of_older_files_are_no_weights_left_over(tmp_path: Path) -> None:
+    for family, names in (
+        ("llama", ["model.layers.0.self_attn.rotary_emb.inv_freq"]),
+        ("gpt2", ["transformer.h.0.attn.bias", "transformer.h.0.attn.masked_bias"]),
+        ("gpt_neox", ["gpt_neox.layers.0.attention.bias", "gpt_neox.layers.0.attention.rotary_emb.inv_freq"]),
+    ):
+        directory = tiny_model_dir(tmp_path / family, family=family)
+        held = load_base_model(directory, device="cpu").info.parameters
+        change_weights(directory, {name: torch.ones(8) for name in names})
 
-    with pytest.raises(ModelError):
-        load_base_model(directory, device="cpu")
+        assert load_base_model(directory, device="cpu").info.parameters == held
+
+
+def change_weights(directory: Path, changes: dict[str, torch.Tensor | None]) -> None:
+    tensors: dict[str, Any] = load_file(directory / "model.safetensors") | changes
+    tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
 
 
 def test_weights_that_are_no_numbers_are_named_before_anything_is_computed(tmp_path: Path) -> None:
