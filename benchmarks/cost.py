@@ -94,6 +94,7 @@ def cost(bench: Workbench) -> Findings:
         "same epochs and logits at answer tokens alone.",
         f"The baseline without padding is the stronger one. Padded: batches of {BATCH} random rows, as wide as their longest, "
         f"{padding:.2f} times the tokens on the sample's rows.",
+        "'recipe paper, fast' is a price alone: jobs refuse it, since its fast mode was not compared with its faithful mode.",
         "Peers: Data Whisperer's code with three answers of the reference's length for five rows, then masked training of all "
         "q, k and v; its proxy likewise. Its decoding costs far more time than its operations say.",
     )

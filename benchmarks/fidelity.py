@@ -91,7 +91,7 @@ class Pool:
         return [arm.loss for arm in self.arms if arm.name == name]
 
     def verdict(self) -> dict[str, float | bool | int]:
-        """Whether fast mode is within the noise of the seeds."""
+        """Whether fast mode is better than faithful mode, or worse by no more than the noise of the seeds."""
         seeds = len(self.losses("fast"))
         noise = stdev(self.losses("faithful")) if seeds > 1 else float("nan")
         difference = fmean(self.losses("fast")) - fmean(self.losses("faithful"))
@@ -333,16 +333,23 @@ def _page(name: str, entry: Mapping[str, Any]) -> list[str]:
         f"{fmean(entry['fast_s']) / fmean(entry['faithful_s']):.2f}.",
         "",
         f"Fast minus faithful: {verdict['difference']:+.4f}; seed noise {verdict['noise']:.4f} over {verdict['seeds']} seeds: "
-        + _judgement(verdict),
+        + judgement(verdict),
         "",
     ]
     return lines
 
 
-def _judgement(verdict: Mapping[str, Any]) -> str:
+def judgement(verdict: Mapping[str, Any]) -> str:
+    """What a verdict says in words."""
     if verdict["seeds"] < 2:
         return "**not judged, one seed has no noise**."
-    return "**within the noise, fit to ship**." if verdict["ships"] else "**outside of the noise, not fit to ship**."
+    if verdict["difference"] < -verdict["noise"]:
+        return "**better by more than the noise, fit to ship**."
+    return (
+        "**within the noise, fit to ship**."
+        if verdict["ships"]
+        else "**worse by more than the noise, not fit to ship**."
+    )
 
 
 def _list(values: Sequence[float]) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.fidelity import ARMS, Arm, Pool, main
+from benchmarks.fidelity import ARMS, Arm, Pool, judgement, main
 from p2d.config import RECIPES
 from p2d.rows import write_rows
 from tests.factories import some_rows, tiny_model_dir
@@ -54,3 +54,11 @@ def test_a_run_writes_its_pool_beside_the_others(tmp_path: Path, recipe: str) ->
         assert all(fast < whole for fast, whole in zip(entry["fast_flops"], entry["faithful_flops"], strict=True))
     page = (tmp_path / "results/fast_mode.md").read_text()
     assert page.count("seed noise") == 2
+
+
+def test_the_page_says_on_which_side_of_the_noise_fast_mode_is() -> None:
+    found = {"seeds": 3, "noise": 0.01, "ships": True}
+
+    assert "better by more than" in judgement({**found, "difference": -0.02})
+    assert "within the noise, fit" in judgement({**found, "difference": -0.005})
+    assert "worse by more than" in judgement({**found, "difference": 0.02, "ships": False})

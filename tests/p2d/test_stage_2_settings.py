@@ -10,6 +10,7 @@ import pytest
 from p2d.config import (
     DATA_SCORERS,
     DataConfig,
+    HeadsConfig,
     JobConfig,
     Mode,
     TrainingConfig,
@@ -43,15 +44,28 @@ def test_the_recipes_own_scorer_counts_where_none_is_named() -> None:
     ]
 
 
-def test_fast_mode_is_refused_where_it_is_not_shown_to_be_as_good_or_has_nothing_to_save() -> None:
-    shown = JobConfig(data=DataConfig(scorer="icl", mode="fast"))
-    by_recipe = JobConfig(recipe="paper", data=DataConfig(mode="fast"))
-    random = JobConfig(data=DataConfig(scorer="random", mode="fast"))
+def test_fast_mode_is_refused_for_all_but_the_combination_that_was_measured() -> None:
+    def fast(scorer: str = "auto", **other: Any) -> JobConfig:
+        return JobConfig(data=DataConfig(scorer=scorer, mode="fast"), **other)
 
-    for config in (shown, by_recipe, random):
+    wrong = [fast(scorer) for scorer in set(DATA_SCORERS) - {"alignment_likelihood"}]
+    wrong += [fast(recipe="paper"), fast("alignment_likelihood", recipe="paper")]
+    wrong += [fast(heads=HeadsConfig(scorer="pad")), fast(training=TrainingConfig(slices=("v",)))]
+    for config in wrong:
         assert list(refused(config)) == [("config.mode", "/data/mode")]
-    for scorer in set(DATA_SCORERS) - {"random", "icl"}:
-        check(JobConfig(data=DataConfig(scorer=scorer, mode="fast")))
+        if config.data.scorer != "random":
+            resolve(config, rows=1000, context_length=64)  # a benchmark may
+
+    with pytest.raises(ConfigError, match="1 field") as caught:
+        check(fast("information"))
+    assert (
+        "'attribution', the data scorer 'alignment_likelihood' and the slices v, o alone"
+        in caught.value.errors[0].message
+    )
+    check(fast())
+    check(fast("alignment_likelihood", heads=HeadsConfig(scorer="attribution")))
+    named = TrainingConfig(slices=("o", "v"))
+    check(fast("alignment_likelihood", recipe="paper", heads=HeadsConfig(scorer="attribution"), training=named))
 
 
 def test_a_faithful_job_scores_every_row() -> None:
