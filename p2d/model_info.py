@@ -55,7 +55,7 @@ class ModelShape:
     intermediate_size: int
     vocab_size: int
     context_length: int
-    """Tokens."""
+    """Tokens. Of a model with `longrope`, those up to which its rotary factors are the ones for short texts."""
     mlp_matrices: int = 3
     """Matrices of intermediate times hidden size in one MLP: 3 with a gate, 2 without."""
     window: int | None = None
@@ -127,7 +127,7 @@ def shape_of(config: Mapping[str, Any], *, name: str) -> ModelShape:
         hidden_size=hidden,
         intermediate_size=_size(directory, config, keys.intermediate_size, default=hidden * (keys.mlp_ratio or 0)),
         vocab_size=_size(directory, config, "vocab_size"),
-        context_length=_size(directory, config, keys.context_length),
+        context_length=_context(directory, config, keys),
         mlp_matrices=spec.mlp_matrices,
         window=window,
         n_windowed_layers=0 if window is None else _windowed_layers(directory, config, keys, layers),
@@ -227,6 +227,24 @@ def _size(directory: Path, config: Mapping[str, Any], key: str, *, default: int 
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise _broken(directory, f"config.json has no usable {key!r}")
     return value
+
+
+def _context(directory: Path, config: Mapping[str, Any], keys: ConfigKeys) -> int:
+    """Tokens that a row may have without a change of another row's numbers.
+
+    transformers picks the rotary factors of `longrope` by the longest row of a batch, so all rows stay within the short ones.
+    Those of `dynamic` change beyond `max_position_embeddings` alone, which no row exceeds anyway.
+    """
+    context = _size(directory, config, keys.context_length)
+    rope = config.get("rope_scaling") or config.get("rope_parameters")
+    if not isinstance(rope, dict):
+        return context
+    for each in (rope, *(part for part in rope.values() if isinstance(part, dict))):  # one for all layers, or by kind
+        if each.get("rope_type", each.get("type")) in keys.longrope:
+            within = each.get("original_max_position_embeddings") if keys.short_context is None else keys.short_context
+            short = _size(directory, config, "original_max_position_embeddings", default=within or context)
+            context = min(context, short)
+    return context
 
 
 def _window(directory: Path, config: Mapping[str, Any], keys: ConfigKeys) -> int | None:

@@ -13,5 +13,5 @@ PHI3 = ArchSpec(
     v="model.layers.{}.self_attn.qkv_proj",
     o="model.layers.{}.self_attn.o_proj",
     layout="stacked",
-    config=ConfigKeys(windows="every_layer"),
+    config=ConfigKeys(windows="every_layer", longrope=("longrope", "su", "yarn"), short_context=4096),
 )

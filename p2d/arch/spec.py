@@ -42,6 +42,10 @@ class ConfigKeys:
     hidden_size: str = "hidden_size"
     intermediate_size: str = "intermediate_size"
     context_length: str = "max_position_embeddings"
+    longrope: tuple[str, ...] = ("longrope",)
+    """Types of `rope_scaling` with other rotary factors for long texts than for short ones."""
+    short_context: int | None = None
+    """Tokens up to which the factors for short texts hold where none are given; None: the whole context."""
     head_dim: int | None = None
     """Head width where none is given; None: hidden size over heads."""
     mlp_ratio: int | None = None

@@ -5,6 +5,7 @@ The reference is the same model as transformers loads it, with eager attention: 
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,16 @@ from transformers import PreTrainedModel
 from p2d.adapters import load_adapter, merge, save_adapter
 from p2d.arch import ARCHS
 from p2d.arch.spec import n_units, unit_rows, unit_view, units_of
-from p2d.batches import answer_nll, collate
+from p2d.batches import answer_nll, collate, pack
 from p2d.config import DATA_SCORERS, HEAD_SCORERS, HeadsConfig, JobConfig, Precision, Projection, TrainingConfig
 from p2d.generation import generate
 from p2d.identify import identify_heads
 from p2d.models import BaseModel, load_base_model
 from p2d.registry import load
-from p2d.rendering import RenderedRow
+from p2d.rendering import RenderedRow, load_renderer
 from p2d.responses import DataScorer, ResponseInput
 from p2d.responses.alignment import align
+from p2d.rows import Row
 from p2d.slices import HeadSlices
 from tests.factories import TINY, WINDOW, some_rows, tiny_model_dir
 from tests.loaded import as_transformers_has_it, loaded
@@ -362,3 +364,30 @@ def test_an_aligned_row_is_one_whose_own_gradient_points_the_guides_way(
             row = gradient(base.renderer.render(ROWS[index]), layer, head)
             expected = float(torch.nn.functional.cosine_similarity(row, mean, dim=0))
             assert cosine_RN[index, (layer - 1) * base.info.n_heads + head] == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("family", ["phi3", "llama"])
+def test_a_row_within_the_context_is_worth_the_same_beside_any_other(tmp_path: Path, family: str) -> None:
+    rows = [Row(prompt="What is 1 plus 1?" + " And then?" * n, answer="2!", line=n + 1) for n in range(4)]
+    renderer = load_renderer(directory := tiny_model_dir(tmp_path / family, family=family))
+    lengths = [renderer.length(renderer.render(row)) for row in rows]
+    context = lengths[2]  # so the last row is too long for the model
+    config = json.loads((directory / "config.json").read_text())
+    config["rope_parameters"] = {
+        "phi3": {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [3.0] * 8},
+        "llama": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0},
+    }[family]
+    limit = "original_max_position_embeddings" if family == "phi3" else "max_position_embeddings"
+    (directory / "config.json").write_text(json.dumps(config | {limit: context}))
+
+    base = load_base_model(directory, precision="fp32", device="cpu")
+    rendered = [base.renderer.render(row) for row in rows]
+    with torch.no_grad():
+        alone = torch.cat([answer_nll(base, collate(base.renderer, rendered, [n]))[0] for n in range(3)])
+        together, packed = (answer_nll(base, make(base.renderer, rendered, range(3)))[0] for make in (collate, pack))
+        beyond = answer_nll(base, collate(base.renderer, rendered, range(4)))[0][:3]
+
+    assert base.info.context_length == context
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(packed, alone, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(beyond, alone, rtol=1e-2)  # which is why the context ends there

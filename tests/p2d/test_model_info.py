@@ -13,7 +13,7 @@ from transformers import AutoConfig
 
 from p2d.arch import ARCHS
 from p2d.errors import ModelError, ModelNotFound, ModelUnsupported
-from p2d.model_info import DIGEST_CACHE, find_model, list_models, model_digest, read_model_info
+from p2d.model_info import DIGEST_CACHE, find_model, list_models, model_digest, read_model_info, shape_of
 
 CONFIG = {
     "model_type": "llama",
@@ -142,6 +142,26 @@ def test_a_config_without_a_window_means_the_familys_own(tmp_path: Path) -> None
     (directory / "config.json").write_text(json.dumps(config))
 
     assert read_model_info(directory).window == AutoConfig.for_model(**config).sliding_window == 4096
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"rope_scaling": {"type": "longrope"}, "original_max_position_embeddings": 32}, 32),
+        ({"rope_scaling": {"type": "longrope", "original_max_position_embeddings": 32}}, 32),
+        (
+            {"rope_parameters": {"full_attention": {"rope_type": "longrope", "original_max_position_embeddings": 32}}},
+            32,
+        ),
+        ({"rope_scaling": {"type": "longrope"}}, 128),
+        ({"rope_scaling": {"type": "su"}, "model_type": "phi3", "max_position_embeddings": 131072}, 4096),
+        ({"rope_scaling": {"type": "dynamic", "factor": 4.0}, "original_max_position_embeddings": 32}, 128),
+        ({"rope_scaling": {"type": "llama3", "original_max_position_embeddings": 32}}, 128),
+        ({"rope_scaling": None, "original_max_position_embeddings": 32}, 128),
+    ],
+)
+def test_the_context_ends_where_rotary_factors_would_change(config: dict[str, Any], expected: int) -> None:
+    assert shape_of({**CONFIG, **config}, name="m").context_length == expected
 
 
 def test_causal_masks_in_an_older_file_are_no_parameters(tmp_path: Path) -> None:
