@@ -76,9 +76,10 @@ class ModelInfo(ModelShape):
 
 
 def read_model_info(directory: Path) -> ModelInfo:
-    """Read what `directory` holds.
+    """Read what `directory` holds, without its weights: only loading finds norms or biases that are wrong, and NaN.
 
-    Raises: ModelNotFound (no such directory), ModelUnsupported (family without a spec, quantised), ModelError (broken).
+    Raises: ModelNotFound (no such directory), ModelUnsupported (family without a spec, quantised), ModelError (broken: a file is
+            missing or cut off, or a matrix is missing or misshapen).
     """
     if not directory.is_dir():
         raise ModelNotFound(
@@ -90,10 +91,13 @@ def read_model_info(directory: Path) -> ModelInfo:
 @lru_cache(256)
 def _read(directory: Path, stamps: Stamps) -> ModelInfo:
     """Once for the files as they are. An error is not kept."""
-    shape = shape_of(_config(directory), name=directory.name)
+    config = _config(directory)
+    shape = shape_of(config, name=directory.name)
     if not (directory / "tokenizer.json").is_file():
         raise _broken(directory, "tokenizer.json is missing")
-    parameters, dtype = _weights(directory)
+    tensors = {name: entry for path in _weight_files(directory) for name, entry in _header(directory, path).items()}
+    parameters, dtype = _weights(directory, tensors)
+    _check_matrices(directory, config, shape, tensors)
     return ModelInfo(
         name=directory.name, digest=model_digest(directory), parameters=parameters, dtype=dtype, **asdict(shape)
     )
@@ -270,20 +274,34 @@ def _windowed_layers(directory: Path, config: Mapping[str, Any], keys: ConfigKey
     return n_layers // _size(directory, config, "no_rope_layer_interval", default=4)
 
 
-def _weights(directory: Path) -> tuple[int, str]:
-    """Count parameters and name their commonest type, from the headers alone; a cut-off file is refused."""
+def _weights(directory: Path, tensors: Mapping[str, Mapping[str, Any]]) -> tuple[int, str]:
+    """Count parameters and name their commonest type, from the headers alone."""
     by_dtype: Counter[str] = Counter()
-    paths = _weight_files(directory)
-    for path in paths:
-        for name, entry in _header(directory, path).items():
-            if is_weight(name):
-                by_dtype[entry["dtype"]] += math.prod(entry["shape"])
+    for name, entry in tensors.items():
+        if is_weight(name):
+            by_dtype[entry["dtype"]] += math.prod(entry["shape"])
     dtype = by_dtype.most_common(1)[0][0] if by_dtype else ""
     if dtype not in _DTYPES:
         raise ModelUnsupported(
             f"The weights of {directory.name!r} are of type {dtype or 'none'}; expected F32, BF16 or F16."
         )
     return by_dtype.total(), _DTYPES[dtype]
+
+
+def _check_matrices(
+    directory: Path, config: Mapping[str, Any], shape: ModelShape, tensors: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """Raise ModelError, by name, if a matrix that the spec knows is missing or not of the shape that config.json makes it."""
+    spec = _spec(directory, config)
+    for name, expected in spec.matrices(shape):
+        names: tuple[str, ...] = spec.names_in_files(name)
+        if name == f"{spec.embedding}.weight" and config.get("tie_word_embeddings", True):
+            names = (*names, f"{spec.lm_head}.weight")  # a file may hold the one matrix under its other name
+        stored = next((each for each in names if each in tensors), None)
+        if stored is None:
+            raise _broken(directory, f"{name} is missing, expected with the shape {expected}")
+        if (found := tuple(tensors[stored]["shape"])) != expected:
+            raise _broken(directory, f"{stored} has the shape {found}, expected {expected}")
 
 
 def _weight_files(directory: Path) -> list[Path]:

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTra
 from transformers.utils import logging as transformers_logging
 
 from p2d.arch import ARCHS
-from p2d.arch.spec import ArchSpec, unit_view, weight_shape
+from p2d.arch.spec import ArchSpec, unit_view
 from p2d.attention import use_attention
 from p2d.config import Precision, Projection
 from p2d.device import pick_device, pick_dtype
@@ -97,23 +97,10 @@ def load_base_model(directory: Path, *, precision: Precision = "auto", device: s
         )
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise ModelError(f"The weights of {info.name!r} cannot be loaded: {error}", model=info.name) from error
-    _check_shapes(info, spec, module)
     module.to(where)  # type: ignore[arg-type]
     _check_finite(info, module)
     use_attention(module)
     return BaseModel(info, spec, module, renderer, where, dtype, load_s=time.perf_counter() - started)
-
-
-def _check_shapes(info: ModelInfo, spec: ArchSpec, module: PreTrainedModel) -> None:
-    """Raise ModelError if heads stand elsewhere than the description of the model says: slices would cut across them."""
-    projections: tuple[Projection, ...] = ("q", "k", "v", "o")
-    for layer in range(info.n_layers):
-        for projection in projections:
-            shape = tuple(module.get_parameter(spec.weight_name(layer, projection)).shape)
-            if shape != (expected := weight_shape(spec, info, projection)):
-                name = spec.weight_name(layer, projection)
-                text = f"{name} of {info.name!r} has the shape {shape}; its config.json makes it {expected}."
-                raise ModelError(text, model=info.name)
 
 
 def _check_finite(info: ModelInfo, module: PreTrainedModel) -> None:

@@ -13,5 +13,8 @@ GPT_NEOX = ArchSpec(
     v="gpt_neox.layers.{}.attention.query_key_value",
     o="gpt_neox.layers.{}.attention.dense",
     layout="interleaved",
+    embedding="gpt_neox.embed_in",
+    mlp_in=("gpt_neox.layers.{}.mlp.dense_h_to_4h",),
+    mlp_out="gpt_neox.layers.{}.mlp.dense_4h_to_h",
     mlp_matrices=2,
 )

@@ -13,5 +13,6 @@ PHI3 = ArchSpec(
     v="model.layers.{}.self_attn.qkv_proj",
     o="model.layers.{}.self_attn.o_proj",
     layout="stacked",
+    mlp_in=("model.layers.{}.mlp.gate_up_proj",),
     config=ConfigKeys(windows="every_layer", longrope=("longrope", "su", "yarn"), short_context=4096),
 )

@@ -9,12 +9,12 @@ stored [out, in] or, as GPT-2's Conv1D does, [in, out]. `unit_view` hides all th
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from p2d.config import Projection
-from p2d.model_info import ModelInfo
+from p2d.model_info import ModelInfo, ModelShape
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -75,6 +75,12 @@ class ArchSpec:
     layout: Layout = "separate"
     transposed: bool = False
     """Whether weights are stored [in, out] (Conv1D)."""
+    embedding: str = "model.embed_tokens"
+    """Path of the token embedding."""
+    mlp_in: tuple[str, ...] = ("model.layers.{}.mlp.gate_proj", "model.layers.{}.mlp.up_proj")
+    """Paths of what widens in a layer's MLP, the gate too; one path where both share a module."""
+    mlp_out: str = "model.layers.{}.mlp.down_proj"
+    """Path of what narrows again."""
     mlp_matrices: Literal[2, 3] = 3
     """Matrices of intermediate times hidden size in one MLP: 3 with a gate (fused with another or not), 2 without."""
     config: ConfigKeys = ConfigKeys()
@@ -90,8 +96,23 @@ class ArchSpec:
 
     def stored_names(self, layer: int, projection: Projection) -> tuple[str, str]:
         """Names of its weight in checkpoint files: as in the model or, as GPT-2's own files have it, from the backbone on."""
-        name = self.weight_name(layer, projection)
+        return self.names_in_files(self.weight_name(layer, projection))
+
+    def names_in_files(self, name: str) -> tuple[str, str]:
+        """Names of one of the model's weights in checkpoint files, see `stored_names`."""
         return name, name.removeprefix(f"{self.backbone}.")
+
+    def matrices(self, shape: ModelShape) -> Iterator[tuple[str, tuple[int, int]]]:
+        """Name in the model and shape, as stored, of the embedding and of every matrix of attention and MLPs."""
+        D, I = shape.hidden_size, shape.intermediate_size  # noqa: E741
+        yield f"{self.embedding}.weight", (shape.vocab_size, D)
+        wide = I * (self.mlp_matrices - 1) // len(self.mlp_in)
+        attention: tuple[Projection, ...] = ("q", "k", "v", "o") if self.layout == "separate" else ("q", "o")
+        for layer in range(shape.n_layers):
+            for projection in attention:
+                yield self.weight_name(layer, projection), weight_shape(self, shape, projection)
+            for path, (out, into) in [*((path, (wide, D)) for path in self.mlp_in), (self.mlp_out, (D, I))]:
+                yield f"{path.format(layer)}.weight", (into, out) if self.transposed else (out, into)
 
 
 def every_head(info: ModelInfo) -> list[tuple[int, int]]:
@@ -116,7 +137,7 @@ def units_of(info: ModelInfo, projection: Projection, heads: Iterable[int]) -> l
     return sorted({group_of(info, head) for head in heads})
 
 
-def n_units(info: ModelInfo, projection: Projection) -> int:
+def n_units(info: ModelShape, projection: Projection) -> int:
     """Units of one projection in one layer."""
     return info.n_heads if projection in HEAD_WISE else info.n_kv_groups
 
@@ -135,7 +156,7 @@ def unit_rows(spec: ArchSpec, info: ModelInfo, projection: Projection, unit: int
     return range(start, start + width)
 
 
-def weight_shape(spec: ArchSpec, info: ModelInfo, projection: Projection) -> tuple[int, int]:
+def weight_shape(spec: ArchSpec, info: ModelShape, projection: Projection) -> tuple[int, int]:
     """Shape of the weight that holds one projection, as stored."""
     shared: tuple[Projection, ...] = (projection,) if spec.layout == "separate" or projection == "o" else FUSED_ORDER
     width = sum(n_units(info, name) for name in shared) * info.head_dim

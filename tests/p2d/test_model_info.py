@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from p2d.arch import ARCHS
+from p2d.arch.spec import ArchSpec
 from p2d.errors import ModelError, ModelNotFound, ModelUnsupported
 from p2d.model_info import DIGEST_CACHE, find_model, list_models, model_digest, read_model_info, shape_of
+from p2d.registry import load
+from tests.factories import tiny_model_dir
 
 CONFIG = {
     "model_type": "llama",
@@ -27,13 +33,29 @@ CONFIG = {
 }
 
 
-def safetensors(*shapes: list[int], dtype: str = "F32") -> bytes:
+SHAPES: dict[str, list[int]] = {"model.embed_tokens.weight": [64, 16], "model.norm.weight": [16]} | {
+    f"model.layers.{layer}.{name}.weight": shape
+    for layer in range(2)
+    for name, shape in {
+        "self_attn.q_proj": [16, 16],
+        "self_attn.k_proj": [8, 16],
+        "self_attn.v_proj": [8, 16],
+        "self_attn.o_proj": [16, 16],
+        "mlp.gate_proj": [32, 16],
+        "mlp.up_proj": [32, 16],
+        "mlp.down_proj": [16, 32],
+    }.items()
+}
+"""Weights that a model of CONFIG has."""
+
+PARAMETERS = sum(math.prod(shape) for shape in SHAPES.values())
+
+
+def safetensors(shapes: dict[str, list[int]], dtype: str = "F32") -> bytes:
     header, end = {}, 0
-    for number, shape in enumerate(shapes):
-        size = 4
-        for length in shape:
-            size *= length
-        header[f"w{number}"] = {"dtype": dtype, "shape": shape, "data_offsets": [end, end + size]}
+    for name, shape in shapes.items():
+        size = 4 * math.prod(shape)
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [end, end + size]}
         end += size
     raw = json.dumps(header).encode()
     return struct.pack("<Q", len(raw)) + raw + bytes(end)
@@ -43,7 +65,7 @@ def write_model(directory: Path, **config: Any) -> Path:
     directory.mkdir(parents=True)
     (directory / "config.json").write_text(json.dumps({**CONFIG, **config}))
     (directory / "tokenizer.json").write_text("{}")
-    (directory / "model.safetensors").write_bytes(safetensors([2, 3], [4]))
+    (directory / "model.safetensors").write_bytes(safetensors(SHAPES))
     return directory
 
 
@@ -51,11 +73,11 @@ def test_a_model_is_described_without_reading_weights(tmp_path: Path) -> None:
     info = read_model_info(write_model(tmp_path / "tiny"))
 
     assert (info.name, info.n_layers, info.n_heads, info.n_kv_groups, info.head_dim) == ("tiny", 2, 4, 2, 4)
-    assert (info.context_length, info.parameters, info.dtype) == (128, 10, "fp32")
+    assert (info.context_length, info.parameters, info.dtype) == (128, PARAMETERS, "fp32")
 
 
-def test_a_model_without_groups_has_one_per_head(tmp_path: Path) -> None:
-    assert read_model_info(write_model(tmp_path / "m", num_key_value_heads=None, head_dim=8)).n_kv_groups == 4
+def test_a_model_without_groups_has_one_per_head() -> None:
+    assert shape_of({**CONFIG, "num_key_value_heads": None, "head_dim": 8}, name="m").n_kv_groups == 4
 
 
 PUBLISHED: dict[str, tuple[dict[str, Any], dict[str, int | None]]] = {
@@ -121,12 +143,10 @@ PUBLISHED: dict[str, tuple[dict[str, Any], dict[str, int | None]]] = {
 
 
 @pytest.mark.parametrize("model", PUBLISHED)
-def test_a_family_is_described_by_its_own_names_as_transformers_reads_them(tmp_path: Path, model: str) -> None:
+def test_a_family_is_described_by_its_own_names_as_transformers_reads_them(model: str) -> None:
     config, expected = PUBLISHED[model]
-    directory = write_model(tmp_path / "m")
-    (directory / "config.json").write_text(json.dumps(config))
 
-    info = read_model_info(directory)
+    info = shape_of(config, name=model)
 
     assert {name: getattr(info, name) for name in expected} == expected
     theirs: Any = AutoConfig.for_model(**config)
@@ -136,12 +156,10 @@ def test_a_family_is_described_by_its_own_names_as_transformers_reads_them(tmp_p
         assert info.n_windowed_layers == theirs.layer_types.count("sliding_attention")
 
 
-def test_a_config_without_a_window_means_the_familys_own(tmp_path: Path) -> None:
+def test_a_config_without_a_window_means_the_familys_own() -> None:
     config = {key: value for key, value in PUBLISHED["Mistral-7B-v0.1"][0].items() if key != "sliding_window"}
-    directory = write_model(tmp_path / "m")
-    (directory / "config.json").write_text(json.dumps(config))
 
-    assert read_model_info(directory).window == AutoConfig.for_model(**config).sliding_window == 4096
+    assert shape_of(config, name="m").window == AutoConfig.for_model(**config).sliding_window == 4096
 
 
 @pytest.mark.parametrize(
@@ -166,12 +184,46 @@ def test_the_context_ends_where_rotary_factors_would_change(config: dict[str, An
 
 def test_causal_masks_in_an_older_file_are_no_parameters(tmp_path: Path) -> None:
     directory = write_model(tmp_path / "m")
-    weights = safetensors([2, 3], [1, 1, 64, 64])
-    renamed = weights[8:].replace(b'"w1"', b'"h.0.attn.bias"')
-    length = int.from_bytes(weights[:8], "little") + len("h.0.attn.bias") - len("w1")
-    (directory / "model.safetensors").write_bytes(struct.pack("<Q", length) + renamed)
+    (directory / "model.safetensors").write_bytes(safetensors(SHAPES | {"h.0.attn.bias": [1, 1, 64, 64]}))
 
-    assert read_model_info(directory).parameters == 6
+    assert read_model_info(directory).parameters == PARAMETERS
+
+
+@pytest.mark.parametrize("family", sorted(ARCHS))
+def test_a_matrix_that_is_missing_or_misshapen_is_named_with_its_shapes(tmp_path: Path, family: str) -> None:
+    directory = tiny_model_dir(tmp_path / family, family=family)
+    whole = load_file(directory / "model.safetensors")
+    matrices = {name: tuple(tensor.shape) for name, tensor in whole.items() if tensor.ndim == 2 and ".wpe." not in name}
+    spec: ArchSpec = load(ARCHS, family, what="", pointer="")
+    assert dict(spec.matrices(read_model_info(directory))) == matrices
+
+    for name, shape in [(name, shape) for name, shape in matrices.items() if ".0." not in name and ".2." not in name]:
+        turned = whole[name].flatten().unflatten(0, (2, -1))
+        for changed, said in (
+            (
+                {each: tensor for each, tensor in whole.items() if each != name},
+                f"{name} is missing, expected with the shape {shape}",
+            ),
+            (whole | {name: turned}, f"{name} has the shape {tuple(turned.shape)}, expected {shape}"),
+        ):
+            save_file(changed, directory / "model.safetensors", metadata={"format": "pt"})
+            with pytest.raises(ModelError, match=re.escape(said)):
+                read_model_info(directory)
+
+
+def test_other_names_that_files_have_for_the_same_weights_are_known(tmp_path: Path) -> None:
+    for family, old, new in (
+        ("gpt2", "transformer.", ""),
+        ("llama", "model.embed_tokens.", "lm_head."),
+    ):  # the second: tied
+        directory = tiny_model_dir(tmp_path / family, family=family)
+        told = read_model_info(directory).parameters
+        renamed = {
+            name.replace(old, new): tensor for name, tensor in load_file(directory / "model.safetensors").items()
+        }
+        save_file(renamed, directory / "model.safetensors", metadata={"format": "pt"})
+
+        assert read_model_info(directory).parameters == told
 
 
 def test_the_digest_knows_contents_and_names_but_not_times(tmp_path: Path) -> None:
@@ -222,7 +274,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], type[ModelError], str]] = {
     "an index with a path": (lambda d: index(d, "../other/model.safetensors"), ModelError, "outside"),
     "an index with a missing file": (lambda d: index(d, "model-2.safetensors"), ModelError, "is missing"),
     "quantised weights": (
-        lambda d: (d / "model.safetensors").write_bytes(safetensors([4], dtype="I8")), ModelUnsupported, "I8"),
+        lambda d: (d / "model.safetensors").write_bytes(safetensors(SHAPES, dtype="I8")), ModelUnsupported, "I8"),
 }  # fmt: skip
 
 
