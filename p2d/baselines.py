@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from p2d.batches import TOKEN_BUDGET, Batch, answer_nll, pack, packed_batches
 from p2d.config import TrainingConfig
-from p2d.device import memory_guard
 from p2d.flops import LORA_RANK
+from p2d.memory_guard import memory_guard
 from p2d.models import BaseModel
 from p2d.optimization import epoch_order, steps_per_epoch
 from p2d.rendering import RenderedRow

@@ -5,13 +5,11 @@ from __future__ import annotations
 import os
 import resource
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 
 from p2d.config import Precision
-from p2d.errors import ConfigError, OutOfMemory
+from p2d.errors import ConfigError
 
 SHAPE_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 """oneDNN's cache of compiled shapes and PyTorch's own above it: both keep up to 1,024 entries of some 0.3 MiB each."""
@@ -69,16 +67,3 @@ def peak_memory_bytes(device: torch.device) -> int:
 def device_memory_bytes(device: torch.device) -> int:
     """What a device has that does not compute in the host's memory; 0 for a CPU."""
     return int(torch.cuda.mem_get_info(device)[1]) if device.type == "cuda" else 0
-
-
-@contextmanager
-def memory_guard(doing: str) -> Iterator[None]:
-    """Turn running out of memory into OutOfMemory (`engine.out_of_memory`), with what was being done."""
-    try:
-        yield
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise OutOfMemory(f"The device ran out of memory while {doing}.") from error
-    except RuntimeError as error:  # the CPU allocator has no error class of its own
-        if "DefaultCPUAllocator" not in str(error):
-            raise
-        raise OutOfMemory(f"The machine ran out of memory while {doing}.") from error

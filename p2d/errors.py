@@ -195,7 +195,12 @@ class Diverged(EngineError):
 class OutOfMemory(EngineError):
     """The device ran out of memory."""
 
-    code, fault, hint = "engine.out_of_memory", "capacity", "Lower training.batch_size or training.max_length."
+    code, fault, hint = (
+        "engine.out_of_memory",
+        "capacity",
+        "Shorten the longest rows (training.max_length names them), lower training.batch_size (for `icl` data.n_demos too), or use "
+        "a device with more memory.",
+    )
 
 
 class OutInUse(P2DError):

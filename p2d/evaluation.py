@@ -22,9 +22,9 @@ from p2d.adapters import Adapter
 from p2d.baselines import MEASURED_STEPS, Baseline, project_full_fine_tuning, project_lora
 from p2d.batches import answer_nlls
 from p2d.config import Control, JobConfig, Projection
-from p2d.device import memory_guard
 from p2d.errors import Diverged
 from p2d.generation import answer_limit, task_metric
+from p2d.memory_guard import memory_guard
 from p2d.models import BaseModel
 from p2d.pipeline import Progress, no_progress
 from p2d.rendering import RenderedRow, RenderedRows

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from p2d.batches import TOKEN_BUDGET, answer_nll, mean_answer_nll, pack, packed_batches
 from p2d.config import DEFAULT_RATIO, HEAD_SCORERS, JobConfig, Projection, proxy_count, proxy_guide_rows
-from p2d.device import memory_guard
 from p2d.errors import DatasetTooSmall, Diverged, EngineError
 from p2d.head_maps import HeadMap, ProxyFacts, reproducibility
+from p2d.memory_guard import memory_guard
 from p2d.models import BaseModel
 from p2d.optimization import Schedule, SliceTrainer, epoch_order, steps_per_epoch
 from p2d.pipeline import Progress

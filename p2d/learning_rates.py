@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 from p2d.batches import TOKEN_BUDGET, mean_answer_nll
 from p2d.config import JobConfig
-from p2d.device import memory_guard
 from p2d.errors import Diverged, EngineError
+from p2d.memory_guard import memory_guard
 from p2d.models import BaseModel
 from p2d.optimization import Schedule, SliceTrainer
 from p2d.pipeline import Progress

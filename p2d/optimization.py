@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from p2d.batches import TOKEN_BUDGET, answer_nll, pack, packed_batches
-from p2d.device import memory_guard
 from p2d.errors import Diverged, OutOfMemory
+from p2d.memory_guard import memory_guard
 from p2d.models import BaseModel
 from p2d.rendering import RenderedRow
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from p2d.config import JobConfig, Precision
+from p2d.memory_guard import memory_guard
 from p2d.registry import load
 
 if TYPE_CHECKING:
@@ -261,14 +262,15 @@ def run_step(
     """Run one step: read `call.inputs`, write `call.out`.
 
     Args:    on_checkpoint: called with each complete checkpoint folder (under `out/checkpoint/`) that `train` writes.
-    Raises:  P2DError for everything a user may see; Cancelled when `progress` raised it.
+    Raises:  P2DError for everything a user may see, OutOfMemory among it; Cancelled when `progress` raised it.
     """
     body: Callable[[StepCall, Progress, ModelCache, Callable[[Path], None] | None], None]
     body = load(_BODIES, call.step, what="step", pointer="/step")
     call.out.mkdir(parents=True, exist_ok=True)
     finished = False
     try:
-        body(call, progress, models, on_checkpoint)
+        with memory_guard(f"running the stage {spec_of(call.step).stage!r}"):
+            body(call, progress, models, on_checkpoint)
         finished = True
     finally:
         if not finished:

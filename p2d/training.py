@@ -18,8 +18,8 @@ from p2d.activation_cache import remember_below
 from p2d.batches import TOKEN_BUDGET, mean_answer_nll
 from p2d.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
 from p2d.config import JobConfig
-from p2d.device import memory_guard
 from p2d.learning_rates import Found, Trial, find_learning_rate, search_steps, watched_rows
+from p2d.memory_guard import memory_guard
 from p2d.models import BaseModel
 from p2d.optimization import Schedule, SliceTrainer, StepLog, steps_per_epoch
 from p2d.pipeline import Progress

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import BinaryIO, NoReturn
 
 from p2d.config import config_from_json
-from p2d.errors import Cancelled, EngineError, OutOfMemory, P2DError
+from p2d.errors import Cancelled, EngineError, P2DError
 from p2d.pipeline import ModelCache, StepCall
 from workers.wire import (
     CancelStep,
@@ -148,8 +148,6 @@ def _named(error: Exception, step: str) -> P2DError:
     places = [f"{frame.filename}:{frame.lineno} {frame.name}" for frame in traceback.extract_tb(error.__traceback__)]
     kind = type(error).__name__
     print(f"{kind} in step {step}\n  " + "\n  ".join(places), file=sys.stderr, flush=True)  # noqa: T201
-    if isinstance(error, MemoryError) or kind == "OutOfMemoryError":
-        return OutOfMemory(f"The step {step!r} ran out of memory.", step=step)
     return EngineError(f"The step {step!r} failed with {kind}.", step=step, exception=kind, place=places[-1])
 
 

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
+from typing import NoReturn
 
 import pytest
+import torch
 
+from p2d import pipeline
 from p2d.config import DataConfig, HeadsConfig, JobConfig, Kind
-from p2d.pipeline import STEPS, is_input, plan_steps, shard_range
+from p2d.errors import OutOfMemory
+from p2d.pipeline import STEPS, ModelCache, StepCall, is_input, plan_steps, run_step, shard_range
 
 KINDS: tuple[Kind, ...] = ("identify_heads", "select_data", "adapt")
 
@@ -73,3 +78,27 @@ def test_planning_a_job_leaves_torch_alone() -> None:
     code = "import sys, p2d, p2d.pipeline; bad = {'torch', 'numpy', 'transformers'} & set(sys.modules); assert not bad, bad"
 
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    "raised",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:118] . DefaultCPUAllocator: can't allocate memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        MemoryError(),
+    ],
+    ids=lambda raised: type(raised).__name__,
+)
+def test_a_step_that_runs_out_of_memory_anywhere_says_so_by_our_own_error(
+    raised: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def body(*_: object) -> NoReturn:
+        raise raised
+
+    monkeypatch.setattr(pipeline, "load", lambda *_, **__: body)
+    for step, spec in STEPS.items():
+        call = StepCall(step=step, config=JobConfig(), model_dir=tmp_path, inputs=tmp_path, out=tmp_path)
+        with pytest.raises(OutOfMemory, match=f"ran out of memory while running the stage '{spec.stage}'") as caught:
+            run_step(call, models=ModelCache())
+        assert caught.value.__cause__ is raised
