@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from datetime import datetime
 from typing import Any, Literal, get_args
 
+from p2d.config_types import wrong_types
 from p2d.errors import ConfigError, ErrorDetail, UnknownName
 from p2d.registry import check_name
 from p2d.wording import counted
@@ -261,7 +262,8 @@ def proxy_guide_rows(proxy_rows: int, guide_rows: int) -> int:
 
 
 def check(config: JobConfig) -> None:
-    """Raise ConfigError (`config.invalid`) with one entry in errors[] for every field that is wrong."""
+    """Raise ConfigError (`config.invalid`) with one entry in errors[] for every field that is wrong; types come first."""
+    _refuse(list(wrong_types(config, JobConfig)))
     _refuse([*_faults(config), *_unproven(config)])
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from p2d.columns import Columns, mapped
-from p2d.config import JobConfig, check, config_json
+from p2d.config import JobConfig, Kind, check, config_json
 from p2d.errors import ConfigError, DatasetError, DatasetFileMissing, ErrorDetail, P2DError
 from p2d.files import read_json, sha256_of, write_json
 from p2d.head_maps import check_head_map
@@ -82,7 +82,7 @@ def adapt(
              head_map, selection: files of an earlier job, instead of making them anew.
     Raises:  P2DError: every error that a user may see.
     """
-    job = replace(config or JobConfig(), kind="adapt")
+    job = _of_kind("adapt", config)
     return _run(job, model, data, out, validation, mapping, head_map, selection, device, on_progress)
 
 
@@ -98,7 +98,7 @@ def identify_heads(
     on_progress: OnProgress | None = None,
 ) -> Result:
     """Stage 1 alone: leaves head_map.json in `out`. Arguments as for `adapt`."""
-    job = replace(config or JobConfig(), kind="identify_heads")
+    job = _of_kind("identify_heads", config)
     return _run(job, model, data, out, validation, mapping, None, None, device, on_progress)
 
 
@@ -115,8 +115,13 @@ def select_data(
     on_progress: OnProgress | None = None,
 ) -> Result:
     """Stages 1 and 2: leaves head_map.json and selection.jsonl in `out`. Arguments as for `adapt`."""
-    job = replace(config or JobConfig(), kind="select_data")
+    job = _of_kind("select_data", config)
     return _run(job, model, data, out, validation, mapping, head_map, None, device, on_progress)
+
+
+def _of_kind(kind: Kind, config: JobConfig | None) -> JobConfig:
+    check(config or JobConfig())  # a mapping, say, could not even be given a kind
+    return replace(config or JobConfig(), kind=kind)
 
 
 def _run(
@@ -131,7 +136,6 @@ def _run(
     device: str,
     on_progress: OnProgress | None,
 ) -> Result:
-    check(config)
     columns = mapped(mapping or {})
     config = _with_earlier(config, head_map, selection)
     with _result_folder(out) as folder, work_folder(folder) as work:

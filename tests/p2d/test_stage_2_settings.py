@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from p2d import adapt
 from p2d.config import (
     DATA_SCORERS,
     DataConfig,
@@ -112,3 +113,42 @@ def test_a_word_that_no_field_knows_is_refused_from_python_too_with_all_the_othe
         "/training/precision",
         "/training/slices",
     ]
+
+
+def test_every_field_of_a_wrong_type_is_named_before_any_value_is_judged() -> None:
+    heads: Any = HeadsConfig(scorer=3, ratio="auto", proxy_rows=True)  # type: ignore[arg-type]
+    data: Any = DataConfig(ratio="0.1", n_demos=5.0, mode="quick")  # type: ignore[arg-type]
+    training: Any = TrainingConfig(
+        slices="vo",  # type: ignore[arg-type]
+        epochs=2.5,  # type: ignore[arg-type]
+        learning_rate="1e-3",  # type: ignore[arg-type]
+        batch_size=None,  # type: ignore[arg-type]
+        seed=-1,
+    )
+    limits: Any = {"max_seconds": 60}
+    wrong = JobConfig(heads=heads, data=data, training=training, controls="random_data", limits=limits)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError) as caught:
+        check(wrong)
+
+    assert {error.code for error in caught.value.errors} == {"config.wrong_type"}
+    assert {str(error.pointer): error.message for error in caught.value.errors} == {
+        "/heads/scorer": "Expected text, got int 3.",
+        "/heads/ratio": "Expected a number, got str 'auto'.",
+        "/heads/proxy_rows": "Expected a whole number or 'auto', got bool True.",
+        "/data/ratio": "Expected a number or 'auto', got str '0.1'.",
+        "/data/n_demos": "Expected a whole number, got float 5.0.",
+        "/training/slices": "Expected a tuple of 'q' or 'k' or 'v' or 'o' or 'auto', got str 'vo'.",
+        "/training/epochs": "Expected a whole number, got float 2.5.",
+        "/training/learning_rate": "Expected a number or 'auto', got str '1e-3'.",
+        "/training/batch_size": "Expected a whole number, got NoneType.",
+        "/controls": "Expected a tuple of 'random_heads' or 'random_data', got str 'random_data'.",
+        "/limits": "Expected Limits, got dict.",
+    }
+    check(JobConfig(data=DataConfig(ratio=1), training=TrainingConfig(learning_rate=1)))  # a whole number is a number
+
+
+def test_a_job_that_is_no_config_at_all_is_refused_by_its_type() -> None:
+    with pytest.raises(ConfigError) as caught:
+        adapt(model="none", data="none", out="none", config={"kind": "adapt"})  # type: ignore[arg-type]
+
+    assert [error.message for error in caught.value.errors] == ["Expected JobConfig, got dict."]
