@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from datetime import datetime
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from sqlalchemy import ColumnElement, DateTime, case, delete, func, insert, literal, or_, select, update
 from sqlalchemy.dialects.postgresql import JSONB
@@ -22,6 +22,8 @@ Status = Literal["queued", "running", "pausing", "paused", "cancelling", "cancel
 Stage = Literal["validating", "identifying_heads", "selecting_data", "training", "evaluating", "packaging"]
 
 FINAL: frozenset[Status] = frozenset({"cancelled", "succeeded", "failed"})
+OPEN: frozenset[Status] = frozenset(get_args(Status)) - FINAL
+"""Of jobs that have not ended."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
