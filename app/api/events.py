@@ -6,6 +6,7 @@ A database connection is held for one read, never while a client waits.
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator
 from typing import Annotated, Any, NamedTuple
@@ -30,6 +31,9 @@ BATCH = 200
 """Events of one read of a stream."""
 
 MAX_WAIT_S = 30
+
+AGAIN_S = 1.0
+"""Between two tries of a stream to read from a database that does not answer."""
 
 _STREAM = {
     "description": "A page, or the stream; its `id` is the event's number and its `data` the event's.",
@@ -109,8 +113,12 @@ async def _frames(services: Services, job_id: str, after: int) -> AsyncIterator[
         try:
             log, events = await run_in_threadpool(_read, services, job_id, after, BATCH)
             await run_in_threadpool(services.door.still_open, services.caller)
-        except (JobNotFound, KeyRefused, DatabaseUnavailable, PoolTimeout):
-            return  # deleted, revoked, or no database: whoever comes back gets 404, 401, 503 or what is missing
+        except (JobNotFound, KeyRefused):
+            return  # it was deleted, or the key was revoked: whoever comes back gets 404 or 401
+        except (DatabaseUnavailable, PoolTimeout):  # for a while: who came back now would only wait elsewhere
+            yield b": waiting for the database\n\n"
+            await asyncio.sleep(AGAIN_S)
+            continue
         if events:
             yield b"".join(_frame(event) for event in events)
             after = events[-1].seq
