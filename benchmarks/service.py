@@ -22,7 +22,6 @@ import resource
 import shutil
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import tempfile
@@ -38,9 +37,13 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
+import numpy as np
 import psutil
+from safetensors.numpy import save_file
 
+from p2d.arch.llama import LLAMA
 from p2d.errors import Diverged
+from p2d.model_info import shape_of
 
 ROOT = Path(__file__).resolve().parent.parent
 RATE, SECONDS = 100, 20
@@ -145,7 +148,7 @@ def service(upload_gb: float) -> Iterator[Running]:
     resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
     home, port = Path(tempfile.mkdtemp(prefix="p2d-load-")), free_port()
     home.chmod(0o711)  # the database's user passes through
-    a_model(home / "models" / "small")
+    write_stub_model(home / "models" / "small")
     env = {name: value for name, value in os.environ.items() if not name.startswith("P2D_")}
     env |= {"P2D_HOME": str(home), "P2D_PORT": str(port), "PYTHONPATH": str(ROOT), "P2D_QUOTA_JOBS": "1000000"}
     env |= {"P2D_API_PROCESSES": str(API_PROCESSES)}
@@ -185,15 +188,16 @@ def answers(url: str) -> bool:
         return False
 
 
-def a_model(directory: Path) -> None:
-    """A model that can be described: nobody loads it."""
+def write_stub_model(directory: Path) -> None:
+    """A model that can be described, all weights zero: nobody loads it."""
     directory.mkdir(parents=True)
     sizes = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 16}
     more = {"model_type": "llama", "intermediate_size": 32, "vocab_size": 64, "max_position_embeddings": 128}
-    (directory / "config.json").write_text(json.dumps(sizes | more))
+    config = sizes | more
+    (directory / "config.json").write_text(json.dumps(config))
     (directory / "tokenizer.json").write_text("{}")
-    header = json.dumps({"weight": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
-    (directory / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + b"\0\0\0\0")
+    matrices = dict(LLAMA.matrices(shape_of(config, name=directory.name)))
+    save_file({name: np.zeros(shape, np.float32) for name, shape in matrices.items()}, directory / "model.safetensors")
 
 
 def free_port() -> int:

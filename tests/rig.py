@@ -9,10 +9,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import itertools
-import json
 import os
 import signal
-import struct
 import subprocess
 import sys
 import time
@@ -36,6 +34,7 @@ from app.db.projects import DEFAULT_PROJECT
 from app.db.steps import Step, list_steps
 from app.service import environment
 from app.settings import Settings
+from benchmarks.service import write_stub_model
 from p2d.config import DataConfig, HeadsConfig, JobConfig, Kind, Limits
 from p2d.model_info import read_model_info
 from p2d.pipeline import spec_of
@@ -324,22 +323,3 @@ def make_rig(settings: Settings, tmp_path: Path) -> Rig:
         store=BlobStore.open(settings.url("store_url"), ObjectBook(db)),
         waker=Waker(settings.url("broker_url")),
     )
-
-
-def write_stub_model(directory: Path) -> None:
-    """A model that can be described but not loaded: config, tokenizer and one weight."""
-    directory.mkdir(parents=True)
-    config = {
-        "model_type": "llama",
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "vocab_size": 64,
-        "max_position_embeddings": 128,
-    }
-    (directory / "config.json").write_text(json.dumps(config))
-    (directory / "tokenizer.json").write_text("{}")
-    header = json.dumps({"weight": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
-    (directory / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + b"\0\0\0\0")

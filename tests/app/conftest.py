@@ -26,7 +26,8 @@ from app.main import create_app
 from app.problems import MEDIA_TYPE
 from app.settings import Settings
 from app.wire_protocol import PatientProtocol
-from tests.rig import FAST, wait_for, write_stub_model
+from benchmarks.service import write_stub_model
+from tests.rig import FAST, wait_for
 from tests.tls_server import World, tls_world
 from workers.loop import Worker
 

@@ -199,7 +199,7 @@ def test_a_later_job_takes_up_a_head_map_and_a_selection(api: Api, job: dict[str
 
 
 def test_a_selection_of_another_dataset_or_model_is_refused(api: Api, job: dict[str, Any]) -> None:
-    from tests.rig import write_stub_model
+    from benchmarks.service import write_stub_model
 
     write_stub_model(api.settings.models_dir / "other")
     (api.settings.models_dir / "other" / "tokenizer.json").write_text('{"other": 1}')

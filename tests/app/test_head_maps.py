@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from app.core.garbage import collect
+from benchmarks.service import write_stub_model
 from tests.app.conftest import MODEL, Api, a_job
-from tests.rig import write_stub_model
 
 HEADS = {"base_model": MODEL, "heads": {"proxy_rows": 8}}
 

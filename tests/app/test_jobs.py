@@ -343,7 +343,7 @@ def test_a_key_must_be_printable(api: Api) -> None:
 
 
 def test_the_first_answer_is_replayed_even_when_the_model_is_gone(api: Api, tmp_path: Path) -> None:
-    from tests.rig import write_stub_model
+    from benchmarks.service import write_stub_model
 
     write_stub_model(api.settings.models_dir / "passing")
     body = a_job(dataset=api.dataset(), base_model="passing")

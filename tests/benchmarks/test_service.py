@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from benchmarks.service import Figure, a_model, as_markdown, percentile, row
+from benchmarks.service import Figure, as_markdown, percentile, row, write_stub_model
 from p2d.model_info import read_model_info
 from p2d.rows import read_rows
 
@@ -29,7 +29,7 @@ def test_the_page_says_which_targets_are_met() -> None:
 
 
 def test_the_service_takes_its_rows_and_its_model(tmp_path: Path) -> None:
-    a_model(tmp_path / "small")
+    write_stub_model(tmp_path / "small")
     (tmp_path / "rows.jsonl").write_bytes(row(1) + row(2, 900))
 
     assert read_model_info(tmp_path / "small").name == "small"
