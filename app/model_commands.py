@@ -41,7 +41,7 @@ def models_add(
 
 @models.command("check")
 def models_check(directory: Annotated[Path, typer.Argument(help="A safetensors model directory.")]) -> None:
-    """Say whether a model directory can be used, and why not; installs nothing."""
+    """Say by a directory's config and file headers whether it can be used, and why not; weights are only read at load."""
     from p2d.model_info import read_model_info
 
     info = read_model_info(directory.resolve())

@@ -34,7 +34,7 @@ def get_models(services: Context) -> Page[ModelView]:
 async def check_model(request: Request, services: Context, key: IdempotencyKey) -> ModelView:
     """Whether a model can be used, and why not, by its config.json alone, before anything is downloaded or installed.
 
-    Its weights and tokenizer are checked when it is installed. Nothing is stored, so an
+    The headers of its weight files are checked when it is installed, their values when it is loaded. Nothing is stored, so an
     Idempotency-Key is taken and not needed.
     """
     body = read_json(ModelCheckBody, await receive_json(request, services.settings))
