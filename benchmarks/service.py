@@ -188,10 +188,10 @@ def answers(url: str) -> bool:
         return False
 
 
-def write_stub_model(directory: Path) -> None:
+def write_stub_model(directory: Path, *, layers: int = 2) -> None:
     """A model that can be described, all weights zero: nobody loads it."""
     directory.mkdir(parents=True)
-    sizes = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 16}
+    sizes = {"num_hidden_layers": layers, "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 16}
     more = {"model_type": "llama", "intermediate_size": 32, "vocab_size": 64, "max_position_embeddings": 128}
     config = sizes | more
     (directory / "config.json").write_text(json.dumps(config))

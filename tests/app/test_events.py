@@ -196,7 +196,7 @@ def test_a_number_that_is_none_is_refused(api: Api) -> None:
 
 
 def test_open_streams_hold_no_database_connection(api: Api) -> None:
-    settings = api.settings.model_copy(update={"db_pool_size": 1, "db_pool_wait_s": 1.0})
+    settings = api.settings.model_copy(update={"db_pool_size": 1, "db_pool_wait_s": 10.0})
     job_id = api.job()
     with serving(settings) as small, ThreadPoolExecutor(40) as pool:
         limits = httpx.Limits(max_connections=None)

@@ -263,9 +263,7 @@ def test_two_head_maps_are_compared_by_rank_and_against_chance(api: Api, made: d
 
 def test_maps_of_other_shapes_are_not_compared(api: Api, made: dict[str, Any]) -> None:
     directory = api.settings.models_dir / "wide"
-    write_stub_model(directory)
-    config = json.loads((directory / "config.json").read_text())
-    (directory / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
+    write_stub_model(directory, layers=3)
     digest = api.http.get("/models/wide").json()["digest"]
     wide = bring(api, file_of(made, model_digest=digest, scores=[[1.0, 2.0, 3.0, 4.0]] * 3)).json()
 
