@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -107,7 +107,8 @@ class _Reader:
         if "selection.jsonl" not in self._files:
             return None
         try:
-            return frozenset(_key(json.loads(line)) for line in self._lines("selection.jsonl") if _KEPT.search(line))
+            lines = self._blobs.lines(*self._files["selection.jsonl"])
+            return frozenset(_key(json.loads(line)) for _, line in lines if _KEPT.search(line))
         except (BlobMissing, BlobCorrupt):
             self.missing.add("selection.jsonl")
             return None
@@ -120,14 +121,6 @@ class _Reader:
         except (BlobMissing, BlobCorrupt):
             self.missing.add(name)
             return None
-
-    def _lines(self, name: str) -> Iterator[bytes]:
-        rest = b""
-        for chunk in self._blobs.checked(self._files[name][0]):
-            *lines, rest = (rest + chunk).split(b"\n")
-            yield from lines
-        if rest:
-            yield rest
 
 
 def _key(row: Mapping[str, Any]) -> bytes:
