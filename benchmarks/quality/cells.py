@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -57,6 +58,9 @@ class Cell:
     train_flops: float
     stages: list[StageCost]
     measured: Measured | None
+    load: float
+    """Programs that wanted a processor when the cell was done, this one among them: where they outnumber the processors, seconds
+    mislead."""
 
     @property
     def seconds(self) -> float:
@@ -202,6 +206,7 @@ class Laboratory:
             ),
             stages=[*costs, *more],
             measured=measured,
+            load=round(os.getloadavg()[0], 1),
         )
 
 

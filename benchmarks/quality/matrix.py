@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -40,7 +41,7 @@ def run(options: argparse.Namespace, say: Callable[[str], None]) -> str:
     before: dict[str, float] = {}
     skipped: list[str] = []
     notes: list[str] = []
-    for spec in _specs(options, tasks):
+    for spec in (spec for spec in _specs(options, tasks) if options.pool in spec.name):
         task, other = tasks[spec.task], next((t for name, t in tasks.items() if name != spec.task), None)
         pool = build(spec, task, other)
         measures = Measures(task.held_out, () if other is None else other.held_out[:OTHER_ROWS], options.metric)
@@ -64,7 +65,9 @@ def run(options: argparse.Namespace, say: Callable[[str], None]) -> str:
             f"{one.arm.name} diverged on {spec.name} at every rate that was tried."
             for one in _diverged(found, laboratory)
         ]
-        text = page(pools, base=before, facts=cells.facts, notes=[*_notes(options), *notes, *_missing(skipped)])
+        text = page(
+            pools, base=before, facts=cells.facts, notes=[*_notes(options), *_busy(pools), *notes, *_missing(skipped)]
+        )
         (options.out / "quality.md").write_text(text, encoding="utf-8")
     return text
 
@@ -80,6 +83,16 @@ def _notes(options: argparse.Namespace) -> list[str]:
         "search is left out of the cost of every arm. Seconds are the processor's, or on a GPU the wall's.",
         "Rows and heads are chosen by the product's own stages, whose cost is in the ratios. A seed draws anew the order of rows, "
         "proxies, first factors and all random choices; intervals are over held-out rows alone, at the mean of the seeds.",
+    ]
+
+
+def _busy(pools: dict[str, list[Found]]) -> list[str]:
+    load = max((cell.load for found in pools.values() for one in found for cell in one.cells), default=0.0)
+    processors = os.cpu_count() or 1
+    if load < processors + 0.5:
+        return []
+    return [
+        f"The machine did other work: up to {load:.0f} programs on {processors} processors. Trust operations, not seconds."
     ]
 
 

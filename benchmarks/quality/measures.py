@@ -6,13 +6,14 @@ Legend: R row, N answer token, V vocabulary.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from p2d.batches import TOKEN_BUDGET, hidden, pack, packed_batches
+from p2d.batches import TOKEN_BUDGET, Batch, hidden, pack, packed_batches
 from p2d.errors import Diverged
 from p2d.evaluation import row_losses
 from p2d.generation import task_metric
@@ -63,7 +64,7 @@ class Measures:
 
     def prepare(self, base: BaseModel) -> None:
         """Note what the untouched model says of the other task."""
-        self._base = [log_NV.half() for log_NV, _ in _answers(base, self.other)]
+        self._base = [log_NV.half() for _, log_NV, _ in _answers(base, self.other)]
 
     def loss(self, base: BaseModel, rows: Sequence[Row]) -> float:
         """Mean loss of some rows. Raises Diverged if one is not finite."""
@@ -71,17 +72,20 @@ class Measures:
 
     def all(self, base: BaseModel) -> Measured:
         """Look at everything. Raises Diverged if a loss is not finite."""
-        rendered = [base.renderer.render(row) for row in self.held_out]
-        found = row_losses(base, rendered)
-        right = tokens = 0
-        for log_NV, target_N in _answers(base, self.held_out):
+        nll_R, tokens_R = [0.0] * len(self.held_out), [0] * len(self.held_out)
+        right = 0
+        for batch, log_NV, target_N in _answers(base, self.held_out):
             right += int((log_NV.argmax(-1) == target_N).sum())
-            tokens += len(target_N)
+            of_rows = (-log_NV.gather(1, target_N[:, None])[:, 0]).split(batch.answer_lengths)
+            for row, nll_N in zip(batch.rows, of_rows, strict=True):
+                nll_R[row], tokens_R[row] = float(nll_N.double().sum()), len(nll_N)
+        if not all(map(math.isfinite, nll_R)):
+            raise Diverged("The loss of a held-out row is not finite.")
         other_loss, other_kl = self._forgotten(base) if self.other else (None, None)
         return Measured(
-            nll=[round(float(nll), 4) for nll in found.nll_R],
-            tokens=[int(count) for count in found.tokens_R],
-            token_accuracy=right / tokens,
+            nll=[round(nll, 4) for nll in nll_R],
+            tokens=tokens_R,
+            token_accuracy=right / sum(tokens_R),
             metric=None
             if self.metric is None
             else task_metric(base, self.held_out, metric=self.metric, on_token=_nothing),
@@ -92,12 +96,12 @@ class Measures:
     def _forgotten(self, base: BaseModel) -> tuple[float, float]:
         nll = kl = 0.0
         tokens = 0
-        for was_NV, (log_NV, target_N) in zip(self._base, _answers(base, self.other), strict=True):
+        for was_NV, (_, log_NV, target_N) in zip(self._base, _answers(base, self.other), strict=True):
             was_NV = was_NV.float()
             kl += float((was_NV.exp() * (was_NV - log_NV)).sum())
             nll -= float(log_NV.gather(1, target_N[:, None]).sum())
             tokens += len(target_N)
-        if not (abs(nll) < float("inf") and abs(kl) < float("inf")):
+        if not (math.isfinite(nll) and math.isfinite(kl)):
             raise Diverged("The loss on the other task is not finite.")
         return nll / tokens, kl / tokens
 
@@ -106,8 +110,8 @@ def _nothing() -> None:
     """Nobody watches single tokens."""
 
 
-def _answers(base: BaseModel, rows: Sequence[Row]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Log-probabilities fp32 [N, V] of answer tokens, and those tokens [N], batch by batch."""
+def _answers(base: BaseModel, rows: Sequence[Row]) -> Iterator[tuple[Batch, Tensor, Tensor]]:
+    """Some rows in one line, log-probabilities fp32 [N, V] of their answer tokens, and those tokens [N]; batch by batch."""
     rendered = [base.renderer.render(row) for row in rows]
     lengths = [base.renderer.length(row) for row in rendered]
     for indices in packed_batches(lengths, TOKEN_BUDGET // 4):  # all logits of a batch are held
@@ -115,4 +119,4 @@ def _answers(base: BaseModel, rows: Sequence[Row]) -> Iterator[tuple[Tensor, Ten
         mask_BT = batch.answer_mask_BT[:, 1:]
         with torch.no_grad():
             logits_NV = base.logits(hidden(base, batch)[:, :-1][mask_BT])
-            yield logits_NV.float().log_softmax(-1), batch.input_ids_BT[:, 1:][mask_BT]
+            yield batch, logits_NV.float().log_softmax(-1), batch.input_ids_BT[:, 1:][mask_BT]

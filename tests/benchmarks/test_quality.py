@@ -21,6 +21,7 @@ from benchmarks.quality.stages import Stages
 from benchmarks.quality.tables import Found, page
 from benchmarks.quality.weights import installed
 from p2d.batches import mean_answer_nll
+from p2d.evaluation import row_losses
 from p2d.models import BaseModel
 from p2d.optimization import Schedule, SliceTrainer
 from p2d.rows import write_rows
@@ -166,6 +167,7 @@ def test_a_run_writes_a_page_with_every_arm_and_a_second_run_computes_nothing(
         junk=("echo",),
         share=0.5,
         arm="LoRA rank",
+        pool="gsm8k",
         max_tokens=200,
         validation=4,
         held_out=4,
@@ -190,6 +192,16 @@ def test_a_run_writes_a_page_with_every_arm_and_a_second_run_computes_nothing(
     for arm in ARMS:
         assert (f"| {arm.name} |" in first) == ("LoRA rank" in arm.name)
     assert {cell["arm"] for cell in stored["cells"].values()} == {arm.name for arm in ARMS if "LoRA rank" in arm.name}
+
+
+def test_the_losses_of_a_cell_are_those_of_the_product_row_by_row(tiny: BaseModel) -> None:
+    rows = some_rows(9, first=30)
+
+    measured = Measures(rows).all(tiny)
+
+    expected = row_losses(tiny, [tiny.renderer.render(row) for row in rows])
+    assert measured.nll == pytest.approx(expected.nll_R.tolist(), abs=1e-3)
+    assert measured.tokens == expected.tokens_R.tolist()
 
 
 def test_a_page_names_what_there_was_no_time_for(tiny: BaseModel, tmp_path: Path) -> None:
