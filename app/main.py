@@ -52,6 +52,7 @@ from app.blobs import BlobStore
 from app.core.egress import Egress, egress_of
 from app.core.garbage import ObjectBook
 from app.core.outlook import Lookout
+from app.core.quotas import JobQuota
 from app.core.wake import Waker
 from app.db.api_keys import any_key
 from app.db.engine import NOBODY, for_project, make_engine
@@ -119,6 +120,7 @@ def create_app(settings: Settings, *, waker: Wake | None = None, egress: Egress 
             door=Door(settings, engine),
             egress=egress or egress_of(settings),
             lookout=Lookout(engine),
+            jobs=JobQuota(settings),
         )
         sweep(settings)
         polling = asyncio.create_task(hub.run())

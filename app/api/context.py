@@ -19,6 +19,7 @@ from app.blobs import BlobStore
 from app.core.egress import Egress
 from app.core.keys import Caller
 from app.core.outlook import Lookout
+from app.core.quotas import JobQuota
 from app.core.selection_tables import SelectionTables
 from app.db.audit import Action, Entry, append_entry
 from app.db.engine import Connection, Engine, Json, for_project
@@ -64,6 +65,7 @@ class Services:
     door: Door
     egress: Egress
     lookout: Lookout
+    jobs: JobQuota
     tables: SelectionTables = field(default_factory=SelectionTables)
     engines: dict[str, Engine] = field(default_factory=dict)
     """Of each project that somebody came for."""

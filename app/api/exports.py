@@ -14,7 +14,6 @@ from app.api.idempotency import Once
 from app.api.job_views import new_view
 from app.api.jobs import POLL_AFTER_S
 from app.core.exports import ExportRequest, find_adapter, submit_export
-from app.core.quotas import allow_job
 from app.errors import (
     ArtifactNotFound,
     IdempotencyInFlight,
@@ -63,7 +62,7 @@ def _merge(services: Services, artifact_id: str, body: MergeBody, key: str | Non
     with services.engine.begin() as conn:
         if (replay := once.take(conn)) is not None:
             return replay
-        allow_job(conn, services.settings)
+        services.jobs.allow(conn, services.known_caller.project_id)
         _, trained = find_adapter(conn, artifact_id)
         info = read_model_info(find_model(services.settings.models_dir, trained.base_model))
         if info.digest != trained.model_digest:

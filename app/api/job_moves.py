@@ -22,7 +22,6 @@ from app.api.job_views import view_of
 from app.api.patches import merge_patch
 from app.api.receipts import receipt
 from app.core.moves import delete, request_cancel, request_pause, request_resume, request_retry
-from app.core.quotas import allow_job
 from app.db.audit import Action
 from app.db.engine import Connection
 from app.db.jobs import Job, find_job, update_job
@@ -101,7 +100,7 @@ def retry_job(job_id: JobId, services: Context, key: IdempotencyKey) -> Response
     """
 
     def retry(conn: Connection, job_id: str) -> Job:
-        allow_job(conn, services.settings)
+        services.jobs.allow(conn, services.known_caller.project_id)
         return request_retry(conn, job_id)
 
     return _move(services, job_id, "retry", key, retry)

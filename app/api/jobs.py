@@ -25,7 +25,6 @@ from app.api.patches import merge_patch
 from app.api.reports import reporting
 from app.blobs import Blob
 from app.core.ingest import Candidate, record, store
-from app.core.quotas import allow_job
 from app.core.submit import JobRequest, submit
 from app.db.datasets import Dataset
 from app.db.engine import Connection
@@ -140,7 +139,7 @@ def queue_job(services: Services, body: JobBody, received: Received, once: Once)
         if (replay := once.take(conn)) is not None:
             return replay
         checked = inspected.check(conn, keep=True)
-        allow_job(conn, services.settings)
+        services.jobs.allow(conn, services.known_caller.project_id)
         made = {name: _record(services, conn, found, blobs[name]) for name, found in inspected.candidates.items()}
         datasets = {**checked.stored, **made}
         request = JobRequest(

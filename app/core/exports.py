@@ -12,7 +12,7 @@ from app.db.artifacts import Artifact
 from app.db.artifacts import find_artifact as artifact_of_job
 from app.db.engine import Connection
 from app.db.jobs import Job, insert_job, lock_job
-from app.db.steps import NewStep, insert_steps
+from app.db.steps import NewStep
 from app.errors import ArtifactNotFound
 from app.result_errors import NotAnAdapter
 
@@ -77,6 +77,5 @@ def submit_export(conn: Connection, artifact_id: str, request: ExportRequest, *,
         NewStep(step=STEPS[one], shard=0, shards=1, after=(), queue=queue, model_digest=None, weight=GUESSED_S)
         for one in sorted(set(request.formats))
     ]
-    insert_steps(conn, job.id, planned, priority=request.priority)
-    open_job(conn, job)
+    open_job(conn, job, planned)
     return job

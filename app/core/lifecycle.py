@@ -23,11 +23,12 @@ from app.db import attempts, jobs, leases, steps
 from app.db.artifacts import Artifact, NewArtifact, expire_artifacts, insert_artifacts
 from app.db.engine import Connection, Json
 from app.db.estimates import past_errors
-from app.db.events import append_event, open_log
+from app.db.events import append_event
 from app.db.head_maps import insert_head_map
 from app.db.jobs import Job, Stage, Status
 from app.db.leases import Lease, Pulse
 from app.db.selections import insert_selection
+from app.db.steps import NewStep
 from app.errors import LeaseLost, LimitReached, WorkerLost
 from p2d.config import top_count
 from p2d.errors import P2DError
@@ -93,9 +94,9 @@ class StepFacts:
     """Of a step that took an earlier job's outputs: the job that computed them and its seconds (`app.core.reuse`)."""
 
 
-def open_job(conn: Connection, job: Job) -> None:
-    """Write the first event of a job that was just inserted."""
-    open_log(conn, job.id, "job.status", {"status": job.status})
+def open_job(conn: Connection, job: Job, planned: Sequence[NewStep]) -> None:
+    """Give a job that was just inserted its steps and its first event."""
+    steps.open_steps(conn, job, planned)
     tell_webhooks(conn, job)
 
 

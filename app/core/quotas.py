@@ -5,16 +5,44 @@ Two requests in the same moment may both be the last that fits: a quota holds ba
 
 from __future__ import annotations
 
+import threading
+import time
+
 from app.access_errors import StorageFull, TooManyJobs
 from app.db.engine import Connection
 from app.db.usage import open_jobs, stored_bytes, stored_rows
 from app.settings import Settings
 
+COUNTED_S = 1.0
+"""Seconds for which a count of unfinished jobs is good."""
 
-def allow_job(conn: Connection, settings: Settings) -> None:
-    """Raise TooManyJobs if the project has as many unfinished jobs as it may."""
-    if open_jobs(conn) >= settings.quota_jobs:
-        raise TooManyJobs(limit=settings.quota_jobs)
+
+class JobQuota:
+    """How many unfinished jobs a project may have. One for each process; threads share it.
+
+    To count thousands of them for each new one would be most of its cost. So a count is good for `COUNTED_S` and for a small
+    share of what was left then: far from the quota it is seldom taken, at the quota always. One process holds the quota
+    exactly; several that count in the same moment may together go beyond it, by an eighth at most.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._limit, self._processes = settings.quota_jobs, settings.api_processes
+        self._lock = threading.Lock()
+        self._known: dict[str, tuple[float, int]] = {}
+        """Of each project, until when and for how many jobs nothing is counted."""
+
+    def allow(self, conn: Connection, project_id: str) -> None:
+        """Raise TooManyJobs if the caller's project has as many unfinished jobs as it may."""
+        with self._lock:
+            until, left = self._known.get(project_id, (0.0, 0))
+            if left > 0 and time.monotonic() < until:
+                self._known[project_id] = until, left - 1
+                return
+        if (made := open_jobs(conn)) >= self._limit:
+            raise TooManyJobs(limit=self._limit)
+        share = (self._limit - made - 1) // (8 * self._processes)
+        with self._lock:
+            self._known[project_id] = time.monotonic() + COUNTED_S, share
 
 
 def allow_storage(conn: Connection, settings: Settings, *, size_bytes: int, rows: int = 0) -> None:

@@ -18,7 +18,6 @@ from app.db.engine import Connection, Json
 from app.db.head_maps import get_head_map, keep_head_map
 from app.db.jobs import Job, get_job, insert_job, keep_job, seconds_until
 from app.db.selections import SelectionRecord, get_selection, keep_selection
-from app.db.steps import insert_steps
 from app.errors import (
     ArtifactNotFound,
     DatasetNotFound,
@@ -80,8 +79,7 @@ def submit(conn: Connection, request: JobRequest, *, shard_rows: int, queue: str
     )
     digest = request.model.digest
     planned = plan_job(config, rows=dataset.rows, shard_rows=shard_rows, queue=queue, model_digest=digest)
-    insert_steps(conn, job.id, planned, priority=request.priority)
-    open_job(conn, job)
+    open_job(conn, job, planned)
     return job
 
 

@@ -40,11 +40,6 @@ class Event:
     created_at: datetime
 
 
-def open_log(conn: Connection, job_id: str, type: EventType, data: Json) -> None:
-    """Write the first event of a job that was just inserted, with its number."""
-    conn.execute(insert(events), {"job_id": job_id, "seq": 1, "type": type, "data": data})
-
-
 def append_event(conn: Connection, job_id: str, type: EventType, data: Json) -> int:
     """Append one event and return its number. Locks the job row until the caller's transaction ends."""
     seq = conn.execute(

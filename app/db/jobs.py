@@ -103,7 +103,7 @@ def insert_job(
     artifact_ttl: int | None = None,
     adapter_id: str | None = None,
 ) -> Job:
-    """Record a queued job; its steps and first event (`open_log`) are written by the caller in the same transaction."""
+    """Record a queued job; its steps and first event (`open_steps`) are written by the caller in the same transaction."""
     values = {
         "id": new_id("job"),
         "kind": kind,

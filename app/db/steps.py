@@ -12,6 +12,7 @@ from sqlalchemy.dialects.postgresql import JSONB
 
 from app.db.engine import Connection, Json
 from app.db.ids import new_id
+from app.db.jobs import Job
 from app.db.tables import steps
 
 StepStatus = Literal["blocked", "ready", "running", "done", "failed", "cancelled"]
@@ -64,30 +65,34 @@ class Step:
 
 # One short statement for any number of rows: psycopg reads a long one anew each time, and many ones are many words.
 _INSERTED = "id, job_id, step, shard, shards, after, status, queue, priority, model_digest, weight"
-_INSERT_ALL = text(
-    f"insert into steps ({_INSERTED}) select {_INSERTED} from jsonb_populate_recordset(null::steps, :rows)"  # noqa: S608 - of constants
-).bindparams(bindparam("rows", type_=JSONB))
+_OPEN = text(
+    f"""with told as (insert into events (job_id, seq, type, data) values (:job_id, 1, 'job.status', :data))
+    insert into steps ({_INSERTED}) select {_INSERTED} from jsonb_populate_recordset(null::steps, :rows)"""  # noqa: S608 - of constants
+).bindparams(bindparam("rows", type_=JSONB), bindparam("data", type_=JSONB))
 
 
-def insert_steps(conn: Connection, job_id: str, new: Sequence[NewStep], *, priority: int = 0) -> None:
-    """Record the steps of a job in the order given; those that wait for nothing are ready at once."""
+def open_steps(conn: Connection, job: Job, new: Sequence[NewStep]) -> None:
+    """Record the steps of a job that was just inserted, in the order given, and its first event.
+
+    Steps that wait for nothing are ready at once.
+    """
     values = [
         {
             "id": new_id("step"),
-            "job_id": job_id,
+            "job_id": job.id,
             "step": step.step,
             "shard": step.shard,
             "shards": step.shards,
             "after": list(step.after),
             "status": "blocked" if step.after else "ready",
             "queue": step.queue,
-            "priority": priority,
+            "priority": job.priority,
             "model_digest": step.model_digest,
             "weight": step.weight,
         }
         for step in new
     ]
-    conn.execute(_INSERT_ALL, {"rows": values})
+    conn.execute(_OPEN, {"job_id": job.id, "data": {"status": job.status}, "rows": values})
 
 
 def list_steps(conn: Connection, job_id: str) -> list[Step]:
