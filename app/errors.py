@@ -427,13 +427,15 @@ class WorkerLost(JobFailure):
 
 
 class LimitReached(JobFailure):
-    """The job needed more than limits.max_seconds, or had not ended at limits.deadline; what was finished is kept."""
+    """The job needed more than its limits allow, or had not ended at limits.deadline; what was finished is kept."""
 
-    code, fault, hint = "job.limit_reached", "user", "Clone the job with a later limit, or make it smaller."
+    code, fault, hint = "job.limit_reached", "user", "Clone the job with a higher limit, or make it smaller."
 
     def __init__(self, *, limit: str, value: object) -> None:
         text = (
-            f"The job needed more than {value} seconds." if limit == "max_seconds" else f"It had not ended at {value}."
+            f"It had not ended at {value}."
+            if limit == "deadline"
+            else f"The job needed more than limits.{limit}, {value}."
         )
         super().__init__(text, limit=limit, value=value)
 

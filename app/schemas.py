@@ -243,6 +243,12 @@ class LimitsBody(Body):
         description="Seconds on the clock from the first claim of a step on, however many run side by side and whatever was "
         "tried twice, without those in which the job was paused.",
     )
+    max_gpu_seconds: int | None = Field(
+        default=None,
+        le=2**31 - 1,
+        description="Seconds of workers (of their GPUs, where they have one), added up over all steps: three that run side by "
+        "side for a minute are 180, and so is what was tried twice. Waiting and pauses are free.",
+    )
     deadline: Annotated[Moment, AfterValidator(_near)] | None = Field(
         default=None,
         description="When a job that has not ended fails, also one that still waits; one that is paused, once it goes on.",

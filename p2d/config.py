@@ -181,6 +181,8 @@ class Limits:
     max_seconds: int | None = None
     """Seconds on the clock from the first claim of a step on, however many steps run side by side, without those in which the
     job was paused; a job that needs more fails with `job.limit_reached`."""
+    max_gpu_seconds: int | None = None
+    """Seconds of workers, or of their GPUs, added up over all steps and all attempts at them. The service alone keeps it."""
     deadline: str | None = None
     """RFC 3339 time at which a job that has not ended fails likewise, also one that still waits. The service alone keeps it."""
 
@@ -298,6 +300,7 @@ def _faults(config: JobConfig) -> Iterator[ErrorDetail]:
         ("/training/max_length", training.max_length, 8),
         ("/training/seed", training.seed, 0),
         ("/limits/max_seconds", config.limits.max_seconds, 1),
+        ("/limits/max_gpu_seconds", config.limits.max_gpu_seconds, 1),
     ]
     for pointer, value, least in at_least:
         if isinstance(value, int) and value < least:

@@ -210,7 +210,7 @@ class JobMachine(RuleBasedStateMachine):
         held = self.pick_held(which, "beat")
         with self.rig.db.begin() as conn:
             pulse = lifecycle.renew(conn, held.lease, lease_s=3600)
-        asked = held.job.cancel_asked, held.job.pause_asked, False
+        asked = held.job.cancel_asked, held.job.pause_asked, None
         assert (pulse.cancel_requested, pulse.pause_requested, pulse.limit_reached) == asked
 
     @precondition(lambda self: self.live("progress"))

@@ -89,6 +89,7 @@ class Rig:
         kind: Kind = "adapt",
         rows: int = 60,
         max_seconds: int | None = None,
+        max_gpu_seconds: int | None = None,
         deadline: str | None = None,
         head_map: str | None = None,
         selection: str | None = None,
@@ -106,7 +107,7 @@ class Rig:
             kind=kind,
             heads=HeadsConfig(proxy_rows=8, head_map=head_map),
             data=DataConfig(selection=selection),
-            limits=Limits(max_seconds=max_seconds, deadline=deadline),
+            limits=Limits(max_seconds=max_seconds, max_gpu_seconds=max_gpu_seconds, deadline=deadline),
             reuse="never",
         )
         with for_project(self.db, project).begin() as conn:

@@ -7,7 +7,7 @@
 | the child reports an error            | fail_step: the job fails        |
 | the child dies, stalls, or we crash   | lose_step: tried again, counted |
 | the user cancels                      | cancel_step, child stopped      |
-| limits.max_seconds or .deadline       | overrun_step, child stopped     |
+| one of the job's limits is reached    | overrun_step, child stopped     |
 | the user pauses                       | release_step, child stopped     |
 | the worker is told to go              | release_step, child stopped     |
 | somebody else has the step by now     | nothing at all, child stopped   |

@@ -268,11 +268,19 @@ def _late(conn: Connection, config: JobConfig, wait: Interval, whole: Interval) 
         )
 
 
+def _tight(config: JobConfig, whole: Interval) -> Iterator[tuple[str, int]]:
+    """Limits in seconds that are below the middle of the estimate. Shards that run side by side are counted as if they did not."""
+    for name in ("max_seconds", "max_gpu_seconds"):
+        most = getattr(config.limits, name)
+        if most is not None and whole.p50 > most:
+            yield name, most
+
+
 def _misfits(config: JobConfig, whole: Interval, counted: RowCounts | None, memory: Memory) -> Iterator[str]:
-    most, limit = config.limits.max_seconds, config.training.max_length
-    if most is not None and whole.p50 > most:
+    limit = config.training.max_length
+    for name, most in _tight(config, whole):
         yield (
-            f"limits.max_seconds is {most}, the middle of the estimate {whole.p50:.0f} s; {math.ceil(whole.p90)} would be "
+            f"limits.{name} is {most}, the middle of the estimate {whole.p50:.0f} s; {math.ceil(whole.p90)} would be "
             "enough in nine of ten cases."
         )
     if counted is not None and limit != "auto" and counted.longest > limit:
@@ -287,10 +295,9 @@ def _misfits(config: JobConfig, whole: Interval, counted: RowCounts | None, memo
 def _changes(
     sizing: Sizing, config: JobConfig, whole: Interval, counted: RowCounts | None, memory: Memory
 ) -> Iterator[Change]:
-    most, limit = config.limits.max_seconds, config.training.max_length
-    if most is not None and whole.p50 > most:
-        why = "enough in nine of ten cases"
-        yield Change(pointer="/limits/max_seconds", value=math.ceil(whole.p90), why=why)
+    limit = config.training.max_length
+    for name, _ in _tight(config, whole):
+        yield Change(pointer=f"/limits/{name}", value=math.ceil(whole.p90), why="enough in nine of ten cases")
     if counted is not None and limit != "auto" and counted.longest > limit:
         yield Change(pointer="/training/max_length", value=counted.longest, why="tokens of the longest row")
     if memory.available is not None and not fits(memory.peak, memory.available):

@@ -275,10 +275,13 @@ def _hold(conn: Connection, lease: Lease) -> Job:
 
 
 def _limit_reached(conn: Connection, job: Job) -> LimitReached | None:
-    now = leases.pulse(conn, job.id)
-    if now.deadline_passed and job.deadline_at is not None:
-        return LimitReached(limit="deadline", value=job.deadline_at.isoformat())
-    return LimitReached(limit="max_seconds", value=job.max_seconds) if now.time_used_up else None
+    limit = leases.pulse(conn, job.id).limit_reached
+    if limit is None:
+        return None
+    if limit == "deadline":
+        assert job.deadline_at is not None
+        return LimitReached(limit=limit, value=job.deadline_at.isoformat())
+    return LimitReached(limit=limit, value=getattr(job, limit))
 
 
 def _waiting(job: Job) -> Literal["ready", "blocked"]:

@@ -72,6 +72,7 @@ def submit(conn: Connection, request: JobRequest, *, shard_rows: int, queue: str
         queue=queue,
         priority=request.priority,
         max_seconds=config.limits.max_seconds,
+        max_gpu_seconds=config.limits.max_gpu_seconds,
         deadline_at=config.limits.ends_at,
         metadata=dict(request.metadata),
         resolved=_resolved(config, request.model, dataset, validation),

@@ -69,6 +69,7 @@ class Job(ListedJob):
     estimate: Json | None
     progress_at: datetime | None
     max_seconds: int | None
+    max_gpu_seconds: int | None
     deadline_at: datetime | None
     event_seq: int
     paused_at: datetime | None
@@ -99,6 +100,7 @@ def insert_job(
     max_seconds: int | None,
     metadata: Json,
     resolved: Json,
+    max_gpu_seconds: int | None = None,
     deadline_at: datetime | None = None,
     artifact_ttl: int | None = None,
     adapter_id: str | None = None,
@@ -116,6 +118,7 @@ def insert_job(
         "queue": queue,
         "priority": priority,
         "max_seconds": max_seconds,
+        "max_gpu_seconds": max_gpu_seconds,
         "deadline_at": deadline_at,
         "metadata": metadata,
         "resolved": resolved,

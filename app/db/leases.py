@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from sqlalchemy import ColumnElement, Text, cast, func, insert, literal, select, text, update
+from sqlalchemy import ColumnElement, Text, case, cast, func, insert, literal, or_, select, text, update
 from sqlalchemy.dialects.postgresql import JSONB
 
 from app.db.engine import Connection, Json
@@ -17,6 +17,9 @@ from app.db.jobs import used_s
 from app.db.objects import hold_objects
 from app.db.tables import attempts, jobs, projects, steps
 from app.errors import LeaseLost
+
+Limit = Literal["deadline", "max_seconds", "max_gpu_seconds"]
+"""What a job may reach."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,13 +48,8 @@ class Pulse:
 
     cancel_requested: bool
     pause_requested: bool
-    time_used_up: bool
-    deadline_passed: bool
-
-    @property
-    def limit_reached(self) -> bool:
-        """Whether the job is to end because of one of its limits."""
-        return self.time_used_up or self.deadline_passed
+    limit_reached: Limit | None
+    """Because of which the job is to end."""
 
 
 def claim(conn: Connection, *, queue: str, worker: str, lease_s: float, warm: str | None = None) -> Lease | None:
@@ -145,8 +143,7 @@ def pulse(conn: Connection, job_id: str) -> Pulse:
     columns = (
         jobs.c.cancel_requested_at.is_not(None).label("cancel_requested"),
         jobs.c.pause_requested_at.is_not(None).label("pause_requested"),
-        func.coalesce(used_s() > jobs.c.max_seconds, False).label("time_used_up"),
-        func.coalesce(func.now() > jobs.c.deadline_at, False).label("deadline_passed"),
+        case(*((over, name) for name, over in _over().items())).label("limit_reached"),
     )
     return Pulse(**conn.execute(select(*columns).where(jobs.c.id == job_id)).one()._mapping)
 
@@ -222,11 +219,29 @@ def ready_by_queue(conn: Connection) -> dict[str, int]:
 
 def stale_jobs(conn: Connection) -> list[str]:
     """Unfinished jobs that need a decision without a worker: over their time, or asked to stop with nobody on them."""
-    over = (used_s() > jobs.c.max_seconds) | (func.now() > jobs.c.deadline_at)
+    over = or_(*_over().values())
     held = select(steps.c.id).where(steps.c.job_id == jobs.c.id, steps.c.status == "running").exists()
     asked = jobs.c.cancel_requested_at.is_not(None) & ~held
     query = select(jobs.c.id).where(jobs.c.status.in_(["queued", "running", "pausing", "cancelling"]), over | asked)
     return [row[0] for row in conn.execute(query.order_by(jobs.c.id))]
+
+
+def _over() -> dict[Limit, ColumnElement[bool]]:
+    """Whether a job has reached each of its limits; null where it has none."""
+    used_gpu_s = (
+        select(
+            func.sum(func.extract("epoch", func.coalesce(attempts.c.finished_at, func.now()) - attempts.c.started_at))
+        )
+        .where(attempts.c.job_id == jobs.c.id, attempts.c.started_at >= jobs.c.started_at)  # a retry counts anew
+        .correlate(jobs)
+        .scalar_subquery()
+    )
+    return {
+        "deadline": func.now() > jobs.c.deadline_at,
+        "max_seconds": used_s() > jobs.c.max_seconds,
+        # Only where there is such a limit is anything added up: every heartbeat asks.
+        "max_gpu_seconds": case((jobs.c.max_gpu_seconds.is_not(None), used_gpu_s > jobs.c.max_gpu_seconds)),
+    }
 
 
 def try_advisory_lock(conn: Connection, key: int) -> bool:

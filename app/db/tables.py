@@ -189,6 +189,7 @@ jobs = Table(
     _time("eta_p10_at"),
     _time("eta_p90_at"),
     Column("max_seconds", Integer),
+    Column("max_gpu_seconds", Integer),
     _time("deadline_at"),
     # What an export is of. No rule against a circle of references: artifacts are deleted with their jobs, or not at all.
     Column("adapter_id", Text, ForeignKey("artifacts.id", ondelete="SET NULL", use_alter=True)),

@@ -107,6 +107,11 @@ def test_warnings_and_limits_are_told_before_anything_runs(api: Api) -> None:
     change = found["changes"][0]
     assert change["pointer"] == "/limits/max_seconds"
     assert estimate(api, data={"ratio": 0.1}, limits={"max_seconds": change["value"]})["fits"]
+    tight = estimate(api, data={"ratio": 0.1}, limits={"max_gpu_seconds": 1})
+    assert ("limits.max_gpu_seconds is 1" in tight["misfits"][0], tight["changes"][0]) == (
+        True,
+        change | {"pointer": "/limits/max_gpu_seconds"},
+    )
     soon = datetime.now(UTC) + timedelta(seconds=found["seconds"]["p50"] / 2)
     late = estimate(api, data={"ratio": 0.1}, limits={"deadline": soon.isoformat()})
     assert "limits.deadline is in" in late["misfits"][0]

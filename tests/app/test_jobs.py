@@ -205,7 +205,7 @@ def test_a_deadline_is_a_time_to_come(api: Api) -> None:
 
     job_id = post("2999-01-01T02:00:00+02:00").json()["id"]
     kept = api.http.get(f"/jobs/{job_id}/config").json()["config"]["limits"]
-    assert kept == {"max_seconds": None, "deadline": "2999-01-01T02:00:00+02:00"}
+    assert kept == {"max_seconds": None, "max_gpu_seconds": None, "deadline": "2999-01-01T02:00:00+02:00"}
     assert api.http.post(f"/jobs/{job_id}/clone", json={"limits": {"deadline": None}}).status_code == 202
 
 

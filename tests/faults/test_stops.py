@@ -96,6 +96,19 @@ def test_a_job_over_its_time_fails_as_limit_reached(rig: Rig) -> None:
     rig.check(job_id)
 
 
+def test_a_job_ends_once_its_workers_have_spent_what_it_may_cost(rig: Rig) -> None:
+    rig.steer("hold", "heads")
+    job_id = rig.submit(kind="identify_heads", max_gpu_seconds=1)
+
+    with rig.in_process():
+        job = rig.ended(job_id)
+
+    assert job.error is not None
+    assert (job.error["code"], job.error["facts"]) == ("job.limit_reached", {"limit": "max_gpu_seconds", "value": 1})
+    assert "plan.json" in rig.artifacts(job_id)
+    rig.check(job_id)
+
+
 def test_a_job_that_runs_into_its_deadline_fails_and_keeps_what_was_finished(rig: Rig) -> None:
     rig.steer("hold", "heads")
     job_id = rig.submit(kind="identify_heads", deadline="2999-01-01T00:00:00Z")

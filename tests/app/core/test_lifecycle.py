@@ -160,6 +160,36 @@ def test_a_job_over_its_time_ends_even_with_no_worker_on_it(rig: Rig) -> None:
     rig.check_ledger(job_id)
 
 
+def test_what_workers_spend_is_added_up_over_attempts_while_waiting_and_earlier_tries_are_free(rig: Rig) -> None:
+    job_id, other = (rig.submit(max_gpu_seconds=100) for _ in range(2))
+    finish(rig)
+    with rig.db.begin() as conn:
+        # It was first claimed an hour ago and waited for most of it.
+        conn.exec_driver_sql("update jobs set started_at = now() - interval '1 hour' where id = %s", (job_id,))
+        conn.exec_driver_sql(
+            "update attempts set started_at = now() - interval '99 seconds', finished_at = now() where job_id = %s",
+            (job_id,),
+        )
+    reconcile(rig.db, rig.waker, max_crashes=3)
+    assert not rig.job(job_id).is_final
+
+    with rig.db.begin() as conn:
+        conn.exec_driver_sql(
+            "insert into attempts (id, job_id, step_id, token, worker, started_at, finished_at) select 'att_2', job_id, step_id,"
+            " 99, worker, now() - interval '2 seconds', now() from attempts where job_id = %s",
+            (job_id,),
+        )
+    reconcile(rig.db, rig.waker, max_crashes=3)
+
+    error = rig.job(job_id).error
+    assert error is not None
+    assert (error["code"], error["facts"]["limit"]) == ("job.limit_reached", "max_gpu_seconds")
+    assert not rig.job(other).is_final
+    rig.retry(job_id)
+    reconcile(rig.db, rig.waker, max_crashes=3)
+    assert rig.job(job_id).status == "queued"
+
+
 @pytest.mark.parametrize("begun", [False, True])
 def test_a_job_past_its_deadline_ends_even_if_it_still_waits(rig: Rig, begun: bool) -> None:
     job_id, other = (rig.submit(max_seconds=60, deadline="2999-01-01T00:00:00Z") for _ in range(2))

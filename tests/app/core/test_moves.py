@@ -357,7 +357,7 @@ def test_the_time_of_a_pause_does_not_count_against_the_limit(rig: Rig) -> None:
 
     def over() -> bool:
         with rig.db.begin() as conn:
-            return pulse(conn, job_id).limit_reached
+            return pulse(conn, job_id).limit_reached is not None
 
     rig.pause(job_id)
     release(rig, lease)
