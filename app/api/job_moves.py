@@ -118,13 +118,16 @@ async def patch_job(request: Request, job_id: JobId, services: Context, if_match
     return await run_in_threadpool(_patch, services, job_id, read_json(JobPatch, body), if_match)
 
 
-@router.delete("/jobs/{id}", responses=errors(JobNotFound, MoveNotAllowed, JobInUse))
-def delete_job(job_id: JobId, services: Context) -> ReceiptView:
+@router.delete("/jobs/{id}", responses=errors(JobNotFound, MoveNotAllowed, JobInUse, PreconditionFailed))
+def delete_job(job_id: JobId, services: Context, if_match: IfMatch = None) -> ReceiptView:
     """Delete a job that has ended, with its events, artifacts, head map and selection. Its datasets stay.
 
-    Its files leave the store within the hours of `P2D_UNREFERENCED_KEPT_H`, but for those that others have too.
+    With If-Match only if the job is still as it was read. Its files leave the store within the hours of
+    `P2D_UNREFERENCED_KEPT_H`, but for those that others have too.
     """
     with services.engine.begin() as conn:
+        if if_match is not None:
+            require_match(if_match, view_of(conn, find_job(conn, job_id, lock=True)))
         return receipt(services, conn, "job", job_id, delete(conn, job_id))
 
 

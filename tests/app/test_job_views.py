@@ -161,6 +161,19 @@ def test_an_attempt_that_failed_shows_its_error_as_a_problem(api: Api) -> None:
     assert attempt["error"]["status"] >= 400
 
 
+def test_a_job_is_deleted_only_as_it_was_read_where_that_is_asked(api: Api) -> None:
+    job_id = api.job()
+    api.http.post(f"/jobs/{job_id}/cancel")
+    seen = api.http.get(f"/jobs/{job_id}").headers["ETag"]
+    api.http.patch(f"/jobs/{job_id}", json={"name": "mine"})
+
+    refused = api.http.delete(f"/jobs/{job_id}", headers={"If-Match": seen})
+
+    assert (refused.status_code, refused.json()["code"]) == (412, "request.precondition_failed")
+    assert api.http.delete(f"/jobs/{job_id}", headers={"If-Match": refused.json()["facts"]["etag"]}).status_code == 200
+    assert api.http.get(f"/jobs/{job_id}").status_code == 404
+
+
 def test_a_job_that_has_ended_is_deleted_with_all_that_it_made(api: Api) -> None:
     job_id = api.job()
     assert api.http.delete(f"/jobs/{job_id}").json()["facts"]["allowed"] == ["pause", "cancel"]
