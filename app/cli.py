@@ -2,7 +2,7 @@
 
     p2d up                       the whole service on this machine, until Ctrl-C
     p2d upload | submit | watch | download    datasets and jobs of a running service (P2D_URL)
-    p2d logs | compare | usage | audit | webhooks    what it has on record, and whom it tells
+    p2d jobs | show | logs | compare | usage | audit | webhooks    what it has on record, and whom it tells
     p2d keys                     who may use the service, in its database
     p2d run | apply | export | models    the engine on this machine, without a service
 
@@ -43,7 +43,10 @@ out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty()
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 cli = typer.Typer(
-    help="Adapt a language model through its attention heads.", no_args_is_help=True, add_completion=False
+    help="Adapt a language model through its attention heads.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",  # as docstrings are written; typer's default reads [/config/split] as a closing tag
 )
 cli.add_typer(models, name="models")
 cli.add_typer(keys, name="keys")
@@ -55,7 +58,7 @@ Data = Annotated[
     str,
     typer.Option(
         help="Dataset file, id of a dataset, or where the service is to fetch one: https://..., s3://bucket/key, or "
-        "hf:owner/name[@revision][/config/split], hf:owner/name[@revision]:path."
+        "hf:owner/name[@revision], and then /config/split or :path where it has several."
     ),
 ]
 Validation = Annotated[str, typer.Option(help="Held-out rows likewise; without them, some of the dataset's.")]

@@ -1,19 +1,22 @@
-"""`p2d logs`, `compare`, `usage` and `audit`: what a running service has on record, asked through `p2d.client` and printed."""
+"""`p2d jobs`, `show`, `logs`, `compare`, `usage`, `audit`: what a service has on record, asked through `p2d.client` and printed."""
 
 from __future__ import annotations
 
+import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
+from app.progress import stage_name, time_left
 from app.report import side_by_side
-from p2d.client import Client
+from p2d.client import Artifact, Client, Job
 
 out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 140)
 
@@ -22,9 +25,43 @@ DEFAULT_URL = "http://127.0.0.1:8321"
 
 
 def add_to(cli: typer.Typer) -> None:
-    """Register the four commands."""
-    for command in (logs, compare, usage, audit):
+    """Register the six commands."""
+    for command in (jobs, show, logs, compare, usage, audit):
         cli.command()(command)
+
+
+def jobs(
+    status: Annotated[str, typer.Option(help="Only those of this status, for example running.")] = "",
+    limit: Annotated[int, typer.Option(help="The newest so many.", min=1)] = 20,
+    url: Url = DEFAULT_URL,
+) -> None:
+    """List jobs, newest first."""
+    table = Table("id", "name", "kind", "status", "progress", "created")
+    table.columns[4].justify = "right"
+    asked = {"limit": str(min(limit, 100))} | ({"status": status} if status else {})
+    with Client(url) as client:
+        for job in islice(client.jobs(**asked), limit):
+            cells = (job.id, job.raw["name"], job.kind, job.status, f"{job.progress:.0%}", _time(job.raw["created_at"]))
+            table.add_row(*map(escape, cells))
+    out.print(table)
+
+
+def show(
+    job_id: str,
+    as_json: Annotated[bool, typer.Option("--json", help="All fields, as the service answers.")] = False,
+    url: Url = DEFAULT_URL,
+) -> None:
+    """Show a job: how far it is, what went wrong with it, and its files."""
+    with Client(url) as client:
+        job = client.job(job_id)
+        if as_json:
+            typer.echo(json.dumps(job.raw, indent=2, ensure_ascii=False))
+            return
+        files = client.artifacts(job_id)
+    for line in _told(job):
+        out.print(line, markup=False)
+    if files:
+        out.print(_files(files))
 
 
 def logs(
@@ -82,6 +119,25 @@ def audit(
                 _time(entry["created_at"]), entry["actor"], entry["action"], entry["object_id"], _facts(entry)
             )
     out.print(table)
+
+
+def _told(job: Job) -> Iterator[str]:
+    yield f"{job.id} {job.kind} {job.raw['name']}".rstrip()
+    stage = f", {stage_name({'stage': job.stage})}" if job.stage and not job.is_final else ""
+    left = "" if job.is_final else time_left(job.raw)
+    yield f"{job.status}{stage}, {job.progress:.0%} {left}".rstrip()
+    if job.error:
+        yield f"{job.error['code']}: {job.error.get('detail', '')}"
+        if hint := job.error.get("hint"):
+            yield str(hint)
+
+
+def _files(files: Sequence[Artifact]) -> Table:
+    table = Table("file", "bytes", box=None, pad_edge=False)
+    table.columns[1].justify = "right"
+    for file in files:
+        table.add_row(escape(file.name), f"{file.size_bytes:,}")
+    return table
 
 
 def _log_line(line: Mapping[str, Any]) -> str:

@@ -6,9 +6,12 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from app.cli import _body, cli, main
@@ -54,6 +57,22 @@ def test_a_wrong_field_is_named_with_its_place_and_no_traceback(
     assert "request.invalid" in said
     assert "/heads/proxy_rows" in said
     assert "Traceback" not in said
+
+
+def test_every_command_tells_of_itself() -> None:
+    def commands(of: Any, *path: str) -> Iterator[tuple[str, ...]]:
+        if of.add_help_option:  # benchmarks are told of by processes of their own
+            yield path
+        for name, inner in getattr(of, "commands", {}).items():
+            yield from commands(inner, *path, name)
+
+    found = list(commands(get_command(cli)))
+    assert ("submit",) in found
+    assert ("webhooks", "redeliver") in found
+    for path in found:
+        done = CliRunner().invoke(cli, [*path, "--help"])
+        assert (done.exit_code, done.exception) == (0, None), path
+        assert " ".join(path) in done.stdout
 
 
 def test_bad_rows_are_listed_by_line(

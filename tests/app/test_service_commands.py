@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,43 @@ def test_logs_are_printed_line_by_line_and_followed_to_the_jobs_end(api: Api, jo
     assert "validate.0 #1 attempt.began worker=" in said[0]
     assert p2d("logs", jobs[0], "--follow").splitlines() == said
     assert p2d("logs", waits, "-f") == ""
+
+
+def test_jobs_are_listed_newest_first_by_status_and_up_to_a_limit(api: Api, jobs: list[str]) -> None:
+    lines = p2d("jobs").splitlines()
+    places = [next(at for at, line in enumerate(lines) if one in line) for one in jobs]
+
+    assert places[0] > places[1]
+    assert all(word in lines[places[1]] for word in ("job 4", "adapt", "succeeded", "100%"))
+    assert jobs[1] in p2d("jobs", "--status", "succeeded", "--limit", "1")
+    assert jobs[0] not in p2d("jobs", "--limit", "1")
+    assert jobs[1] not in p2d("jobs", "--status", "failed")
+
+
+def test_a_job_is_shown_with_its_files_and_as_json(api: Api, jobs: list[str]) -> None:
+    said = p2d("show", jobs[0])
+    files = api.http.get(f"/jobs/{jobs[0]}/artifacts").json()["data"]
+
+    assert said.startswith(f"{jobs[0]} adapt job 1\nsucceeded, 100%\n")
+    assert files
+    for file in files:
+        assert any(line.split() == [file["name"], f"{file['size_bytes']:,}"] for line in said.splitlines()), file
+    assert json.loads(p2d("show", jobs[0], "--json")) == api.http.get(f"/jobs/{jobs[0]}").json()
+
+
+def test_a_job_that_failed_is_shown_with_what_went_wrong_and_what_to_do(api: Api) -> None:
+    job_id = api.job()
+    (api.settings.models_dir / "stub" / "config.json").rename(api.settings.models_dir / "away")
+    try:
+        api.finish(job_id)
+    finally:
+        (api.settings.models_dir / "away").rename(api.settings.models_dir / "stub" / "config.json")
+    error = api.http.get(f"/jobs/{job_id}").json()["error"]
+
+    said = p2d("show", job_id)
+
+    assert "failed, " in said
+    assert f"{error['code']}: {error['detail']}\n{error['hint']}\n" in said
 
 
 def test_jobs_are_compared_in_a_table_and_on_a_page(api: Api, jobs: list[str], tmp_path: Path) -> None:
