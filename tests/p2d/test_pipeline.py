@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from p2d import pipeline
 from p2d.config import DataConfig, HeadsConfig, JobConfig, Kind
 from p2d.errors import OutOfMemory
+from p2d.memory_guard import memory_guard
 from p2d.pipeline import STEPS, ModelCache, StepCall, is_input, plan_steps, run_step, shard_range
 
 KINDS: tuple[Kind, ...] = ("identify_heads", "select_data", "adapt")
@@ -87,6 +89,8 @@ def test_planning_a_job_leaves_torch_alone() -> None:
         RuntimeError("[enforce fail at alloc_cpu.cpp:118] . DefaultCPUAllocator: can't allocate memory"),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
         MemoryError(),
+        OSError(errno.ENOMEM, "Cannot allocate memory"),
+        RuntimeError("unable to mmap 269060552 bytes from file <model.safetensors>: Cannot allocate memory (12)"),
     ],
     ids=lambda raised: type(raised).__name__,
 )
@@ -102,3 +106,24 @@ def test_a_step_that_runs_out_of_memory_anywhere_says_so_by_our_own_error(
         with pytest.raises(OutOfMemory, match=f"ran out of memory while running the stage '{spec.stage}'") as caught:
             run_step(call, models=ModelCache())
         assert caught.value.__cause__ is raised
+
+
+def test_a_kernel_that_could_not_be_made_is_taken_for_memory_with_its_own_words_and_a_doubt() -> None:
+    with pytest.raises(
+        OutOfMemory, match=r"seems to have .* oneDNN could not create a primitive, which can have another"
+    ):
+        fail_with(RuntimeError("could not create a primitive"))
+
+    for other in (
+        "could not create a primitive descriptor for a matmul primitive",
+        "mat1 and mat2 cannot be multiplied",
+    ):
+        with pytest.raises(RuntimeError, match=other):
+            fail_with(RuntimeError(other))
+    with pytest.raises(FileNotFoundError):
+        fail_with(FileNotFoundError(errno.ENOENT, "No such file"))
+
+
+def fail_with(error: Exception) -> NoReturn:
+    with memory_guard("training"):
+        raise error
