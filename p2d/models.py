@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
@@ -28,6 +27,8 @@ from p2d.config import Precision, Projection
 from p2d.device import pick_device, pick_dtype
 from p2d.errors import ModelError, ModelNotFound
 from p2d.files import sha256_of
+from p2d.memory_guard import memory_guard
+from p2d.model_files import opening
 from p2d.model_info import ModelInfo, is_weight, read_model_info
 from p2d.registry import load
 from p2d.rendering import Renderer, load_renderer
@@ -83,7 +84,8 @@ def load_base_model(directory: Path, *, precision: Precision = "auto", device: s
 
     Raises:  ModelNotFound, ModelUnsupported, ModelError (`model.invalid`) if a weight is missing, misshapen or unreadable:
              transformers alone would fill missing weights with random numbers. Also if one is left over, such as a bias
-             that config.json does not ask for: transformers alone would compute another function than the model's.
+             that config.json does not ask for: transformers alone would compute another function than the model's. Also if
+             transformers finds a value in config.json that it cannot use. OutOfMemory if the model does not fit.
     """
     started = time.perf_counter()
     info = read_model_info(directory)
@@ -91,14 +93,13 @@ def load_base_model(directory: Path, *, precision: Precision = "auto", device: s
     where = pick_device(device)
     dtype = pick_dtype(precision, where)
     renderer = load_renderer(directory)
-    try:
-        module = _load_weights(
-            directory, dtype=dtype, attn_implementation="sdpa", trust_remote_code=False, use_safetensors=True
-        )
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        raise ModelError(f"The weights of {info.name!r} cannot be loaded: {error}", model=info.name) from error
-    module.to(where)  # type: ignore[arg-type]
-    _check_finite(info, module)
+    failed = f"The model {info.name!r} cannot be loaded"
+    module = _load_weights(
+        directory, failed, dtype=dtype, attn_implementation="sdpa", trust_remote_code=False, use_safetensors=True
+    )
+    with memory_guard(f"loading {info.name!r}"):
+        module.to(where)  # type: ignore[arg-type]
+        _check_finite(info, module)
     use_attention(module)
     return BaseModel(info, spec, module, renderer, where, dtype, load_s=time.perf_counter() - started)
 
@@ -137,12 +138,11 @@ def convert_gguf(gguf: Path, out: Path) -> ModelInfo:
 
 def _write_converted(gguf: Path, out: Path) -> None:
     folder, file = os.fspath(gguf.parent), gguf.name
-    try:
+    failed = f"{gguf.name!r} cannot be converted"
+    with opening(f"converting {gguf.name!r}", failed=failed, model=gguf.name):
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file, local_files_only=True)
-        plain = GgufConfig(dequantize=True)
-        module = _load_weights(gguf.parent, gguf_file=file, dtype=torch.bfloat16, quantization_config=plain)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise ModelError(f"{gguf.name!r} cannot be converted: {error}") from error
+    plain = GgufConfig(dequantize=True)
+    module = _load_weights(gguf.parent, failed, gguf_file=file, dtype=torch.bfloat16, quantization_config=plain)
     module.save_pretrained(out)
     # The template goes into tokenizer_config.json, so that the model's digest covers it.
     tokenizer.save_pretrained(out, save_jinja_files=False)
@@ -150,16 +150,24 @@ def _write_converted(gguf: Path, out: Path) -> None:
     (out / CONVERSION_FILE).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
 
 
-def _load_weights(directory: Path, **kwargs: Any) -> PreTrainedModel:
-    """The frozen model in evaluation mode. Raises ModelError if a weight is missing, misshapen or left over, with its name."""
+def _load_weights(directory: Path, failed: str, **kwargs: Any) -> PreTrainedModel:
+    """The frozen model in evaluation mode. Raises ModelError if a weight is missing, misshapen or left over, with its name.
+
+    Args:    failed: how an error begins that names another cause.
+    """
     logging: Any = transformers_logging
     logging.set_verbosity_error()  # its load report is checked below, its bars would fill the worker's log
     logging.disable_progress_bar()
     loader: Any = AutoModelForCausalLM
     # Misshapen weights are let through here, to be refused by name below: its own error points to the muted report.
-    module, report = loader.from_pretrained(
-        os.fspath(directory), local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
-    )
+    with opening(f"loading {kwargs.get('gguf_file', directory.name)!r}", failed=failed, model=directory.name):
+        module, report = loader.from_pretrained(
+            os.fspath(directory),
+            local_files_only=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **kwargs,
+        )
     assert isinstance(module, PreTrainedModel)
     if wrong := _wrong_weights(report):
         more = f" (and {counted(len(wrong) - 1, 'more weight', 'more weights')})" if len(wrong) > 1 else ""

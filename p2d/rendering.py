@@ -22,6 +22,7 @@ from jinja2 import TemplateError
 from transformers import AutoTokenizer
 
 from p2d.errors import ErrorDetail, ModelError, TemplateRefuses
+from p2d.model_files import opening
 from p2d.rows import Row
 from p2d.sequences import MadeSequence
 
@@ -201,8 +202,7 @@ def load_renderer(directory: Path) -> Renderer:
     """The renderer of a model directory; reads tokenizer files only, never weights, runs no remote code."""
     if not (directory / "tokenizer.json").is_file():
         raise ModelError(f"The model directory {directory.name!r} has no tokenizer.json.")
-    try:
+    failed = f"Tokenizer or config.json of {directory.name!r} cannot be read"
+    with opening(f"reading the tokenizer of {directory.name!r}", failed=failed, model=directory.name):
         tokenizer = AutoTokenizer.from_pretrained(os.fspath(directory), local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"The tokenizer of {directory.name!r} cannot be read: {error}") from error
     return Renderer(tokenizer)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import gguf
 import pytest
@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from p2d.config import Precision
 from p2d.device import pick_device, pick_dtype
-from p2d.errors import ConfigError, ModelError, ModelNotFound, ModelUnsupported
+from p2d.errors import ConfigError, ModelError, ModelNotFound, ModelUnsupported, OutOfMemory
 from p2d.models import convert_gguf, load_base_model
 from p2d.rendering import load_renderer
 from tests.factories import CHAT_TEMPLATE, some_rows, tiny_model_dir
@@ -114,6 +114,54 @@ def test_an_unsupported_family_is_named(tmp_path: Path) -> None:
     (directory / "config.json").write_text(json.dumps(config | {"model_type": "mamba"}))
 
     with pytest.raises(ModelUnsupported, match="mamba"):
+        load_base_model(directory, device="cpu")
+
+
+@pytest.mark.parametrize(
+    "raised",
+    [
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory"),
+        RuntimeError("unable to mmap 269060552 bytes from file <model.safetensors>: Cannot allocate memory (12)"),
+        OSError("Cannot allocate memory (os error 12)"),
+    ],
+    ids=["allocator", "torch's mmap", "safetensors' mmap"],
+)
+def test_a_model_that_does_not_fit_in_memory_is_not_called_broken(
+    tmp_path: Path, raised: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> NoReturn:
+        raise raised
+
+    directory = tiny_model_dir(tmp_path / "tiny")
+    monkeypatch.setattr("p2d.models.AutoModelForCausalLM.from_pretrained", full)
+    with pytest.raises(OutOfMemory, match="ran out of memory while loading 'tiny'") as caught:
+        load_base_model(directory, device="cpu")
+    assert caught.value.retryable
+
+    monkeypatch.setattr("p2d.models.AutoTokenizer.from_pretrained", lambda *_, **__: None)
+    (tmp_path / "tiny.gguf").write_bytes(b"GGUF")
+    with pytest.raises(OutOfMemory, match=r"while loading 'tiny\.gguf'"):
+        convert_gguf(tmp_path / "tiny.gguf", tmp_path / "converted")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("rms_norm_eps", "1e-5", "rms_norm_eps"),
+        ("hidden_act", 5, "hidden_act"),
+        ("hidden_act", "nosuch", "'nosuch' \\(KeyError\\)"),
+        ("eos_token_id", "x", "eos_token_id"),
+        ("pad_token_id", 9999, "Padding_idx"),
+    ],
+)
+def test_a_value_in_the_config_that_transformers_cannot_use_is_the_files_fault(
+    tmp_path: Path, key: str, value: object, said: str
+) -> None:
+    directory = tiny_model_dir(tmp_path / "tiny")
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {key: value}))
+
+    with pytest.raises(ModelError, match=said):
         load_base_model(directory, device="cpu")
 
 

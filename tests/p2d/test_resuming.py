@@ -9,6 +9,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -127,6 +128,21 @@ def test_a_run_that_would_give_another_result_starts_anew(tiny_dir: Path, data: 
     assert first[:2] == seed[:2] == rows[:2] == ["validate 0", "heads 0"]
     assert same == ["train 0"]
     assert (tmp_path / NAME).is_dir()
+
+
+def test_a_run_whose_model_found_no_memory_keeps_what_it_had_done(
+    tiny_dir: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> NoReturn:
+        raise RuntimeError("unable to mmap 269060552 bytes from file <model.safetensors>: Cannot allocate memory (12)")
+
+    run(tiny_dir, data, tmp_path, stop="train")
+    with monkeypatch.context() as no_memory:
+        no_memory.setattr("p2d.models.AutoModelForCausalLM.from_pretrained", full)
+        assert run(tiny_dir, data, tmp_path) == (None, [])
+    _, worked = run(tiny_dir, data, tmp_path, stop="train")
+
+    assert worked == ["train 0"]
 
 
 def test_work_that_no_run_can_use_is_not_left_behind(tiny_dir: Path, data: Path, tmp_path: Path) -> None:
