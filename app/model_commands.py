@@ -41,7 +41,10 @@ def models_add(
 
 @models.command("check")
 def models_check(directory: Annotated[Path, typer.Argument(help="A safetensors model directory.")]) -> None:
-    """Say by a directory's config and file headers whether it can be used, and why not; weights are only read at load."""
+    """Say by a directory's config and file headers whether it can be used, and why not.
+
+    Weights, and values in config.json that are none of the model's sizes, are judged when it is loaded.
+    """
     from p2d.model_info import read_model_info
 
     info = read_model_info(directory.resolve())

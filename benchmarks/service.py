@@ -193,7 +193,7 @@ def write_stub_model(directory: Path, *, layers: int = 2) -> None:
     directory.mkdir(parents=True)
     sizes = {"num_hidden_layers": layers, "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 16}
     more = {"model_type": "llama", "intermediate_size": 32, "vocab_size": 64, "max_position_embeddings": 128}
-    config = sizes | more
+    config = sizes | more | {"tie_word_embeddings": True}
     (directory / "config.json").write_text(json.dumps(config))
     (directory / "tokenizer.json").write_text("{}")
     matrices = dict(LLAMA.matrices(shape_of(config, name=directory.name)))

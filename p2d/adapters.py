@@ -24,7 +24,7 @@ from p2d.arch.spec import ArchSpec, unit_view, units_of
 from p2d.config import JobConfig, Projection
 from p2d.errors import AdapterMismatch, ModelError
 from p2d.files import read_json, sha256_of, write_json
-from p2d.model_info import DIGEST_CACHE, ModelInfo, read_model_info
+from p2d.model_info import DIGEST_CACHE, ModelInfo, read_model_info, weight_files
 from p2d.models import BaseModel
 from p2d.registry import load
 from p2d.slices import Head, slice_key
@@ -185,7 +185,7 @@ def merge(base_dir: Path, adapter_dir: Path, out: Path) -> Path:
     left_out = shutil.ignore_patterns("*.safetensors", DIGEST_CACHE, ".*")
     shutil.copytree(base_dir, part, ignore=left_out)
     written: set[tuple[str, str]] = set()
-    for file in sorted(base_dir.glob("*.safetensors")):
+    for file in weight_files(base_dir):
         tensors = load_file(file)
         for names, entries in targets.items():
             if (name := next((name for name in names if name in tensors), None)) is None:

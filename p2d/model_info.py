@@ -76,10 +76,12 @@ class ModelInfo(ModelShape):
 
 
 def read_model_info(directory: Path) -> ModelInfo:
-    """Read what `directory` holds, without its weights: only loading finds norms or biases that are wrong, and NaN.
+    """Read what `directory` holds, without its weights.
 
-    Raises: ModelNotFound (no such directory), ModelUnsupported (family without a spec, quantised), ModelError (broken: a file is
-            missing or cut off, or a matrix is missing or misshapen).
+    Only loading finds norms or biases that are wrong, NaN, and values in config.json that are none of the model's sizes.
+
+    Raises: ModelNotFound (no such directory), ModelUnsupported (family without a spec, quantised, weights that are no F32, F16 or
+            BF16), ModelError (broken: a file is missing or cut off, or a matrix is missing or misshapen).
     """
     if not directory.is_dir():
         raise ModelNotFound(
@@ -95,7 +97,7 @@ def _read(directory: Path, stamps: Stamps) -> ModelInfo:
     shape = shape_of(config, name=directory.name)
     if not (directory / "tokenizer.json").is_file():
         raise _broken(directory, "tokenizer.json is missing")
-    tensors = {name: entry for path in _weight_files(directory) for name, entry in _header(directory, path).items()}
+    tensors = {name: entry for path in weight_files(directory) for name, entry in _header(directory, path).items()}
     parameters, dtype = _weights(directory, tensors)
     _check_matrices(directory, config, shape, tensors)
     return ModelInfo(
@@ -121,6 +123,7 @@ def shape_of(config: Mapping[str, Any], *, name: str) -> ModelShape:
     if heads % groups:
         raise _broken(directory, f"{heads} heads do not divide into {groups} key-value groups")
     layers = _size(directory, config, keys.n_layers)
+    _check_values(directory, config, layers)
     window = _window(directory, config, keys)
     return ModelShape(
         model_type=config["model_type"],
@@ -274,18 +277,34 @@ def _windowed_layers(directory: Path, config: Mapping[str, Any], keys: ConfigKey
     return n_layers // _size(directory, config, "no_rope_layer_interval", default=4)
 
 
+def _check_values(directory: Path, config: Mapping[str, Any], n_layers: int) -> None:
+    """Raise ModelError if what is read here beside sizes has another type. Which kinds of layers there are, transformers knows."""
+    if not isinstance(config.get("tie_word_embeddings", True), bool):
+        raise _broken(directory, "config.json has no usable 'tie_word_embeddings': expected true or false")
+    types = config.get("layer_types")
+    if types is None:
+        return
+    if not isinstance(types, list) or len(types) != n_layers or not all(isinstance(each, str) for each in types):
+        raise _broken(directory, f"config.json has no usable 'layer_types': expected {n_layers} texts")
+
+
 def _weights(directory: Path, tensors: Mapping[str, Mapping[str, Any]]) -> tuple[int, str]:
-    """Count parameters and name their commonest type, from the headers alone."""
+    """Count parameters and name their commonest type, from the headers alone.
+
+    Raises: ModelUnsupported if one is of another type: transformers would take its codes for its values.
+    """
     by_dtype: Counter[str] = Counter()
     for name, entry in tensors.items():
-        if is_weight(name):
-            by_dtype[entry["dtype"]] += math.prod(entry["shape"])
-    dtype = by_dtype.most_common(1)[0][0] if by_dtype else ""
-    if dtype not in _DTYPES:
-        raise ModelUnsupported(
-            f"The weights of {directory.name!r} are of type {dtype or 'none'}; expected F32, BF16 or F16."
-        )
-    return by_dtype.total(), _DTYPES[dtype]
+        if not is_weight(name):
+            continue
+        if (dtype := entry["dtype"]) not in _DTYPES:
+            raise ModelUnsupported(
+                f"The weight {name} of {directory.name!r} is of type {dtype}; expected F32, BF16 or F16."
+            )
+        by_dtype[dtype] += math.prod(entry["shape"])
+    if not by_dtype:
+        raise _broken(directory, "its files hold no weights")
+    return by_dtype.total(), _DTYPES[by_dtype.most_common(1)[0][0]]
 
 
 def _check_matrices(
@@ -293,19 +312,37 @@ def _check_matrices(
 ) -> None:
     """Raise ModelError, by name, if a matrix that the spec knows is missing or not of the shape that config.json makes it."""
     spec = _spec(directory, config)
+    tied = config.get("tie_word_embeddings", spec.config.tied)
+    heads, found = spec.head_names(), {name: tuple(entry["shape"]) for name, entry in tensors.items()}
     for name, expected in spec.matrices(shape):
-        names: tuple[str, ...] = spec.names_in_files(name)
-        if name == f"{spec.embedding}.weight" and config.get("tie_word_embeddings", True):
-            names = (*names, f"{spec.lm_head}.weight")  # a file may hold the one matrix under its other name
-        stored = next((each for each in names if each in tensors), None)
-        if stored is None:
-            raise _broken(directory, f"{name} is missing, expected with the shape {expected}")
-        if (found := tuple(tensors[stored]["shape"])) != expected:
-            raise _broken(directory, f"{stored} has the shape {found}, expected {expected}")
+        names = [*spec.names_in_files(name)]
+        if tied and name == f"{spec.embedding}.weight":
+            names += heads  # a file may hold the one matrix under its other name
+        _check_matrix(directory, names, found, expected)
+    if not tied or not found.keys().isdisjoint(heads):  # one that is tied and there all the same is loaded too
+        _check_matrix(directory, heads, found, (shape.vocab_size, shape.hidden_size))
 
 
-def _weight_files(directory: Path) -> list[Path]:
-    index = directory / "model.safetensors.index.json"
+def _check_matrix(
+    directory: Path, names: list[str], found: Mapping[str, tuple[int, ...]], expected: tuple[int, int]
+) -> None:
+    """Raise ModelError if none of the names that files have for a matrix is there, or the first that is has another shape."""
+    stored = next((name for name in names if name in found), None)
+    if stored is None:
+        raise _broken(directory, f"{names[0]} is missing, expected with the shape {expected}")
+    if found[stored] != expected:
+        raise _broken(directory, f"{stored} has the shape {found[stored]}, expected {expected}")
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The files that hold a model's weights, as transformers picks them: model.safetensors, else those of the index.
+
+    Raises: ModelError if there is neither, or a file of the index is missing.
+    """
+    whole, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
+    if whole.is_file():
+        return [whole]
+    names: list[str] = []
     if index.is_file():
         try:
             names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
@@ -314,8 +351,10 @@ def _weight_files(directory: Path) -> list[Path]:
         # A name in the index is text from a stranger: it must be a plain file of this directory.
         if not all(isinstance(name, str) and MODEL_NAME.fullmatch(name) for name in names):
             raise _broken(directory, f"{index.name} names a file outside of the model")
-    else:
-        names = sorted(path.name for path in directory.glob("*.safetensors"))
+    elif other := next(iter(sorted(directory.glob("*.safetensors"))), None):
+        raise _broken(
+            directory, f"there is neither {whole.name} nor {index.name}, without which {other.name} is not read"
+        )
     if not names:
         raise _broken(directory, "there are no safetensors weights (other weight formats are not read)")
     if missing := [name for name in names if not (directory / name).is_file()]:
@@ -336,6 +375,8 @@ def _header(directory: Path, path: Path) -> dict[str, dict[str, Any]]:
         entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
         end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
         whole = 8 + length + end == size
+        if not all(isinstance(entry["dtype"], str) for entry in entries.values()):
+            raise ValueError("dtype")
         if not all(isinstance(n, int) and n >= 0 for entry in entries.values() for n in entry["shape"]):
             raise ValueError("shape")
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:

@@ -31,7 +31,7 @@ from p2d.adapters import Adapter, SliceEntry, open_pair
 from p2d.arch.spec import ArchSpec, unit_rows, unit_view
 from p2d.errors import ModelError
 from p2d.files import read_json
-from p2d.model_info import ModelInfo
+from p2d.model_info import ModelInfo, weight_files
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -96,7 +96,7 @@ def _lora(
 
 def _weight(base_dir: Path, spec: ArchSpec, entry: SliceEntry) -> Tensor:
     names = spec.stored_names(entry.layer, entry.projection)
-    for file in sorted(base_dir.glob("*.safetensors")):
+    for file in weight_files(base_dir):
         with safe_open(file, framework="pt") as source:
             if stored := next((name for name in names if name in source.keys()), None):  # noqa: SIM118 - not a mapping
                 weight: Tensor = source.get_tensor(stored)

@@ -16,6 +16,7 @@ GEMMA3_TEXT = ArchSpec(
         head_dim=256,
         windows="pattern",
         window=4096,
+        tied=True,
         refused=("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention"),
     ),
 )

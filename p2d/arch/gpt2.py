@@ -15,6 +15,7 @@ GPT2 = ArchSpec(
     layout="stacked",
     transposed=True,
     embedding="transformer.wte",
+    positions="transformer.wpe",
     mlp_in=("transformer.h.{}.mlp.c_fc",),
     mlp_out="transformer.h.{}.mlp.c_proj",
     mlp_matrices=2,
@@ -25,6 +26,7 @@ GPT2 = ArchSpec(
         intermediate_size="n_inner",
         context_length="n_positions",
         mlp_ratio=4,
+        tied=True,
         refused=("add_cross_attention",),
     ),
 )

@@ -8,6 +8,7 @@ GPT_NEOX = ArchSpec(
     backbone="gpt_neox",
     layers="gpt_neox.layers",
     lm_head="lm_head",
+    lm_head_in_files="embed_out",
     q="gpt_neox.layers.{}.attention.query_key_value",
     k="gpt_neox.layers.{}.attention.query_key_value",
     v="gpt_neox.layers.{}.attention.query_key_value",

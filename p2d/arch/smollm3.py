@@ -12,5 +12,5 @@ SMOLLM3 = ArchSpec(
     k="model.layers.{}.self_attn.k_proj",
     v="model.layers.{}.self_attn.v_proj",
     o="model.layers.{}.self_attn.o_proj",
-    config=ConfigKeys(windows="layers_without_rope"),
+    config=ConfigKeys(windows="layers_without_rope", tied=True),
 )

@@ -53,6 +53,8 @@ class ConfigKeys:
     windows: Windows = "none"
     window: int | None = None
     """Tokens in the sliding window where none is given."""
+    tied: bool = False
+    """Whether embedding and head are one matrix where config.json does not say."""
     refused: tuple[str, ...] = ()
     """Settings that change the arithmetic in a way this engine does not follow: a model that sets one is refused."""
 
@@ -75,8 +77,12 @@ class ArchSpec:
     layout: Layout = "separate"
     transposed: bool = False
     """Whether weights are stored [in, out] (Conv1D)."""
+    lm_head_in_files: str | None = None
+    """What the family's own files call the head, if not by its path."""
     embedding: str = "model.embed_tokens"
     """Path of the token embedding."""
+    positions: str | None = None
+    """Path of the embedding of positions, where they are learnt."""
     mlp_in: tuple[str, ...] = ("model.layers.{}.mlp.gate_proj", "model.layers.{}.mlp.up_proj")
     """Paths of what widens in a layer's MLP, the gate too; one path where both share a module."""
     mlp_out: str = "model.layers.{}.mlp.down_proj"
@@ -102,10 +108,16 @@ class ArchSpec:
         """Names of one of the model's weights in checkpoint files, see `stored_names`."""
         return name, name.removeprefix(f"{self.backbone}.")
 
+    def head_names(self) -> list[str]:
+        """Names of the head's weight in checkpoint files, which need none where it is tied to the embedding."""
+        return [f"{path}.weight" for path in (self.lm_head_in_files, self.lm_head) if path is not None]
+
     def matrices(self, shape: ModelShape) -> Iterator[tuple[str, tuple[int, int]]]:
-        """Name in the model and shape, as stored, of the embedding and of every matrix of attention and MLPs."""
+        """Name in the model and shape, as stored, of the embeddings and of every matrix of attention and MLPs."""
         D, I = shape.hidden_size, shape.intermediate_size  # noqa: E741
         yield f"{self.embedding}.weight", (shape.vocab_size, D)
+        if self.positions is not None:
+            yield f"{self.positions}.weight", (shape.context_length, D)
         wide = I * (self.mlp_matrices - 1) // len(self.mlp_in)
         attention: tuple[Projection, ...] = ("q", "k", "v", "o") if self.layout == "separate" else ("q", "o")
         for layer in range(shape.n_layers):

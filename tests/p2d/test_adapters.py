@@ -144,3 +144,19 @@ def test_merging_a_model_in_several_files_changes_only_the_files_with_chosen_lay
     merged = load_base_model(merge(sharded, tmp_path / "adapter", tmp_path / "merged"), precision="fp32", device="cpu")
 
     assert_same(weights_of(merged), trained)
+
+
+def leave_stale_shard(base_dir: Path) -> None:
+    """A weight file that no load reads, because model.safetensors goes first."""
+    stale = {name: tensor * 0 for name, tensor in load_file(base_dir / "model.safetensors").items()}
+    save_file(stale, base_dir / "model-00001-of-00001.safetensors", metadata={"format": "pt"})
+
+
+def test_a_weight_file_that_no_load_reads_is_not_merged(tmp_path: Path) -> None:
+    leave_stale_shard(base_dir := tiny_model_dir(tmp_path / "base"))
+    trained = trained_adapter(load_base_model(base_dir, precision="fp32", device="cpu"), tmp_path / "adapter")
+
+    merged = merge(base_dir, tmp_path / "adapter", tmp_path / "merged")
+
+    assert [path.name for path in merged.glob("*.safetensors")] == ["model.safetensors"]
+    assert_same(weights_of(load_base_model(merged, precision="fp32", device="cpu")), trained)

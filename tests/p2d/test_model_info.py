@@ -11,13 +11,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from p2d.arch import ARCHS
 from p2d.arch.spec import ArchSpec
 from p2d.errors import ModelError, ModelNotFound, ModelUnsupported
-from p2d.model_info import DIGEST_CACHE, find_model, list_models, model_digest, read_model_info, shape_of
+from p2d.model_info import (
+    DIGEST_CACHE,
+    find_model,
+    list_models,
+    model_digest,
+    read_model_info,
+    shape_of,
+    weight_files,
+)
 from p2d.registry import load
 from tests.factories import tiny_model_dir
 
@@ -30,6 +39,7 @@ CONFIG = {
     "intermediate_size": 32,
     "vocab_size": 64,
     "max_position_embeddings": 128,
+    "tie_word_embeddings": True,
 }
 
 
@@ -193,9 +203,12 @@ def test_causal_masks_in_an_older_file_are_no_parameters(tmp_path: Path) -> None
 def test_a_matrix_that_is_missing_or_misshapen_is_named_with_its_shapes(tmp_path: Path, family: str) -> None:
     directory = tiny_model_dir(tmp_path / family, family=family)
     whole = load_file(directory / "model.safetensors")
-    matrices = {name: tuple(tensor.shape) for name, tensor in whole.items() if tensor.ndim == 2 and ".wpe." not in name}
+    matrices = {name: tuple(tensor.shape) for name, tensor in whole.items() if tensor.ndim == 2}
     spec: ArchSpec = load(ARCHS, family, what="", pointer="")
-    assert dict(spec.matrices(read_model_info(directory))) == matrices
+    of_spec = dict(spec.matrices(read_model_info(directory)))
+    if not AutoConfig.from_pretrained(directory).tie_word_embeddings:
+        of_spec[spec.head_names()[0]] = of_spec[f"{spec.embedding}.weight"]
+    assert of_spec == matrices
 
     for name, shape in [(name, shape) for name, shape in matrices.items() if ".0." not in name and ".2." not in name]:
         turned = whole[name].flatten().unflatten(0, (2, -1))
@@ -209,6 +222,65 @@ def test_a_matrix_that_is_missing_or_misshapen_is_named_with_its_shapes(tmp_path
             save_file(changed, directory / "model.safetensors", metadata={"format": "pt"})
             with pytest.raises(ModelError, match=re.escape(said)):
                 read_model_info(directory)
+
+
+@pytest.mark.parametrize("family", sorted(ARCHS))
+def test_a_head_of_its_own_is_looked_for_where_the_family_unties_it(tmp_path: Path, family: str) -> None:
+    directory = tiny_model_dir(tmp_path / family, family=family)
+    spec: ArchSpec = load(ARCHS, family, what="", pointer="")
+    config, tensors = json.loads((directory / "config.json").read_text()), load_file(directory / "model.safetensors")
+    head = spec.head_names()[0]
+    tensors.pop(head, None)
+    shape = tuple(tensors[f"{spec.embedding}.weight"].shape)
+    assert spec.config.tied == AutoConfig.for_model(family).tie_word_embeddings
+
+    def check(tied: bool | None, **more: torch.Tensor) -> None:
+        told = {"tie_word_embeddings": tied} if tied is not None else {}
+        silent = {key: value for key, value in config.items() if key != "tie_word_embeddings"}
+        (directory / "config.json").write_text(json.dumps(silent | told))
+        save_file(tensors | more, directory / "model.safetensors", metadata={"format": "pt"})
+        read_model_info(directory)
+
+    check(True)
+    check(False, **{head: torch.zeros(shape)})
+    for tied in [False] if spec.config.tied else [False, None]:
+        with pytest.raises(ModelError, match=rf"{head} is missing, expected with the shape \({shape[0]}, {shape[1]}\)"):
+            check(tied)
+    if spec.config.tied:
+        check(None)
+    for tied in (True, False):
+        with pytest.raises(ModelError, match=rf"{head} has the shape \(7, {shape[1]}\), expected"):
+            check(tied, **{head: torch.zeros(7, shape[1])})
+
+
+def test_the_weight_files_are_those_that_transformers_reads(tmp_path: Path) -> None:
+    directory = write_model(tmp_path / "m")
+    whole, shard = directory / "model.safetensors", directory / "model-00001-of-00001.safetensors"
+    shard.write_bytes(safetensors({"model.norm.weight": [16]}))
+    index(directory, shard.name)
+    assert weight_files(directory) == [whole]
+    assert read_model_info(directory).parameters == PARAMETERS
+
+    whole.replace(shard)
+    assert weight_files(directory) == [shard]
+    assert read_model_info(directory).parameters == PARAMETERS
+
+    (directory / "model.safetensors.index.json").unlink()
+    with pytest.raises(ModelError, match=f"neither model.safetensors nor .* without which {shard.name} is not read"):
+        read_model_info(directory)
+
+
+def test_one_weight_of_codes_among_numbers_is_refused_by_name(tmp_path: Path) -> None:
+    directory = tiny_model_dir(tmp_path / "m")
+    tensors, name = load_file(directory / "model.safetensors"), "model.layers.1.self_attn.q_proj.weight"
+    for dtype in (torch.int8, torch.uint8, torch.int64, torch.bool, torch.float8_e4m3fn):
+        save_file(tensors | {name: tensors[name].to(dtype)}, directory / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(ModelUnsupported, match=name):
+            read_model_info(directory)
+
+    for dtype in (torch.float64, torch.float16, torch.bfloat16):
+        save_file(tensors | {name: tensors[name].to(dtype)}, directory / "model.safetensors", metadata={"format": "pt"})
+        assert read_model_info(directory).dtype == "fp32"
 
 
 def test_other_names_that_files_have_for_the_same_weights_are_known(tmp_path: Path) -> None:
@@ -253,6 +325,11 @@ def index(directory: Path, name: str) -> None:
     (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": name}}))
 
 
+def only_index(directory: Path, name: str) -> None:
+    index(directory, name)
+    (directory / "model.safetensors").unlink()
+
+
 def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
 
@@ -271,8 +348,8 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], type[ModelError], str]] = {
         lambda d: (d / "model.safetensors").write_bytes(b"\xff" * 8 + b"{}"), ModelError, "not a safetensors"),
     "a header that is no JSON": (
         lambda d: (d / "model.safetensors").write_bytes(struct.pack("<Q", 2) + b"{["), ModelError, "header"),
-    "an index with a path": (lambda d: index(d, "../other/model.safetensors"), ModelError, "outside"),
-    "an index with a missing file": (lambda d: index(d, "model-2.safetensors"), ModelError, "is missing"),
+    "an index with a path": (lambda d: only_index(d, "../other/model.safetensors"), ModelError, "outside"),
+    "an index with a missing file": (lambda d: only_index(d, "model-2.safetensors"), ModelError, "is missing"),
     "quantised weights": (
         lambda d: (d / "model.safetensors").write_bytes(safetensors(SHAPES, dtype="I8")), ModelUnsupported, "I8"),
 }  # fmt: skip
@@ -302,6 +379,9 @@ def test_a_model_is_refused_for(tmp_path: Path, what: str) -> None:
         ({"hidden_size": True}, ModelError),
         ({"num_key_value_heads": 3}, ModelError),
         ({"max_position_embeddings": None}, ModelError),
+        ({"tie_word_embeddings": "yes"}, ModelError),
+        ({"layer_types": ["x"]}, ModelError),
+        ({"layer_types": "full_attention"}, ModelError),
     ],
 )
 def test_a_config_is_refused_with(tmp_path: Path, config: dict[str, Any], error: type[ModelError]) -> None:

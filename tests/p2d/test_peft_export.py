@@ -17,7 +17,7 @@ from p2d.errors import AdapterMismatch, ModelError
 from p2d.models import load_base_model
 from p2d.peft_export import export_peft
 from tests.factories import tiny_model_dir
-from tests.p2d.test_adapters import logits, trained_adapter
+from tests.p2d.test_adapters import leave_stale_shard, logits, trained_adapter
 from tests.p2d.test_slices import assert_same, weights_of
 
 # peft asks transformers in words that transformers has renamed.
@@ -39,6 +39,15 @@ def test_merged_by_peft_a_bf16_base_has_the_adapters_bits(tmp_path: Path, family
     merged = with_lora(base_dir, tmp_path / "lora").merge_and_unload()
 
     assert_same(merged.state_dict(), trained)
+
+
+def test_a_weight_file_that_no_load_reads_is_not_exported_from(tmp_path: Path) -> None:
+    leave_stale_shard(base_dir := tiny_model_dir(tmp_path / "base", dtype=torch.bfloat16))
+    trained = trained_adapter(load_base_model(base_dir, precision="bf16", device="cpu"), tmp_path / "adapter")
+
+    export_peft(base_dir, tmp_path / "adapter", tmp_path / "lora")
+
+    assert_same(with_lora(base_dir, tmp_path / "lora").merge_and_unload().state_dict(), trained)
 
 
 def changed(tmp_path: Path, stored: torch.dtype) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
