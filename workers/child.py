@@ -6,7 +6,9 @@ its parent (workers.attempt) fetches and publishes the files. Dies when the pare
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import gc
 import os
 import queue
 import signal
@@ -41,6 +43,9 @@ PROGRESS_EVERY_S = 0.1
 
 CANCEL_LOOK_S = 0.1
 """Seconds between two looks for a cancel while a checkpoint is being stored."""
+
+WARM_S = 300.0
+"""Seconds without a step for which the base model is kept. A guess: steps of one job follow each other at once."""
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -79,7 +84,16 @@ class Child:
         threading.Thread(target=self._read, daemon=True).start()
         self._tell(Ready())
         while True:
-            self._tell(self._run(self._steps.get()))
+            self._tell(self._run(self._next()))
+            _give_back()
+
+    def _next(self) -> RunStep:
+        try:
+            return self._steps.get(timeout=WARM_S)
+        except queue.Empty:
+            self._models.drop()
+            _give_back()
+            return self._steps.get()
 
     def _read(self) -> None:
         for line in self._in:
@@ -127,6 +141,17 @@ class Child:
     def _tell(self, message: Message) -> None:
         self._out.write(encode(message))
         self._out.flush()
+
+
+def _give_back() -> None:
+    """Return what a step has freed to the system and to the device: both allocators would keep it for this process alone."""
+    gc.collect()  # tracebacks and autograd leave circles behind
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+    if sys.platform == "linux":
+        with contextlib.suppress(AttributeError):  # musl has none
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 def _call(message: RunStep) -> StepCall:
