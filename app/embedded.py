@@ -84,7 +84,7 @@ def machine_binaries() -> Binaries | None:
 def start_valkey(supervisor: Supervisor, binaries: Binaries) -> str:
     """Start the broker and return its URL. Nothing is kept on disk: it carries hints only."""
     password = secrets.token_hex(24)
-    return _on_afree_port(supervisor, "valkey", lambda port: _run_valkey(supervisor, binaries, port, password))
+    return _tried(supervisor, "valkey", lambda port: _run_valkey(supervisor, binaries, port, password))
 
 
 def start_valkey_again(supervisor: Supervisor, binaries: Binaries, url: str) -> None:
@@ -110,10 +110,11 @@ def _run_valkey(supervisor: Supervisor, binaries: Binaries, port: int, password:
     return url
 
 
-def start_postgres(supervisor: Supervisor, binaries: Binaries, *, durable: bool = True) -> str:
+def start_postgres(supervisor: Supervisor, binaries: Binaries, *, durable: bool = True, port: int | None = None) -> str:
     """Start the database, made on the first call, and return its URL.
 
     Args:   durable: whether data must outlive a power cut; throw-away databases are several times faster without.
+            port: of a database that ended and is started again, since everybody knows its URL.
     """
     place, user = _place(supervisor.home), _server_user()
     programs = binaries.postgres if user is None else _for_all_users(binaries)
@@ -135,7 +136,8 @@ def start_postgres(supervisor: Supervisor, binaries: Binaries, *, durable: bool 
         _create_database(f"postgresql://{address}/postgres")
         return f"postgresql://{address}/{USER}"
 
-    return _on_afree_port(supervisor, "postgres", start)
+    # Started again it is refused as long as sessions of the dead server live: they end by themselves within moments.
+    return _tried(supervisor, "postgres", start, port)
 
 
 def running_postgres(home: Path) -> str | None:
@@ -173,14 +175,15 @@ def remove(home: Path) -> None:
 _SERVER_ENV = {"PATH": "/usr/bin:/bin", "LC_ALL": "C"}
 
 
-def _on_afree_port(supervisor: Supervisor, name: str, start: Callable[[int], str]) -> str:
+def _tried(supervisor: Supervisor, name: str, start: Callable[[int], str], port: int | None = None) -> str:
+    """Start a server on a port, or each time on another free one."""
     for _ in range(STARTS - 1):
         try:
-            return start(free_port())
+            return start(port or free_port())
         except ProcessFailed:
             supervisor.stop_one(name)
             time.sleep(1)
-    return start(free_port())
+    return start(port or free_port())
 
 
 def free_port() -> int:

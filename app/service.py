@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import httpx
 from pydantic import SecretStr
@@ -63,17 +64,19 @@ class Service:
             signal.pause()
 
     def tend(self) -> list[str]:
-        """Start again what has ended, and name it. Raises ProcessFailed when PostgreSQL ended or restarts do not help."""
+        """Start again what has ended, and name it. Raises ProcessFailed when restarts do not help."""
         again = []
         for child in self.supervisor.ended():
             name = child.record.name
             times = [at for at in self._restarts.get(name, []) if time.monotonic() - at < RESTART_WINDOW_S]
-            if name not in (*self.parts, "valkey") or len(times) >= RESTARTS:
+            if len(times) >= RESTARTS:
                 self.supervisor.check()
             self._restarts[name] = [*times, time.monotonic()]
             self.supervisor.stop_one(name)
             if name == "valkey":
                 start_valkey_again(self.supervisor, wheel_binaries(), self.settings.url("broker_url"))
+            elif name == "postgres":
+                start_postgres(self.supervisor, wheel_binaries(), port=urlsplit(self.settings.url("database_url")).port)
             else:
                 self.supervisor.spawn(name, self.parts[name], env=environment(self.settings))
             again.append(name)

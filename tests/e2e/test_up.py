@@ -9,8 +9,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import httpx
@@ -49,6 +49,20 @@ def children_of(home: Path) -> list[psutil.Process]:
     return [psutil.Process(record["pid"]) for record in records]
 
 
+def postgres_of(home: Path) -> psutil.Process | None:
+    """The server of the database; None between its end and the start of the next."""
+    with suppress(psutil.NoSuchProcess):
+        return next((part for part in children_of(home) if "postgres" in part.name()), None)
+    return None
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + DEADLINE_S
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 def gone(process: psutil.Process) -> bool:
     return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
 
@@ -81,16 +95,31 @@ def test_after_a_kill_the_next_one_stops_the_leftovers_and_serves(home: Path) ->
         process.wait(timeout=DEADLINE_S)
 
 
-def test_a_server_that_dies_ends_the_service_with_its_name(home: Path) -> None:
-    with up(home) as (process, _):
-        parts = children_of(home)
-        postgres = next(part for part in parts if "postgres" in part.name())
+def test_a_database_that_dies_is_started_again_under_the_same_service(home: Path) -> None:
+    with up(home) as (process, address):
+        postgres = postgres_of(home)
+        assert postgres is not None
         postgres.kill()
 
-        deadline = time.monotonic() + DEADLINE_S
-        while process.poll() is None:
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        wait_for(lambda: postgres_of(home) not in (None, postgres))
+        wait_for(lambda: httpx.get(f"{address}/readyz").is_success)
+
+        assert httpx.get(f"{address}/jobs").json()["data"] == []
+        assert process.poll() is None
+        process.terminate()
+        process.wait(timeout=DEADLINE_S)
+
+
+def test_a_server_that_cannot_be_started_again_ends_the_service_with_its_name(home: Path) -> None:
+    with up(home) as (process, _):
+        parts = children_of(home)
+        postgres = postgres_of(home)
+        assert postgres is not None
+        command = postgres.cmdline()
+        Path(command[command.index("-D") + 1], "PG_VERSION").write_text("1")  # which this server does not read
+        postgres.kill()
+
+        wait_for(lambda: process.poll() is not None)
 
         assert process.returncode == 1
         assert all(gone(part) for part in parts)
