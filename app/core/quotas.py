@@ -1,6 +1,6 @@
 """How much a project may have: unfinished jobs, stored bytes, rows. Checked before anything is added, for the caller's project.
 
-Two requests in the same moment may both be the last that fits: a quota holds back, it does not count money.
+Two uploads in the same moment may both be the last that fits: a quota of bytes holds back, it does not count money.
 """
 
 from __future__ import annotations
@@ -10,8 +10,12 @@ import time
 
 from app.access_errors import StorageFull, TooManyJobs
 from app.db.engine import Connection
+from app.db.projects import lock_project
 from app.db.usage import open_jobs, stored_bytes, stored_rows
 from app.settings import Settings
+
+IN_FLIGHT = 40
+"""Most requests that a process works on at one time: AnyIO's threads."""
 
 COUNTED_S = 1.0
 """Seconds for which a count of unfinished jobs is good."""
@@ -21,8 +25,9 @@ class JobQuota:
     """How many unfinished jobs a project may have. One for each process; threads share it.
 
     To count thousands of them for each new one would be most of its cost. So a count is good for `COUNTED_S` and for a small
-    share of what was left then: far from the quota it is seldom taken, at the quota always. One process holds the quota
-    exactly; several that count in the same moment may together go beyond it, by an eighth at most.
+    share of what was left then: far from the quota it is seldom taken, near it always, and there one request after another:
+    each waits until the one before it has committed. Several processes that counted while the quota was far may together go
+    beyond it, by an eighth at most.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -38,9 +43,11 @@ class JobQuota:
             if left > 0 and time.monotonic() < until:
                 self._known[project_id] = until, left - 1
                 return
+        lock_project(conn, project_id)
         if (made := open_jobs(conn)) >= self._limit:
             raise TooManyJobs(limit=self._limit)
-        share = (self._limit - made - 1) // (8 * self._processes)
+        # Less what may be on its way unseen: jobs of requests that took of the share before.
+        share = max(0, self._limit - made - IN_FLIGHT * self._processes) // (8 * self._processes)
         with self._lock:
             self._known[project_id] = time.monotonic() + COUNTED_S, share
 

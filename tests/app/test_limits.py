@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -43,6 +44,18 @@ def refused(answer: httpx.Response, status: int, code: str) -> dict[str, Any]:
     body: dict[str, Any] = answer.json()
     assert (answer.status_code, body["code"], body["fault"], body["retryable"]) == (status, code, "capacity", True)
     return body
+
+
+def test_many_jobs_posted_in_one_moment_are_no_more_than_the_quota(lab: Api) -> None:
+    body = a_job(dataset=lab.dataset(20))
+    with ThreadPoolExecutor(12) as pool:
+        answers = list(pool.map(lambda _: lab.http.post("/jobs", json=body), range(12)))
+
+    made = [answer for answer in answers if answer.is_success]
+    assert len(made) == 2
+    for answer in answers:
+        if answer not in made:
+            refused(answer, 429, "limit.jobs")
 
 
 def test_the_request_too_many_is_told_when_to_come_back_and_no_other_project_notices(limited: Api, lab: Api) -> None:
