@@ -327,7 +327,8 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     def unknown(request: Request, error: Exception) -> Response:
-        return answer(request, P2DError("The service met an error of its own."))
+        # uvicorn closes the connection behind it; unless that is said, the client's next request may meet a reset.
+        return answer(request, P2DError("The service met an error of its own."), headers={"Connection": "close"})
 
 
 def _http_error(request: Request, error: HTTPException) -> P2DError:

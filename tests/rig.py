@@ -43,7 +43,7 @@ from workers.loop import Worker
 
 ROOT = Path(__file__).resolve().parents[1]
 
-PATIENCE_S = 60.0
+PATIENCE_S = 120.0
 """Longest wait for a condition. A law broken shows as a timeout, so it may be long."""
 
 FAST = {
