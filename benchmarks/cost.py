@@ -12,11 +12,12 @@ from benchmarks.findings import Findings, Ratio, Table, Target
 from benchmarks.peers.data_whisperer import LAYER, group_flops
 from benchmarks.workbench import Workbench
 from p2d import flops
-from p2d.config import PROXY_ROWS, DataConfig, HeadsConfig, JobConfig, TrainingConfig, resolve, top_count
+from p2d.config import PROXY_ROWS, DataConfig, HeadsConfig, JobConfig, TrainingConfig, top_count
 from p2d.estimate import estimate_flops
 from p2d.model_info import ModelInfo
 from p2d.optimization import epoch_order
 from p2d.plans import RowCounts
+from p2d.resolution import resolve
 
 ROWS, TOKENS, ANSWER = 6725, 150, 95
 """Training rows of GSM8K, tokens of a row and of its answer: rounded means, as a typical Llama tokenizer cuts them."""

@@ -28,21 +28,13 @@ import numpy as np
 import torch
 
 from p2d import flops
-from p2d.config import (
-    DATA_SCORERS,
-    RECIPES,
-    DataConfig,
-    HeadsConfig,
-    JobConfig,
-    TrainingConfig,
-    resolve,
-    top_count,
-)
+from p2d.config import DATA_SCORERS, RECIPES, DataConfig, HeadsConfig, JobConfig, TrainingConfig, top_count
 from p2d.evaluation import row_losses
 from p2d.head_maps import Head, spearman
 from p2d.identify import identify_heads
 from p2d.models import BaseModel, load_base_model
 from p2d.registry import load
+from p2d.resolution import resolve
 from p2d.responses import ResponseInput, Responses
 from p2d.rows import Row, read_rows
 from p2d.selection import Selection, select_rows

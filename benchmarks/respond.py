@@ -16,11 +16,12 @@ from benchmarks.findings import Findings, Ratio, Target
 from benchmarks.peers.data_whisperer import DataWhisperer, Scored, group_flops
 from benchmarks.workbench import Times, Workbench, per_round
 from p2d import flops
-from p2d.config import JobConfig, resolve
+from p2d.config import JobConfig
 from p2d.flops import Work, causal_pairs
 from p2d.head_maps import spearman
 from p2d.models import BaseModel
 from p2d.probe import probe_attention
+from p2d.resolution import resolve
 from p2d.responses import ResponseInput, Responses
 from p2d.responses.icl import METRICS, Scene, icl, read_masses, set_scene
 from p2d.rows import Row

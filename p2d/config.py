@@ -1,6 +1,6 @@
 """What a job asks for: frozen dataclasses, one per stage, used alike by HTTP, command line and Python. No torch here.
 
-Users write `"auto"` where they want the service to decide; `resolve` replaces every `"auto"` that can be decided before
+Users write `"auto"` where they want the service to decide; `p2d.resolution` replaces every `"auto"` that can be decided before
 the run and says why. `check` names every field that is wrong at once. Where rows, models and files come from is not
 this file's business.
 """
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass
 from datetime import datetime
 from typing import Any, Literal, get_args
 
@@ -264,9 +264,22 @@ def proxy_guide_rows(proxy_rows: int, guide_rows: int) -> int:
 
 
 def check(config: JobConfig) -> None:
-    """Raise ConfigError (`config.invalid`) with one entry in errors[] for every field that is wrong; types come first."""
+    """Raise ConfigError (`config.invalid`) with one entry in errors[] for every field that is wrong; types come first.
+
+    Of a head map that the config names only `check_given_heads` can judge.
+    """
     _refuse(list(wrong_types(config, JobConfig)))
-    _refuse([*_faults(config), *_unproven(config)])
+    _refuse([*_faults(config), *_unproven(config, None)])
+
+
+def check_fields(config: JobConfig) -> None:
+    """The same for values alone, and without what is not offered before its worth is shown: a benchmark may measure it."""
+    _refuse(list(_faults(config)))
+
+
+def check_given_heads(config: JobConfig, map_scorer: str) -> None:
+    """Raise ConfigError if the job may not use a head map of this scorer, which no field of the config says."""
+    _refuse(list(_unproven(config, map_scorer)))
 
 
 def _refuse(errors: list[ErrorDetail]) -> None:
@@ -383,17 +396,20 @@ def _data_scorer(config: JobConfig) -> str:
     return RECIPES[config.recipe].data_scorer_in(config.data.mode)
 
 
-def _unproven(config: JobConfig) -> Iterator[ErrorDetail]:
+def _unproven(config: JobConfig, map_scorer: str | None) -> Iterator[ErrorDetail]:
     """What can be computed, and measured by a benchmark, but is not offered before its worth is shown.
 
-    Fast mode was compared with faithful mode for FAST_MEASURED as it stands: its scorers, its slices.
+    Fast mode was compared with faithful mode for FAST_MEASURED as it stands: its scorers, its slices. A head map that is named
+    decides the head scorer, once it is known.
     """
     recipe, data_scorer = RECIPES.get(config.recipe), _data_scorer(config)
     if config.data.mode != "fast" or recipe is None or data_scorer == "random":
         return
-    head_scorer = recipe.head_scorer if config.heads.scorer == "auto" else config.heads.scorer
+    head_scorer = map_scorer or (recipe.head_scorer if config.heads.scorer == "auto" else config.heads.scorer)
     slices = recipe.slices if config.training.slices == "auto" else config.training.slices
     measured = RECIPES[FAST_MEASURED]
+    if config.heads.head_map is not None and map_scorer is None:
+        head_scorer = measured.head_scorer  # until the map is read
     names = (measured.head_scorer, measured.fast_data_scorer, measured.slices)
     if (head_scorer, data_scorer, set(slices)) == (*names[:2], set(measured.slices)):
         return
@@ -401,75 +417,13 @@ def _unproven(config: JobConfig) -> Iterator[ErrorDetail]:
         code="config.mode",
         message=f"Fast mode was compared with faithful mode for {_combination(*names)} alone (docs/results/fast_mode.md); nothing "
         f"shows yet that it is as good for {_combination(head_scorer, data_scorer, slices)}. Leave data.mode out, or leave "
-        f"recipe, heads.scorer, data.scorer and training.slices out (recipe {FAST_MEASURED!r}).",
+        f"recipe, heads.scorer, heads.head_map, data.scorer and training.slices out (recipe {FAST_MEASURED!r}).",
         pointer="/data/mode",
     )
 
 
 def _combination(head_scorer: str, data_scorer: str, slices: Collection[str]) -> str:
     return f"the head scorer {head_scorer!r}, the data scorer {data_scorer!r} and the slices {', '.join(slices)}"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Resolution:
-    """A config without an `"auto"` that could be decided, and why each was decided so (`pointer -> reason`)."""
-
-    config: JobConfig
-    reasons: dict[str, str]
-    warnings: tuple[str, ...] = ()
-
-
-def resolve(config: JobConfig, *, rows: int, context_length: int) -> Resolution:
-    """Replace every `"auto"` that rows and model decide.
-
-    `training.learning_rate` and `training.precision` stay `"auto"`: the device decides them inside the run.
-
-    Args:    rows: training rows of the dataset. context_length: of the base model, in tokens.
-    Raises:  ConfigError if a field is wrong (see `check`).
-    """
-    _refuse(list(_faults(config)))
-    recipe, heads, data, training = RECIPES[config.recipe], config.heads, config.data, config.training
-    because = f"recipe {config.recipe!r}: {recipe.reason}"
-    reasons: dict[str, str] = {}
-    warnings: list[str] = []
-    if heads.scorer == "auto":
-        heads, reasons["/heads/scorer"] = replace(heads, scorer=recipe.head_scorer), because
-    if data.scorer == "auto":
-        data, reasons["/data/scorer"] = replace(data, scorer=recipe.data_scorer_in(data.mode)), because
-    if training.slices == "auto":
-        training, reasons["/training/slices"] = replace(training, slices=recipe.slices), because
-    if heads.proxy_rows == "auto":
-        heads = replace(heads, proxy_rows=min(PROXY_ROWS, rows))
-        reasons["/heads/proxy_rows"] = (
-            f"{PROXY_ROWS}, as in the paper (ALPS)"
-            if rows >= PROXY_ROWS
-            else f"all {rows} training rows: {PROXY_ROWS} are the default where there are so many"
-        )
-    if data.mode == "fast":
-        reasons["/data/mode"] = (
-            f"as asked: rows are drawn into a pool of {POOL_FACTOR} times those that are kept, and only these are scored "
-            "(docs/decisions/0012)"
-        )
-    if training.max_length == "auto":
-        training = replace(training, max_length=context_length)
-        reasons["/training/max_length"] = "the context length of the base model"
-    elif training.max_length > context_length:
-        training = replace(training, max_length=context_length)
-        reasons["/training/max_length"] = "the base model's context is no longer than that"
-    if data.ratio == "auto":
-        kept = min(rows, max(top_count(DEFAULT_RATIO, rows), MIN_ROWS))
-        data = replace(data, ratio=kept / rows)
-        reasons["/data/ratio"] = (
-            f"{DEFAULT_RATIO:.0%} of {rows} rows, but at least {MIN_ROWS} rows where there are so many"
-        )
-    elif config.kind != "identify_heads" and top_count(data.ratio, rows) < min(MIN_ROWS, rows):
-        warnings.append(
-            f"data.ratio keeps {top_count(data.ratio, rows)} of {rows} rows; below about {MIN_ROWS} rows the number of "
-            "rows counts more than their purity, so expect a worse model than on all rows."
-        )
-    return Resolution(
-        config=replace(config, heads=heads, data=data, training=training), reasons=reasons, warnings=tuple(warnings)
-    )
 
 
 def config_json(config: JobConfig) -> dict[str, Any]:

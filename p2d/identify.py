@@ -38,7 +38,7 @@ def identify_heads(
     """Rank every head of `base` for the task of `rows`.
 
     Args:    rows: training rows; `heads.proxy_rows` of them are drawn by the seed. guide_rows: held-out rows.
-             config: resolved (`p2d.config.resolve`).
+             config: resolved (`p2d.resolution`).
     Returns: the mean of two half-proxies' scores, each scaled to the same mean magnitude first, so that neither half
              decides the ranks by its size alone; the common scale is put back, so the scores keep their unit.
     Raises:  DatasetTooSmall, Diverged, OutOfMemory, whatever `progress` raises.

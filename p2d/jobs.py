@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from p2d.columns import Columns, mapped
-from p2d.config import JobConfig, Kind, check, config_json
+from p2d.config import JobConfig, Kind, check, check_given_heads, config_json
 from p2d.errors import ConfigError, DatasetError, DatasetFileMissing, ErrorDetail, P2DError
 from p2d.files import read_json, sha256_of, write_json
 from p2d.head_maps import check_head_map
@@ -145,7 +145,7 @@ def _run(
             _take(validation, inputs / "validation.jsonl", columns, folder)
         info = read_model_info(Path(model))
         if head_map is not None:
-            check_head_map(Path(head_map), info)
+            check_given_heads(config, check_head_map(Path(head_map), info).scorer)
             shutil.copyfile(head_map, inputs / "head_map.json")
         if selection is not None:
             shutil.copyfile(selection, inputs / "selection.jsonl")

@@ -52,7 +52,7 @@ STEPS: Mapping[str, StepSpec] = {
     "validate": StepSpec(
         stage="validating",
         reads=("dataset.jsonl",),
-        optional_reads=("validation.jsonl",),
+        optional_reads=("validation.jsonl", "head_map.json"),  # the latter where it is given
         writes=("rows.jsonl", "guide.jsonl", "evaluation.jsonl", "plan.json", "accounting-validate.json"),
         optional_writes=("rows.index",),
         needs_model=False,

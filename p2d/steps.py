@@ -14,27 +14,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from p2d.accounting import StepCost, host_memory_bytes, peak_memory_bytes
-from p2d.config import (
-    DATA_SCORERS,
-    JobConfig,
-    Precision,
-    check_rank,
-    least_proxy_rows,
-    proxy_count,
-    resolve,
-)
+from p2d.config import DATA_SCORERS, JobConfig, Precision, check_given_heads, check_rank, least_proxy_rows, proxy_count
 from p2d.errors import ErrorDetail, RowTooLong, TemplateRefuses
 from p2d.files import write_json
-from p2d.model_info import read_model_info
+from p2d.model_info import ModelInfo, read_model_info
 from p2d.pipeline import ModelCache, Progress, StepCall, shard_range
 from p2d.plans import Plan, RowCounts, Split, leaked, load_plan, save_plan, split_rows
 from p2d.registry import load
+from p2d.resolution import resolve
 from p2d.row_files import open_rows, write_row_file
 from p2d.rows import Row, content_hash, load_rows, write_rows
 from p2d.wording import counted
 
 if TYPE_CHECKING:
-    from p2d.head_maps import Head
+    from p2d.head_maps import Head, HeadMap
     from p2d.models import BaseModel
     from p2d.rendering import Renderer
 
@@ -114,7 +107,9 @@ def validate(call: StepCall, progress: Progress, models: ModelCache, on_checkpoi
         seed=call.config.training.seed,
         proxy_rows=least_proxy_rows(call.config.heads),
     )
-    resolution = resolve(call.config, rows=len(split.train), context_length=info.context_length)
+    given = _given_map(call, info)
+    scorer = given.scorer if given is not None else None
+    resolution = resolve(call.config, rows=len(split.train), context_length=info.context_length, map_scorer=scorer)
     config, reasons, warnings = resolution.config, dict(resolution.reasons), list(resolution.warnings)
     held_out = "/validation_dataset" if apart.is_file() else "/dataset"
     train, guide, evaluation = _count_tokens(renderer, split, config, held_out, progress)
@@ -260,6 +255,17 @@ def select(call: StepCall, progress: Progress, models: ModelCache, on_checkpoint
     write_json(call.out / "selection_summary.json", summarise(selection))
     progress(1, 1, {"kept": float(selection.kept)})
     meter.write(tokens=0, rows=len(rows), device="cpu")
+
+
+def _given_map(call: StepCall, model: ModelInfo) -> HeadMap | None:
+    """The head map that the job names instead of finding one. Raises ConfigError if the job may not use it."""
+    from p2d.head_maps import check_head_map
+
+    if call.config.heads.head_map is None:
+        return None
+    given = check_head_map(call.inputs / "head_map.json", model)
+    check_given_heads(call.config, given.scorer)
+    return given
 
 
 def _chosen_heads(call: StepCall, plan: Plan) -> list[Head]:

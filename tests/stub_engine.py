@@ -18,13 +18,14 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from p2d.config import least_proxy_rows, resolve, top_count
+from p2d.config import least_proxy_rows, top_count
 from p2d.errors import Diverged
 from p2d.files import write_json
 from p2d.head_maps import HeadMap, Reproducibility
 from p2d.model_info import ModelInfo, read_model_info
 from p2d.pipeline import ModelCache, Progress, StepCall, shard_range
 from p2d.plans import Plan, RowCounts, load_plan, save_plan, split_rows
+from p2d.resolution import resolve
 from p2d.rows import Row, content_hash, load_rows, write_rows
 
 BATCHES = 4
@@ -114,7 +115,9 @@ def _validate(call: StepCall) -> None:
     )
     for name, rows in (("rows", split.train), ("guide", split.guide), ("evaluation", split.evaluation)):
         write_rows(call.out / f"{name}.jsonl", rows)
-    resolution = resolve(call.config, rows=len(split.train), context_length=model.context_length)
+    given = HeadMap.load(call.inputs / "head_map.json") if call.config.heads.head_map is not None else None
+    scorer = given.scorer if given is not None else None
+    resolution = resolve(call.config, rows=len(split.train), context_length=model.context_length, map_scorer=scorer)
     plan = Plan(
         config=resolution.config,
         reasons=resolution.reasons,

@@ -108,7 +108,8 @@ def changes(sizing: Sizing, config: JobConfig, available: Peak) -> Iterator[Chan
         yield Change(pointer="/training/max_length", value=most, why=why)
     if sizing.machine.wide and fit(replace(config, training=replace(training, precision="bf16"))):
         yield Change(pointer="/training/precision", value="bf16", why="half of the bytes of weights and activations")
-    if config.heads.scorer == "attribution" and fit(replace(config, heads=replace(config.heads, scorer="shift"))):
+    scored_here = config.heads.head_map is None and config.heads.scorer == "attribution"
+    if scored_here and fit(replace(config, heads=replace(config.heads, scorer="shift"))):
         yield Change(pointer="/heads/scorer", value="shift", why="it needs no gradients of the held-out rows")
 
 

@@ -20,13 +20,14 @@ from app.core.submit import Content, resolution_of
 from app.db.engine import Connection
 from app.db.estimates import Error, MeasuredSpeed, measured_rows, measured_speed, past_errors
 from app.db.jobs import seconds_until
-from p2d.config import JobConfig, Resolution, proxy_count, top_count
+from p2d.config import JobConfig, proxy_count, top_count
 from p2d.estimate import EFFICIENCY, Speed, estimate_seconds
 from p2d.flops import full_fine_tuning, lora_training, typical_work
 from p2d.memory import Peak, full_peak, lora_peak
 from p2d.model_info import ModelInfo
 from p2d.pipeline import plan_steps
 from p2d.plans import GUIDE_ROWS, RowCounts
+from p2d.resolution import Resolution
 from p2d.sizes import Size, adapter_size, full_model_bytes, lora_bytes, response_size
 
 BYTES_PER_TOKEN = 3.5
@@ -127,7 +128,7 @@ def forecast(
     known: Known,
 ) -> Forecast:
     """Foresee a job that was checked (`app.core.submit.refusals`); writes nothing."""
-    found = resolution_of(config, model, dataset.rows, validation.rows if validation else None)
+    found = resolution_of(conn, config, model, dataset.rows, validation.rows if validation else None)
     config = found.resolution.config
     counted = measured_rows(conn, content_hash=dataset.content_hash, model_digest=model.digest)
     speed = measured_speed(conn, model_digest=model.digest)

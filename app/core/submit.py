@@ -26,10 +26,11 @@ from app.errors import (
     SelectionMismatch,
     SelectionNotFound,
 )
-from p2d.config import JobConfig, Resolution, check, check_rank, config_json, least_proxy_rows, resolve
+from p2d.config import JobConfig, check, check_given_heads, check_rank, config_json, least_proxy_rows
 from p2d.errors import ConfigError, DatasetTooSmall, ErrorDetail, P2DError
 from p2d.model_info import ModelInfo
 from p2d.plans import held_out_count
+from p2d.resolution import Resolution, resolve
 from p2d.versions import versions
 
 
@@ -75,7 +76,7 @@ def submit(conn: Connection, request: JobRequest, *, shard_rows: int, queue: str
         max_gpu_seconds=config.limits.max_gpu_seconds,
         deadline_at=config.limits.ends_at,
         metadata=dict(request.metadata),
-        resolved=_resolved(config, request.model, dataset, validation),
+        resolved=_resolved(conn, config, request.model, dataset, validation),
         artifact_ttl=request.artifact_ttl,
     )
     digest = request.model.digest
@@ -84,9 +85,11 @@ def submit(conn: Connection, request: JobRequest, *, shard_rows: int, queue: str
     return job
 
 
-def _resolved(config: JobConfig, model: ModelInfo, dataset: Dataset, validation: Dataset | None) -> Json:
+def _resolved(
+    conn: Connection, config: JobConfig, model: ModelInfo, dataset: Dataset, validation: Dataset | None
+) -> Json:
     """What every "auto" means. The validate step says it again, from the rows that are left for training."""
-    found = resolution_of(config, model, dataset.rows, validation.rows if validation else None).resolution
+    found = resolution_of(conn, config, model, dataset.rows, validation.rows if validation else None).resolution
     return {
         "config": config_json(found.config),
         "reasons": found.reasons,
@@ -120,11 +123,15 @@ class FirstResolution:
     held_out: int
 
 
-def resolution_of(config: JobConfig, model: ModelInfo, rows: int, validation_rows: int | None) -> FirstResolution:
+def resolution_of(
+    conn: Connection, config: JobConfig, model: ModelInfo, rows: int, validation_rows: int | None
+) -> FirstResolution:
     """Resolve a config that was checked. The validate step does it again, from the rows themselves."""
     held_out = held_out_count(rows, validation_rows, proxy_rows=0)
     train_rows = rows - held_out if validation_rows is None else rows
-    resolution = resolve(config, rows=train_rows, context_length=model.context_length)
+    given = get_head_map(conn, config.heads.head_map) if config.heads.head_map is not None else None
+    map_scorer = given.scorer if given is not None else None
+    resolution = resolve(config, rows=train_rows, context_length=model.context_length, map_scorer=map_scorer)
     return FirstResolution(resolution=resolution, train_rows=train_rows, held_out=held_out)
 
 
@@ -141,7 +148,7 @@ def refusals(
         fault = ErrorDetail(code="config.deadline", message=text, pointer="/limits/deadline", expected="a time to come")
         yield ConfigError(text, errors=[fault])
     if config.heads.head_map is not None:
-        yield from _head_map_refusals(conn, model, config.heads.head_map)
+        yield from _head_map_refusals(conn, config, model, config.heads.head_map)
     try:
         check_rank(config, head_dim=model.head_dim)
     except ConfigError as error:
@@ -197,7 +204,7 @@ def _keep_earlier(conn: Connection, head_map: str | None, selection: str | None)
             raise _at("/data/selection", SelectionNotFound(id=selection))
 
 
-def _head_map_refusals(conn: Connection, model: ModelInfo, head_map_id: str) -> Iterator[P2DError]:
+def _head_map_refusals(conn: Connection, config: JobConfig, model: ModelInfo, head_map_id: str) -> Iterator[P2DError]:
     pointer = "/heads/head_map"
     head_map = get_head_map(conn, head_map_id)
     if head_map is None:
@@ -205,6 +212,11 @@ def _head_map_refusals(conn: Connection, model: ModelInfo, head_map_id: str) -> 
     elif head_map.model_digest != model.digest:
         text = f"The head map was made with {head_map.base_model!r} of another digest than {model.name!r}."
         yield _at(pointer, HeadMapMismatch(text))
+    else:
+        try:
+            check_given_heads(config, head_map.scorer)
+        except ConfigError as error:
+            yield error
 
 
 def _selection_refusals(

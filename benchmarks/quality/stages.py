@@ -10,15 +10,7 @@ from typing import Any
 
 from benchmarks.quality.arms import Arm
 from benchmarks.quality.pools import Pool
-from p2d.config import (
-    DATA_SCORERS,
-    DataConfig,
-    HeadsConfig,
-    JobConfig,
-    TrainingConfig,
-    resolve,
-    top_count,
-)
+from p2d.config import DATA_SCORERS, DataConfig, HeadsConfig, JobConfig, TrainingConfig, top_count
 from p2d.estimate import estimate_flops
 from p2d.evaluation import random_heads
 from p2d.head_maps import Head, HeadMap
@@ -27,6 +19,7 @@ from p2d.models import BaseModel
 from p2d.pipeline import no_progress
 from p2d.plans import RowCounts
 from p2d.registry import load
+from p2d.resolution import resolve
 from p2d.responses import ResponseInput, Responses
 from p2d.rows import Row
 from p2d.selection import select_rows

@@ -6,9 +6,10 @@ from dataclasses import replace
 
 from app.core.fitting import Sizing, available_of, changes, fits, machine_of
 from app.db.waiting import Equipment
-from p2d.config import JobConfig, TrainingConfig, resolve
+from p2d.config import JobConfig, TrainingConfig
 from p2d.memory import Peak
 from p2d.plans import RowCounts
+from p2d.resolution import resolve
 from tests.p2d.test_estimate import SMOLLM2
 
 GB = 10**9

@@ -113,6 +113,28 @@ def test_a_downloaded_head_map_comes_back_and_serves_a_job(api: Api, made: dict[
     assert "heads" not in [step["step"] for step in report["attempts"]]
 
 
+def test_a_job_that_names_a_head_map_has_the_maps_scorer_and_no_fast_mode_with_any_other(
+    api: Api, made: dict[str, Any], dataset: str
+) -> None:
+    brought = bring(api, file_of(made, scorer="pad")).json()["id"]
+
+    answer = api.post(a_job(dataset=dataset, heads={"head_map": brought}, data={"mode": "fast"}))
+    assert (answer.status_code, answer.json()["code"]) == (422, "config.invalid")
+    (fault,) = answer.json()["errors"]
+    assert (fault["code"], fault["pointer"]) == ("config.mode", "/data/mode")
+    assert "the head scorer 'pad'" in fault["message"]
+    named = api.post(a_job(dataset=dataset, heads={"head_map": made["id"]}, data={"mode": "fast"}))
+    assert named.status_code == 202, named.text
+    api.finish(named.json()["id"])
+
+    job = api.post(a_job(dataset=dataset, heads={"head_map": brought})).json()
+    for _ in range(2):  # before the rows are read, and after
+        assert job["resolved"]["heads"]["scorer"] == "pad"
+        assert "head map" in job["reasons"]["/heads/scorer"]
+        api.finish(job["id"])
+        job = api.http.get(f"/jobs/{job['id']}").json()
+
+
 def test_it_is_known_by_its_models_digest_whatever_the_model_is_called(api: Api, made: dict[str, Any]) -> None:
     assert bring(api, file_of(made, model_name="as-it-was-there")).json()["base_model"] == MODEL
 

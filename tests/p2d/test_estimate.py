@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from p2d.config import DATA_SCORERS, DataConfig, JobConfig, resolve
+from p2d.config import DATA_SCORERS, DataConfig, JobConfig
 from p2d.estimate import Speed, estimate_seconds
 from p2d.model_info import ModelInfo
 from p2d.plans import RowCounts
+from p2d.resolution import resolve
 
 SMOLLM2 = ModelInfo(
     name="m", digest="d", model_type="llama", n_layers=30, n_heads=9, n_kv_groups=3, head_dim=64, hidden_size=576,

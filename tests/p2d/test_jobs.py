@@ -197,6 +197,26 @@ def test_a_head_map_of_another_model_is_refused(tiny_dir: Path, files: Path, tmp
         )
 
 
+def test_a_given_head_map_is_the_jobs_scorer_and_forbids_a_fast_mode_that_nobody_measured(
+    tiny_dir: Path, files: Path, tmp_path: Path
+) -> None:
+    by_chance = replace(a_config(), heads=replace(a_config().heads, scorer="random"))
+    data, given = files / "train.jsonl", tmp_path / "heads" / "head_map.json"
+    identify_heads(model=tiny_dir, data=data, out=given.parent, config=by_chance, device="cpu")
+
+    fast = replace(a_config(), data=DataConfig(mode="fast", ratio=0.3))
+    with pytest.raises(ConfigError, match="1 field") as caught:
+        adapt(model=tiny_dir, data=data, out=tmp_path / "fast", config=fast, head_map=given, device="cpu")
+    assert "the head scorer 'random'" in caught.value.errors[0].message
+    assert not (tmp_path / "fast").exists()
+
+    chosen = select_data(
+        model=tiny_dir, data=data, out=tmp_path / "rows", config=a_config(), head_map=given, device="cpu"
+    )
+    assert chosen.report["config"]["heads"]["scorer"] == chosen.report["heads"]["scorer"] == "random"
+    assert chosen.report["reasons"]["/heads/scorer"] == "it made the head map that is given"
+
+
 def test_controls_are_trained_at_the_same_size(tiny_dir: Path, files: Path, tmp_path: Path) -> None:
     config = a_config(controls=("random_heads", "random_data"))
 

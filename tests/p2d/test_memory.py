@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from p2d import baselines, batches, cpu_attention, generation, loss
 from p2d.arch.spec import every_head
-from p2d.config import HeadsConfig, JobConfig, TrainingConfig, resolve, top_count
+from p2d.config import HeadsConfig, JobConfig, TrainingConfig, top_count
 from p2d.identify import identify_heads
 from p2d.memory import (
     ALIGNMENT_TOKENS,
@@ -32,6 +32,7 @@ from p2d.models import BaseModel, load_base_model
 from p2d.pipeline import no_progress
 from p2d.plans import RowCounts
 from p2d.rendering import RenderedRow
+from p2d.resolution import resolve
 from p2d.responses import ResponseInput, alignment
 from p2d.rows import Row
 from p2d.training import train

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from p2d.config import MIN_PROXY_ROWS, Auto, HeadsConfig, JobConfig, least_proxy_rows, proxy_count, resolve
+from p2d.config import MIN_PROXY_ROWS, Auto, HeadsConfig, JobConfig, least_proxy_rows, proxy_count
 from p2d.errors import DatasetTooSmall
 from p2d.model_info import ModelInfo
 from p2d.plans import GUIDE_ROWS, HELD_OUT_ROWS, Plan, RowCounts, leaked, load_plan, save_plan, split_rows
+from p2d.resolution import resolve
 from p2d.rows import Row
 
 ROWS = [Row(f"p{n}", f"a{n}", n) for n in range(1000)]

@@ -8,10 +8,11 @@ import pytest
 
 from p2d.adapters import WEIGHTS, save_adapter
 from p2d.arch.spec import every_head
-from p2d.config import DATA_SCORERS, DataConfig, HeadsConfig, JobConfig, TrainingConfig, resolve
+from p2d.config import DATA_SCORERS, DataConfig, HeadsConfig, JobConfig, TrainingConfig
 from p2d.models import BaseModel
 from p2d.pipeline import no_progress
 from p2d.registry import load
+from p2d.resolution import resolve
 from p2d.response_matrix import save_shard
 from p2d.responses import DataScorer, ResponseInput
 from p2d.sizes import adapter_bytes, adapter_size, response_size

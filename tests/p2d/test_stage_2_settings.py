@@ -16,10 +16,11 @@ from p2d.config import (
     Mode,
     TrainingConfig,
     check,
+    check_given_heads,
     pool_count,
-    resolve,
 )
 from p2d.errors import ConfigError
+from p2d.resolution import resolve
 
 
 def refused(config: JobConfig) -> Iterator[tuple[str, str | None]]:
@@ -67,6 +68,24 @@ def test_fast_mode_is_refused_for_all_but_the_combination_that_was_measured() ->
     check(fast("alignment_likelihood", heads=HeadsConfig(scorer="attribution")))
     named = TrainingConfig(slices=("o", "v"))
     check(fast("alignment_likelihood", recipe="paper", heads=HeadsConfig(scorer="attribution"), training=named))
+
+
+def test_a_head_map_that_is_given_decides_the_head_scorer_and_so_whether_fast_mode_may_be() -> None:
+    given = JobConfig(heads=HeadsConfig(head_map="map"), data=DataConfig(mode="fast"))
+    check(given)  # nobody has looked into the map yet
+    check_given_heads(given, "attribution")
+    check_given_heads(JobConfig(heads=HeadsConfig(head_map="map")), "pad")  # faithful
+
+    with pytest.raises(ConfigError) as caught:
+        check_given_heads(given, "pad")
+    (fault,) = caught.value.errors
+    assert (fault.code, fault.pointer) == ("config.mode", "/data/mode")
+    assert "as good for the head scorer 'pad'" in fault.message
+    assert "heads.head_map" in fault.message
+
+    resolution = resolve(given, rows=1000, context_length=64, map_scorer="pad")
+    assert resolution.config.heads.scorer == "pad"
+    assert "head map that is given" in resolution.reasons["/heads/scorer"]
 
 
 def test_a_faithful_job_scores_every_row() -> None:

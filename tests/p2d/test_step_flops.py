@@ -10,10 +10,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from p2d import flops
-from p2d.config import HeadsConfig, JobConfig, TrainingConfig, resolve
+from p2d.config import HeadsConfig, JobConfig, TrainingConfig
 from p2d.identify import identify_heads
 from p2d.models import BaseModel
 from p2d.pipeline import no_progress
+from p2d.resolution import resolve
 from p2d.rows import Row
 from p2d.step_flops import proxy_flops, training_flops
 from p2d.training import train
