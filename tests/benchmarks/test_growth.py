@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.growth import PERIOD, ROOT, Facts, as_markdown, exponent, held_rows, lines, shows, write
+from benchmarks.growth import PERIOD, ROOT, Facts, as_markdown, exponent, held_rows, lines, main, shows, write
 from p2d.pipeline import SHARD_ROWS
 
 ROWS, TIMES = 12 * PERIOD, 8
@@ -110,3 +110,27 @@ def test_a_run_stays_beside_that_of_another_precision(jobs: list[Facts], tmp_pat
     assert page.count("| **whole job** |") == 2 * 5
     assert held_rows(tmp_path, "bf16") == TIMES * ROWS  # which a smaller run does not replace
     assert held_rows(tmp_path / "elsewhere", "bf16") == 0
+
+
+def test_a_larger_run_that_is_cut_replaces_none_that_was_not(
+    jobs: list[Facts], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def child(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        rows = int(command[command.index("--one") + 1])
+        if rows == cut_at:
+            raise KeyboardInterrupt
+        return subprocess.CompletedProcess(command, 0, json.dumps({**jobs[0], "rows": rows}))
+
+    monkeypatch.setattr(subprocess, "run", child)
+    cut_at, arguments = 1_000_000, ["--precision", "bf16", "--out", str(tmp_path), "--max-rows"]
+    main([*arguments, "100000"])
+    published = (tmp_path / "growth.json").read_bytes()
+
+    cut_at = 100_000
+    with pytest.raises(KeyboardInterrupt):
+        main([*arguments, "1000000"])
+    assert (tmp_path / "growth.json").read_bytes() == published
+
+    cut_at = 0
+    main([*arguments, "1000000"])
+    assert held_rows(tmp_path, "bf16") == 1_000_000
