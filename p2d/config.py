@@ -319,6 +319,9 @@ def _faults(config: JobConfig) -> Iterator[ErrorDetail]:
         if isinstance(value, int) and value < least:
             yield _wrong("config.too_small", f"at least {least}", value, pointer)
     yield from _contradictions(config)
+    if not _is_moment(config.limits):
+        got = repr(config.limits.deadline)
+        yield _wrong("config.deadline", "an RFC 3339 time, with its offset", got, "/limits/deadline")
     rate = training.learning_rate
     if rate != "auto" and not (math.isfinite(rate) and rate > 0):
         yield _wrong("config.learning_rate", "a positive number", rate, "/training/learning_rate")
@@ -326,6 +329,14 @@ def _faults(config: JobConfig) -> Iterator[ErrorDetail]:
         yield ErrorDetail(
             code="config.slices", message="Expected one or more of q, k, v, o, each once.", pointer="/training/slices"
         )
+
+
+def _is_moment(limits: Limits) -> bool:
+    """Whether the deadline, if there is one, names one moment everywhere."""
+    try:
+        return limits.ends_at is None or limits.ends_at.tzinfo is not None
+    except ValueError:
+        return False
 
 
 def _wrong(code: str, expected: str, got: object, pointer: str) -> ErrorDetail:

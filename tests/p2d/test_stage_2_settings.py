@@ -13,6 +13,7 @@ from p2d.config import (
     DataConfig,
     HeadsConfig,
     JobConfig,
+    Limits,
     Mode,
     TrainingConfig,
     check,
@@ -132,6 +133,13 @@ def test_a_word_that_no_field_knows_is_refused_from_python_too_with_all_the_othe
         "/training/precision",
         "/training/slices",
     ]
+
+
+def test_a_deadline_is_one_moment_everywhere() -> None:
+    for wrong in ("x", "2026-11-24", "2026-11-24T12:00:00"):
+        assert list(refused(JobConfig(limits=Limits(deadline=wrong)))) == [("config.deadline", "/limits/deadline")]
+    for right in ("2026-11-24T12:00:00Z", "2026-11-24T12:00:00+01:00", None):
+        check(JobConfig(limits=Limits(deadline=right)))
 
 
 def test_every_field_of_a_wrong_type_is_named_before_any_value_is_judged() -> None:
