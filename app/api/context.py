@@ -12,9 +12,10 @@ from typing import Annotated, Any, Protocol, TypeVar
 
 from fastapi import Depends, Header, Path, Query, Request, Response
 
-from app.api.cursors import read_cursor, write_cursor
+from app.api.cursors import mark_cursor, read_cursor, unmarked, write_cursor
 from app.api.door import Door
 from app.api.event_hub import EventHub
+from app.api.queries import query_fields
 from app.blobs import BlobStore
 from app.core.egress import Egress
 from app.core.keys import Caller
@@ -161,7 +162,24 @@ async def _delivery_id(delivery: PathId) -> str:
 DeliveryId = Annotated[str, Depends(_delivery_id)]
 
 Limit = Annotated[int, Query(ge=1, le=100, description="Entries of one page.")]
-Cursor = Annotated[str | None, Query(max_length=200, description="`next_cursor` of the page before.")]
+
+
+def _place(request: Request) -> str:
+    """Which list a request is for, and in which order: where one page ends says nothing of any other list."""
+    route = request.scope["route"]
+    order = next((field.default for field in query_fields(route) if field.alias == "order"), "")
+    return f"{route.path_format.format(**request.path_params)} {request.query_params.get('order', order)}"
+
+
+async def _cursor(
+    request: Request,
+    cursor: Annotated[str | None, Query(max_length=200, description="`next_cursor` of the page before.")] = None,
+) -> str | None:
+    return None if cursor is None else unmarked(cursor, _place(request))
+
+
+Cursor = Annotated[str | None, Depends(_cursor)]
+"""Where the page before ended, as the same list in the same order said it; `Link` marks it for that."""
 
 
 def page_after(cursor: str | None) -> str | None:
@@ -185,17 +203,19 @@ Paged = TypeVar("Paged", bound=Page[Any])
 
 async def _link(request: Request, response: Response) -> Callable[[Paged], Paged]:
     def link(page: Paged) -> Paged:
-        if page.next_cursor is not None:
-            following = request.url.include_query_params(cursor=page.next_cursor)
-            # Relative, as RFC 8288 allows: whoever stands before the service may have given it another name.
-            response.headers["Link"] = f'<{following.path}?{following.query}>; rel="next"'
-        return page
+        if page.next_cursor is None:
+            return page
+        cursor = mark_cursor(page.next_cursor, _place(request))
+        following = request.url.include_query_params(cursor=cursor)
+        # Relative, as RFC 8288 allows: whoever stands before the service may have given it another name.
+        response.headers["Link"] = f'<{following.path}?{following.query}>; rel="next"'
+        return page.model_copy(update={"next_cursor": cursor})
 
     return link
 
 
 class NameNext(Protocol):
-    """Hands a page on and names the one after it in the answer's `Link` header."""
+    """Hands a page on, marks its cursor, and names the page after it in the answer's `Link` header."""
 
     def __call__(self, page: Paged, /) -> Paged: ...
 

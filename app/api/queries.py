@@ -1,4 +1,4 @@
-"""Refuse query parameters that a path does not have: a misspelt filter would else be passed over, and everything be listed."""
+"""Refuse query parameters that a path does not have, or has once and is sent twice: a filter would else be passed over."""
 
 from __future__ import annotations
 
@@ -21,31 +21,42 @@ _NAME = re.compile(r"[\w\[\].-]{1,40}")
 
 
 async def _refuse_unknown(request: Request) -> None:
-    """Raise RequestInvalid with every parameter that the route does not have, and all else that is wrong with its query."""
+    """Raise RequestInvalid with every parameter that the route does not take so, and all else that is wrong with its query."""
     sent = request.query_params
     if not sent:
         return
     route = request.scope["route"]
-    assert isinstance(route, APIRoute)
-    fields = list(_fields(route.dependant))
+    fields = list(query_fields(route))
     known = sorted(field.alias for field in fields)
     # Pairs such as metadata[team]=blue, which FastAPI does not know: their route looks at them itself.
     pairs = tuple(parameter["name"] for parameter in (route.openapi_extra or {}).get("parameters", ()))
     unknown = [name for name in sent if name not in known and name.partition("[")[0] not in pairs]
-    if unknown:
+    twice = [name for name in known if len(sent.getlist(name)) > 1]
+    if unknown or twice:
         await drain(request.stream())
         _, wrong = request_params_to_args(fields, sent)
-        raise invalid([*(_unknown(name, [*known, *pairs]) for name in unknown), *body_faults(wrong)])
+        faults = [_unknown(name, [*known, *pairs]) for name in unknown] + [_twice(name) for name in twice]
+        raise invalid([*faults, *body_faults(wrong)])
 
 
 STRICT = Depends(_refuse_unknown)
 """Dependency of every room."""
 
 
+def query_fields(route: APIRoute) -> Iterator[ModelField]:
+    """The query parameters of a route; each has one value."""
+    return _fields(route.dependant)
+
+
 def _fields(dependant: Dependant) -> Iterator[ModelField]:
     yield from dependant.query_params
     for one in dependant.dependencies:
         yield from _fields(one)
+
+
+def _twice(name: str) -> ErrorDetail:
+    text = f"The query parameter {name!r} has one value; send it once."
+    return ErrorDetail(code="field.given_twice", message=text, pointer=f"/query/{name}", expected="one value")
 
 
 def _unknown(name: str, known: list[str]) -> ErrorDetail:

@@ -154,6 +154,11 @@ def serving(
     assert not thread.is_alive(), "the server did not stop"
 
 
+def mark_of(api: Api, path: str) -> str:
+    """What every cursor of a list of two or more begins with."""
+    return str(api.http.get(path, params={"limit": 1}).json()["next_cursor"])[:6]
+
+
 @functools.cache
 def described() -> list[tuple[re.Pattern[str], dict[str, Any]]]:
     """What /openapi.json promises: operations by the form of their path, the most particular first."""

@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.app.conftest import Api, a_job
+from tests.app.conftest import Api, a_job, mark_of
 
 
 @pytest.fixture(scope="module")
@@ -252,6 +252,8 @@ def test_a_selection_is_paged_row_by_row(api: Api, job: dict[str, Any], files: d
 def test_a_made_up_place_in_a_selection_is_refused(api: Api, job: dict[str, Any]) -> None:
     from app.api.cursors import write_cursor
 
+    path = f"/selections/{job['selection']}/rows"
+    mark = mark_of(api, path)
     for cursor in (write_cursor([10**9]), write_cursor([-1]), write_cursor("x"), write_cursor([1]), "é"):
-        answer = api.http.get(f"/selections/{job['selection']}/rows", params={"cursor": cursor})
+        answer = api.http.get(path, params={"cursor": mark + cursor})
         assert (answer.status_code, answer.json()["code"]) == (422, "request.cursor"), cursor

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from app.api.stored_lines import PAGE_BYTES
-from tests.app.conftest import Api, rows
+from tests.app.conftest import Api, mark_of, rows
 
 
 def pages(api: Api, path: str, **params: Any) -> list[list[dict[str, Any]]]:
@@ -59,8 +59,9 @@ def test_a_page_of_long_rows_ends_early(api: Api) -> None:
 
 
 @pytest.mark.parametrize("cursor", ["x", "WzFd", "Wy0xXQ"])
-def test_a_cursor_of_another_list_is_refused(api: Api, cursor: str) -> None:
-    answer = api.http.get(f"/datasets/{api.dataset()}/rows", params={"cursor": cursor})
+def test_a_made_up_cursor_is_refused(api: Api, cursor: str) -> None:
+    path = f"/datasets/{api.dataset()}/rows"
+    answer = api.http.get(path, params={"cursor": mark_of(api, path) + cursor})
 
     assert (answer.status_code, answer.json()["code"]) == (422, "request.cursor")
 

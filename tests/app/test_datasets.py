@@ -15,7 +15,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.app.conftest import Api, a_job, memory_bytes, rows, serving
+from tests.app.conftest import Api, a_job, mark_of, memory_bytes, rows, serving
 from tests.rig import wait_for
 
 
@@ -168,8 +168,26 @@ def test_datasets_are_paged_newest_first(api: Api) -> None:
 
 @pytest.mark.parametrize("cursor", ["x", "é", "bnVsbA", "W10", "Im5vIgo", "a" * 300])
 def test_a_made_up_cursor_is_refused(api: Api, cursor: str) -> None:
-    for path in ("/datasets", "/jobs"):
-        assert api.http.get(path, params={"cursor": cursor}).status_code == 422
+    for start in range(2):
+        api.dataset(3, start=4400 + 100 * start)
+    for sent in (cursor, mark_of(api, "/datasets") + cursor):
+        answer = api.http.get("/datasets", params={"cursor": sent})
+        assert (answer.status_code, answer.json()["errors"][0]["pointer"]) == (422, "/query/cursor")
+
+
+def test_a_cursor_is_good_for_its_list_in_its_order_alone(api: Api) -> None:
+    datasets = [api.dataset(3, start=4600 + 100 * start) for start in range(2)]
+    for name in ("one", "another"):
+        api.job(name=name)
+    cursor = api.http.get("/jobs", params={"limit": 1}).json()["next_cursor"]
+
+    assert len(cursor) < 60
+    assert api.http.get("/jobs", params={"cursor": cursor, "order": "desc"}).status_code == 200
+    for path in ("/jobs?order=asc", "/datasets", f"/datasets/{datasets[0]}/rows"):
+        answer = api.http.get(httpx.URL(path).copy_add_param("cursor", cursor))
+        assert (answer.status_code, answer.json()["code"]) == (422, "request.cursor"), path
+    of_one = api.http.get(f"/datasets/{datasets[0]}/rows", params={"limit": 1}).json()["next_cursor"]
+    assert api.http.get(f"/datasets/{datasets[1]}/rows", params={"cursor": of_one}).status_code == 422
 
 
 # --- bodies ----------------------------------------------------------------------------------------------------------

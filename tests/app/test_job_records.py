@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from app.db.attempts import keep_log
-from tests.app.conftest import Api
+from tests.app.conftest import Api, mark_of
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +150,8 @@ def test_a_job_that_has_not_run_has_records_but_nothing_in_them(api: Api) -> Non
 
 
 @pytest.mark.parametrize("cursor", ["x", "WzFd", "WyJhIiwgMV0"])
-def test_a_cursor_of_another_list_is_refused(api: Api, done: str, cursor: str) -> None:
-    answer = api.http.get(f"/jobs/{done}/logs", params={"cursor": cursor})
+def test_a_made_up_cursor_is_refused(api: Api, done: str, cursor: str) -> None:
+    path = f"/jobs/{done}/logs"
+    answer = api.http.get(path, params={"cursor": mark_of(api, path) + cursor})
 
     assert (answer.status_code, answer.json()["code"]) == (422, "request.cursor")

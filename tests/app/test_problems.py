@@ -160,6 +160,16 @@ def test_a_query_parameter_that_a_path_does_not_have_is_refused_with_the_one_tha
     assert api.http.get("/jobs", params={"metadata[team]": "a", "status": "failed"}).status_code == 200
 
 
+def test_a_query_parameter_that_is_sent_twice_is_refused(api: Api) -> None:
+    answer = api.http.get("/jobs?status=failed&limit=0&status=queued&q=a&q=a")
+
+    faults = {fault["pointer"]: fault["code"] for fault in answer.json()["errors"]}
+    assert answer.status_code == 422
+    assert faults.keys() == {"/query/limit", "/query/q", "/query/status"}
+    assert faults["/query/q"] == faults["/query/status"] == "field.given_twice"
+    assert api.http.get("/jobs?metadata[team]=a&metadata[site]=a").status_code == 200
+
+
 def test_the_type_of_a_problem_leads_to_a_page_about_it(api: Api) -> None:
     problem = api.http.get("/jobs/job_none").json()
     assert (problem["type"], problem["instance"]) == ("/errors/job.not_found", "/jobs/job_none")
