@@ -427,8 +427,9 @@ def _body(kind: str, recipe: str, fields: list[str]) -> dict[str, Any]:
 def _config(body: dict[str, Any]) -> JobConfig:
     """The same checks as POST /jobs makes. Raises RequestInvalid, ConfigError."""
     from app.job_bodies import read_job_body
+    from app.schemas import JobBody
 
-    config = read_job_body({**body, "base_model": "local"}).config()
+    config = read_job_body({**body, "base_model": "local"}, JobBody).config()
     check(config)
     return config
 

@@ -4,26 +4,30 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
 from app.problems import body_faults, invalid
-from app.schemas import JobBody
-from p2d.config import check
+from app.schemas import Body, JobBody
+from p2d.config import Kind, check
 from p2d.errors import ConfigError, ErrorDetail
 
+Shape = TypeVar("Shape", bound=Body)
 
-def read_job_body(value: Any) -> JobBody:
-    """The job that a JSON value describes. Raises RequestInvalid.
+
+def read_job_body(value: Any, shape: type[Shape], *, kind: Kind | None = None) -> Shape:
+    """The job that a JSON value describes, of a `kind` where `shape` has none. Raises RequestInvalid.
 
     Values (names, ranges, contradictions) are judged here only if a type is wrong too, so that both are told: a field of a
     wrong type counts as left out. Of a body whose types are right, they are judged with its model and datasets.
     """
     try:
-        return JobBody.model_validate(value)
+        return shape.model_validate(value)
     except ValidationError as error:
         rest = copy.deepcopy(value)
+        if isinstance(rest, dict) and kind is not None:
+            rest["kind"] = kind
         for fault in error.errors():
             _leave_out(rest, fault["loc"])
         raise invalid([*body_faults(error.errors()), *_wrong_values(rest)]) from None

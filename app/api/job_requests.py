@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from app.api.bodies import Received, read_json, work_folder
 from app.api.context import Services
@@ -31,9 +31,9 @@ from app.errors import (
 )
 from app.job_bodies import read_job_body
 from app.problems import invalid
-from app.schemas import JobBody, RowsBody, SourceBody
+from app.schemas import Body, JobBody, RowsBody, SourceBody
 from p2d.columns import mapped
-from p2d.config import check
+from p2d.config import Kind, check
 from p2d.errors import (
     ConfigError,
     DatasetEmpty,
@@ -72,32 +72,43 @@ REFUSALS: tuple[type[P2DError], ...] = (
 """What a request for a job may be refused with."""
 
 
-def parse_job(received: Received) -> JobBody:
-    """The job of a request. Raises RequestInvalid with all that is wrong with its fields."""
+def parse_job(received: Received, shape: type[Body] = JobBody, *, kind: Kind | None = None) -> JobBody:
+    """The job of a request. Raises RequestInvalid where a type is wrong, with all that can be told of its fields then.
+
+    Args:   shape: what its JSON is of; of another than JobBody `kind` is the job's.
+    """
     if received.json is None:
         text = "The part 'job' with the job's JSON is missing."
         raise RequestInvalid(text, errors=[ErrorDetail(code="field.missing", message=text, pointer="/job")])
     try:
-        body = read_json(JobBody, received.json)
-    except RequestInvalid:
-        read_job_body(json.loads(received.json))  # raises: wrong values are told with the wrong types
-        raise
-    faults = []
+        asked = read_json(shape, received.json)
+    except RequestInvalid as error:
+        value, faults = json.loads(received.json), error.errors
+        try:
+            read_job_body(value, shape, kind=kind)
+        except RequestInvalid as wider:  # wrong values are told with the wrong types
+            faults = wider.errors
+        misplaced = _misplaced(value, received) if isinstance(value, dict) else ()
+        raise invalid([*faults, *misplaced]) from None
+    if isinstance(asked, JobBody):
+        return asked
+    return read_json(JobBody, json.dumps({**asked.model_dump(mode="json", exclude_unset=True), "kind": kind}).encode())
+
+
+def _misplaced(fields: Mapping[str, Any], received: Received) -> Iterator[ErrorDetail]:
+    """What is wrong between the job's JSON and the files beside it."""
     for name in FILES:
-        named, sent = getattr(body, name) is not None, name in received.files
+        named, sent = fields.get(name) is not None, name in received.files
         if named and sent:
-            faults.append(
-                ErrorDetail(code="field.given_twice", message="Given in the job and as a file.", pointer=f"/{name}")
-            )
+            text = "Given in the job and as a file."
+            yield ErrorDetail(code="field.given_twice", message=text, pointer=f"/{name}")
         if name == "dataset" and not (named or sent):
             text = "Give a dataset's id, its source or its rows, or send its file."
-            faults.append(ErrorDetail(code="field.missing", message=text, pointer="/dataset"))
-    if body.mapping and not received.files and not _given(body):
+            yield ErrorDetail(code="field.missing", message=text, pointer="/dataset")
+    held = any(isinstance(fields.get(name), dict | Body) for name in FILES)
+    if fields.get("mapping") and not received.files and not held:
         text = "A mapping is for data that come with the job; a stored dataset was read already."
-        faults.append(ErrorDetail(code="field.without_file", message=text, pointer="/mapping"))
-    if faults:
-        raise invalid(faults)
-    return body
+        yield ErrorDetail(code="field.without_file", message=text, pointer="/mapping")
 
 
 def _given(body: JobBody) -> dict[str, SourceBody | RowsBody]:
@@ -157,6 +168,8 @@ def inspect_job(
             refused: takes what was found of data that are refused.
     """
     faults, config, settings = _Faults(), body.config(), services.settings
+    if misplaced := [*_misplaced({name: getattr(body, name) for name in (*FILES, "mapping")}, received)]:
+        faults.add(invalid(misplaced))
     faults.catch(lambda: check(config))
     model = faults.catch(lambda: _model(services, body))
     contents: dict[str, Content | None] = {}
@@ -218,8 +231,8 @@ class _Faults:
             raise SourceFailed(text, errors=[detail for error in self._errors for detail in _details(error)])
         if self._errors:
             total = sum(max(error.errors_total, 1) for error in self._errors)
-            # The text of a ConfigError only counts its own faults, which stand in the list.
-            texts = [error.text for error in self._errors if not isinstance(error, ConfigError)]
+            # The text of these only counts their own faults, which stand in the list.
+            texts = [error.text for error in self._errors if not isinstance(error, ConfigError | RequestInvalid)]
             raise RequestInvalid(
                 " ".join([f"The job has {counted(total, 'fault', 'faults')}.", *texts]),
                 errors=[detail for error in self._errors for detail in _details(error)],

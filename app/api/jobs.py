@@ -116,10 +116,7 @@ def queue_stage(
     services: Services, received: Received, key: str | None, *, shape: type[Body], kind: Kind, path: str
 ) -> Response:
     """Queue a job of the first stages alone, asked for at a path of its own with a body of `shape`; as `queue_job`."""
-    if received.json is not None:
-        asked = read_json(shape, received.json).model_dump(mode="json", exclude_unset=True)
-        received = Received(received.files, json.dumps({**asked, "kind": kind}).encode(), received.plain)
-    body = parse_job(received)
+    body = parse_job(received, shape, kind=kind)
     return queue_job(services, body, received, Once.of(f"POST {path}", key, body.model_dump(mode="json"), received))
 
 

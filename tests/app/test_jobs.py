@@ -153,6 +153,27 @@ def test_every_fault_of_a_request_is_listed_at_once(api: Api) -> None:
     assert answer.json()["detail"].startswith("The job has 5 faults.")
 
 
+@pytest.mark.parametrize(
+    ("path", "body", "wrong"),
+    [
+        ("/jobs", {"heads": {"ratio": 5}}, "/heads/ratio"),
+        ("/estimates", {"heads": {"ratio": 5}}, "/heads/ratio"),
+        ("/head-maps", {"heads": {"proxy_rows": 0}}, "/heads/proxy_rows"),
+        ("/selections", {"data": {"ratio": 5}}, "/data/ratio"),
+    ],
+)
+def test_a_dataset_that_is_missing_is_told_with_all_other_faults(
+    api: Api, path: str, body: dict[str, Any], wrong: str
+) -> None:
+    typeless = codes(api.http.post(path, json=body))
+    typed = api.http.post(path, json={**body, "base_model": "nobody"})
+
+    assert typeless.keys() == {"/base_model", "/dataset", wrong}
+    assert typeless["/base_model"] == typeless["/dataset"] == "field.missing"
+    assert codes(typed).keys() == typeless.keys()
+    assert typed.json()["detail"].startswith("The job has 3 faults. There is no model")
+
+
 BAD_FILES: dict[str, tuple[bytes, int, str]] = {
     "an empty file": (b"", 422, "dataset.empty"),
     "only blank lines": (b"\n\n\n", 422, "dataset.empty"),
