@@ -227,7 +227,12 @@ class DatasetView(View):
     name: str
     format: str
     rows: int
-    size_bytes: int
+    size_bytes: int = Field(description="Of the file as it came, before it was unpacked.")
+    raw_sha256: str | None = Field(
+        default=None,
+        description="Sha256 of the bytes as they came, before they were unpacked; of several fetched files, one after the other. "
+        "Where the content was there already, that of the file which made this dataset. Null for rows written out in a request.",
+    )
     content_hash: str = Field(description="Sha256 over prompts and answers; the same for any format.")
     created_at: datetime
     deduplicated: bool = Field(default=False, description="The same content was there already; this is that dataset.")
@@ -281,6 +286,7 @@ class ReportView(View):
     format: str | None = Field(description="Null where it was not found out.")
     rows: int = Field(description="Good ones.")
     size_bytes: int
+    raw_sha256: str | None = Field(default=None, description="As that of the dataset.")
     content_hash: str | None = Field(default=None, description="This and what follows is of good files alone.")
     longest_row_chars: int | None = None
     duplicates: int | None = None

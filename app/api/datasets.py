@@ -133,7 +133,7 @@ def get_one_dataset(dataset_id: DatasetId, services: Context) -> DatasetView:
 def get_dataset_report(dataset_id: DatasetId, services: Context) -> ReportView:
     """What the check of the dataset found, in the same shape as of a refused file (GET /reports/{id})."""
     dataset = _find(services, dataset_id)
-    told = {"dataset_id": dataset.id, "name": dataset.name, "created_at": dataset.created_at}
+    told = {"dataset_id": dataset.id, **{name: getattr(dataset, name) for name in ("name", "raw_sha256", "created_at")}}
     return ReportView.model_validate({**dataset.report, **told})
 
 
@@ -211,7 +211,8 @@ def _create(services: Services, received: Received, key: str | None) -> Response
     if (replay := once.earlier(services.engine)) is not None:
         return replay
     with reporting(services) as refused:
-        candidate = inspect_file(file.data(), services.settings, mapped(mapping), refused)
+        columns = mapped(mapping)
+        candidate = inspect_file(file.data(), services.settings, columns, refused, raw_sha256=file.sha256)
     return _make(services, once, candidate)
 
 

@@ -176,7 +176,8 @@ def inspect_job(
     candidates: dict[str, Candidate] = {}
     if (columns := faults.catch(lambda: mapped(body.mapping))) is not None:
         for name, file in received.files.items():
-            found = faults.catch(partial(inspect_file, file.data(), settings, columns, refused, pointer=f"/{name}"))
+            came = {"raw_sha256": file.sha256, "pointer": f"/{name}"}
+            found = faults.catch(partial(inspect_file, file.data(), settings, columns, refused, **came))
             contents[name] = found
             if found is not None:
                 candidates[name] = found

@@ -186,10 +186,10 @@ def _complete(services: Services, upload_id: str, body: CompleteBody, key: str |
         return _completed(services, once, upload.dataset_id)
     folder = services.settings.work_dir / "uploads"
     try:
-        with assembled(services.engine, services.blobs, upload, folder) as path:
+        with assembled(services.engine, services.blobs, upload, folder) as (path, sha256):
             with reporting(services) as refused:
                 file = DataFile(path=path, name=upload.name)
-                candidate = inspect_file(file, services.settings, columns, refused)
+                candidate = inspect_file(file, services.settings, columns, refused, raw_sha256=sha256)
             blob = store(services.blobs, candidate)
     except BlobMissing as missing:
         return _completed(services, once, ended_meanwhile(services.engine, upload_id, missing))

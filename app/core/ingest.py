@@ -38,6 +38,8 @@ class Candidate:
     report: DatasetReport
     normalised: Path
     provenance: Provenance | None = None
+    raw_sha256: str | None = None
+    """Of the bytes as they came, before they were unpacked; None where there was no file."""
 
     @property
     def rows(self) -> int:
@@ -64,6 +66,7 @@ def inspect(
     *,
     place: Callable[[ErrorDetail], ErrorDetail] = lambda fault: fault,
     provenance: Provenance | None = None,
+    raw_sha256: str | None = None,
 ) -> Candidate:
     """Check every row and write the normalised form beside the first file.
 
@@ -71,7 +74,7 @@ def inspect(
             columns: where the rows stand.
             refused: takes what was found, if the files are refused.
             place: says of a fault in the files where it is in the request.
-            provenance: where the file was fetched.
+            provenance: where the file was fetched. raw_sha256: of the bytes as they came.
     Raises: DatasetError with the first bad lines, DatasetEmpty, DatasetTooLarge, DatasetTooCostly, DatasetReaderDied,
             MappingInvalid, DiskFull.
     """
@@ -92,14 +95,21 @@ def inspect(
             )
         )
         raise
-    return Candidate(name=name, report=report, normalised=normalised, provenance=provenance)
+    return Candidate(name=name, report=report, normalised=normalised, provenance=provenance, raw_sha256=raw_sha256)
 
 
 def inspect_file(
-    file: DataFile, settings: Settings, columns: Columns, refused: list[Refusal], *, pointer: str = ""
+    file: DataFile,
+    settings: Settings,
+    columns: Columns,
+    refused: list[Refusal],
+    *,
+    raw_sha256: str,
+    pointer: str = "",
 ) -> Candidate:
     """`inspect` for a file that came with a request, as the part at `pointer` where it has several."""
-    return inspect([file], file.name, settings, columns, refused, place=partial(_below, pointer))
+    place = partial(_below, pointer)
+    return inspect([file], file.name, settings, columns, refused, place=place, raw_sha256=raw_sha256)
 
 
 def inspect_given(
@@ -129,8 +139,10 @@ def inspect_given(
     except P2DError as error:
         _move(error, f"{pointer}/source")
         raise
-    place = partial(_below, pointer)
-    return inspect(found.files, found.name, settings, columns, refused, place=place, provenance=found.provenance)
+    place, came = partial(_below, pointer), found.provenance
+    return inspect(
+        found.files, found.name, settings, columns, refused, place=place, provenance=came, raw_sha256=came.sha256
+    )
 
 
 def _pointed(pointer: str, mapping: Mapping[str, str]) -> Columns:
@@ -188,6 +200,7 @@ def record(conn: Connection, candidate: Candidate, blob: Blob, settings: Setting
         format=report.format,
         rows=report.rows,
         size_bytes=report.size_bytes,
+        raw_sha256=candidate.raw_sha256,
         content_hash=report.content_hash,
         sha256=blob.sha256,
         stored_bytes=blob.size_bytes,

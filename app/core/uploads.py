@@ -119,8 +119,8 @@ def register_part(engine: Engine, blobs: BlobStore, part: Part, size_bytes: int)
 
 
 @contextmanager
-def assembled(engine: Engine, blobs: BlobStore, upload: Upload, folder: Path) -> Iterator[Path]:
-    """Yield the whole file, on this disk until the block is left.
+def assembled(engine: Engine, blobs: BlobStore, upload: Upload, folder: Path) -> Iterator[tuple[Path, str]]:
+    """Yield the whole file, on this disk until the block is left, and its sha256.
 
     Raises: UploadIncomplete with every missing part; PartWrong with every part that holds other bytes than were said; UploadWrong;
             BlobMissing.
@@ -146,7 +146,7 @@ def assembled(engine: Engine, blobs: BlobStore, upload: Upload, folder: Path) ->
             raise _other_bytes(wrong)
         if upload.sha256 not in (None, whole.hexdigest()):
             raise UploadWrong(expected=str(upload.sha256), found=whole.hexdigest())
-        yield path
+        yield path, whole.hexdigest()
 
 
 def _other_bytes(numbers: list[int]) -> PartWrong:

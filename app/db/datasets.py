@@ -23,6 +23,8 @@ class Dataset:
     format: str
     rows: int
     size_bytes: int
+    raw_sha256: str | None
+    """Of the file as it came; None where it is not known, or there was none."""
     content_hash: str
     sha256: str
     stored_bytes: int
@@ -42,6 +44,7 @@ def insert_dataset(
     sha256: str,
     stored_bytes: int,
     report: Json,
+    raw_sha256: str | None = None,
 ) -> Dataset:
     """Record a dataset whose normalised rows are in the store as `sha256` (`stored_bytes` long). Raises ObjectCollected."""
     hold_objects(conn, [sha256])
@@ -53,6 +56,7 @@ def insert_dataset(
             format=format,
             rows=rows,
             size_bytes=size_bytes,
+            raw_sha256=raw_sha256,
             content_hash=content_hash,
             sha256=sha256,
             stored_bytes=stored_bytes,

@@ -99,6 +99,7 @@ datasets = Table(
     Column("format", Text, nullable=False),
     Column("rows", Integer, nullable=False),
     Column("size_bytes", BigInteger, nullable=False),  # of the file as uploaded
+    Column("raw_sha256", Text),  # of the same; null where there was no file
     Column("content_hash", Text, nullable=False),  # of prompts and answers alone, whatever the format
     Column("sha256", Text, nullable=False),  # the normalised rows in the store
     Column("stored_bytes", BigInteger, nullable=False),

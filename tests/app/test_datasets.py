@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import hashlib
 import io
 import json
 import socket
@@ -53,6 +54,25 @@ def test_a_compressed_file_is_the_same_dataset_and_says_how_it_came(api: Api) ->
     assert (dataset["format"], dataset["rows"], dataset["size_bytes"]) == ("jsonl", 25, len(packed))
     assert api.http.get(f"/datasets/{dataset['id']}/report").json()["compression"] == "gzip"
     assert api.upload(rows(25, start=6000)).json()["id"] == dataset["id"]
+
+
+def test_a_dataset_says_the_sha256_of_the_bytes_that_made_it(api: Api) -> None:
+    plain = rows(25, start=6200)
+    packed = gzip.compress(plain)
+
+    dataset = api.upload(packed).json()
+    again = api.upload(plain).json()
+    written_out = api.http.post(
+        "/datasets", json={"rows": [json.loads(line) for line in rows(25, start=6300).splitlines()]}
+    )
+    job = api.send(a_job(), rows(60, start=6400))
+    of_job = api.http.get(f"/datasets/{job.json()['dataset_id']}").json()
+
+    assert dataset["raw_sha256"] == hashlib.sha256(packed).hexdigest()
+    assert api.http.get(f"/datasets/{dataset['id']}/report").json()["raw_sha256"] == dataset["raw_sha256"]
+    assert (again["deduplicated"], again["raw_sha256"]) == (True, dataset["raw_sha256"])
+    assert (written_out.status_code, written_out.json()["raw_sha256"]) == (201, None)
+    assert of_job["raw_sha256"] == hashlib.sha256(rows(60, start=6400)).hexdigest()
 
 
 def test_a_small_file_that_unpacks_above_the_limit_is_refused_and_leaves_nothing(api: Api) -> None:

@@ -56,6 +56,7 @@ def test_a_file_behind_a_url_becomes_a_dataset_that_says_where_it_came_from(fetc
     source = fetching.http.get(f"/datasets/{dataset['id']}/report").json()["source"]
     assert (source["type"], source["url"]) == ("https", "https://data.example/sets/sums.jsonl")
     assert (source["sha256"], source["size_bytes"]) == (hashlib.sha256(content).hexdigest(), len(content))
+    assert dataset["raw_sha256"] == source["sha256"]
     assert fetching.upload(content).json()["id"] == dataset["id"]
     assert fetching.uploading() == []
 

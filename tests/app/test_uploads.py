@@ -93,6 +93,7 @@ def test_parts_in_any_order_become_the_same_dataset_as_a_plain_upload(api: Api, 
     assert answer.status_code == 201, answer.text
     dataset = answer.json()
     assert (dataset["name"], dataset["rows"], dataset["size_bytes"]) == ("data.jsonl", 100, len(content))
+    assert dataset["raw_sha256"] == sha256(content)
     assert answer.headers["Location"] == f"/datasets/{dataset['id']}"
     assert api.upload(content).json()["id"] == dataset["id"]
     done = look(api, upload)
