@@ -110,7 +110,7 @@ def create_app(settings: Settings, *, waker: Wake | None = None, egress: Egress 
             project_streams=settings.project_streams,
         )
         blobs = BlobStore.open(settings.url("store_url"), ObjectBook(engine))
-        registry.register(ledger := metrics.Ledger(engine))
+        registry.register(ledger := metrics.Ledger(engine, settings.worker_queue))
         app.state.services = Services(
             settings=settings,
             engine=for_project(engine, NOBODY),

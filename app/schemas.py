@@ -206,8 +206,8 @@ class TrainingBody(Body):
         default=None, description="Rank of the update inside each slice, at most the head width; absent = whole slices."
     )
     epochs: Count = Field(default=TrainingConfig().epochs, description="Passes over the selected rows.")
-    learning_rate: float | Auto = Field(
-        default="auto", description="Peak rate; `auto` = a short search on held-out rows."
+    learning_rate: Annotated[float, Field(le=1)] | Auto = Field(
+        default="auto", description="Peak rate, at most 1; `auto` = a short search on held-out rows."
     )
     batch_size: Count = Field(default=TrainingConfig().batch_size, description="Rows per optimizer step.")
     max_length: Count | Auto = Field(

@@ -17,7 +17,7 @@ from app.access_errors import InsufficientScope, NotAllowed
 from app.api.context import Admin
 from app.api.documentation import errors
 from app.db.engine import Engine
-from app.db.measures import RATIOS, SECONDS, Counted, Measures, measure
+from app.db.measures import RATIOS, SECONDS, Counted, Measures, Queue, measure
 from app.db.projects import DEFAULT_PROJECT
 
 router = APIRouter(tags=["service"])
@@ -98,8 +98,9 @@ class Requests:
 class Ledger(Collector):
     """Reads the ledger when it is asked."""
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+    def __init__(self, engine: Engine, queue: str) -> None:
+        """`queue`: shown also while nothing waits in it, so that an alert can tell nothing from no answer."""
+        self._engine, self._queue = engine, queue
 
     def describe(self) -> Iterator[Metric]:
         """Nothing beforehand: registering must not ask the database."""
@@ -109,11 +110,11 @@ class Ledger(Collector):
         """One scrape. Raises DatabaseUnavailable."""
         with self._engine.connect() as conn:
             found = measure(conn)
-        yield from _gauges(found)
+        yield from _gauges(found, {self._queue: Queue(ready=0, oldest_s=0.0), **found.queues})
         yield from _counters(found)
 
 
-def _gauges(found: Measures) -> Iterator[Metric]:
+def _gauges(found: Measures, queues: Mapping[str, Queue]) -> Iterator[Metric]:
     by_status = GaugeMetricFamily("p2d_jobs", "Jobs by status.", labels=["status"])
     for status, number in found.jobs.items():
         by_status.add_metric([status], number)
@@ -121,7 +122,7 @@ def _gauges(found: Measures) -> Iterator[Metric]:
     oldest = GaugeMetricFamily(
         "p2d_steps_ready_oldest_seconds", "Age of the step that waits longest.", labels=["queue"]
     )
-    for name, queue in found.queues.items():
+    for name, queue in queues.items():
         ready.add_metric([name], queue.ready)
         oldest.add_metric([name], queue.oldest_s)
     yield from (by_status, ready, oldest)

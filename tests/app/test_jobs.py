@@ -64,6 +64,7 @@ REFUSED: dict[str, tuple[dict[str, Any], int, dict[str, str]]] = {
     "no such dataset": ({"dataset": "ds_x"}, 404, {"/dataset": "dataset.not_found"}),
     "a NUL in the name": ({"name": "a\x00b"}, 422, {"/name": "field.value_error"}),
     "infinite learning rate": ({"training": {"learning_rate": -1.0}}, 422, {"/training/learning_rate": "config.learning_rate"}),
+    "a rate above 1": ({"training": {"learning_rate": 1e30}}, 422, {"/training/learning_rate": "field.less_than_equal"}),
     "a rank above the head width": ({"training": {"rank": 9}}, 422, {"/training/rank": "config.rank"}),
     "epochs without end": ({"training": {"epochs": 10**30}}, 422, {"/training/epochs": "field.less_than_equal"}),
     "a seed beyond the database": ({"training": {"seed": 2**70}}, 422, {"/training/seed": "field.less_than_equal"}),

@@ -57,7 +57,8 @@ def test_a_waiting_job_is_seen_with_its_age_and_a_finished_one_with_its_seconds(
 
     after = scrape(api)
     assert after["p2d_jobs", (("status", "succeeded"),)] == before.get(("p2d_jobs", (("status", "succeeded"),)), 0) + 1
-    assert ("p2d_steps_ready", (("queue", queue),)) not in after
+    assert after["p2d_steps_ready", (("queue", queue),)] == 0  # and not without a value
+    assert after["p2d_steps_ready_oldest_seconds", (("queue", queue),)] == 0
     assert after["p2d_steps_running", ()] == 0
     assert after["p2d_attempts_total", (("code", ""), ("outcome", "done"), ("step", "train"))] == 1
     assert after["p2d_step_seconds_count", (("step", "train"),)] == 1
