@@ -144,7 +144,9 @@ def serving(
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
     try:
         hooks = {"response": [is_described]}
-        with httpx.Client(base_url=url, timeout=30, trust_env=False, event_hooks=hooks) as http:
+        # The server closes idle connections after five seconds: one that is taken up again just then would be reset.
+        limits = httpx.Limits(keepalive_expiry=1)
+        with httpx.Client(base_url=url, timeout=30, trust_env=False, event_hooks=hooks, limits=limits) as http:
             yield Api(http, settings, engine, BlobStore.open(settings.url("store_url")))
     finally:
         server.should_exit = True
