@@ -153,7 +153,9 @@ def service(upload_gb: float) -> Iterator[Running]:
     env |= {"P2D_HOME": str(home), "P2D_PORT": str(port), "PYTHONPATH": str(ROOT), "P2D_QUOTA_JOBS": "1000000"}
     env |= {"P2D_API_PROCESSES": str(API_PROCESSES)}
     env |= {"P2D_ENGINE": "benchmarks.service:fail_at_once", "P2D_MAX_ROWS": "100000000"}
-    env |= {"P2D_MAX_UPLOAD_BYTES": str(int((upload_gb + 1) * 1e9)), "P2D_QUOTA_BYTES": str(10**12)}
+    most = str(int((2 * upload_gb + 1) * 1e9))
+    env |= {"P2D_MAX_UPLOAD_BYTES": most, "P2D_CHECK_FILE_BYTES": most, "P2D_QUOTA_BYTES": str(10**12)}
+    env |= {"P2D_CHECK_MAX_S": "7200"}
     log = (home / "up.log").open("w")
     process = subprocess.Popen([sys.executable, "-P", "-m", "app.cli", "up"], env=env, stdout=log, stderr=log)
     try:

@@ -7,7 +7,7 @@ many, so no constant serves. The training loop itself is `p2d.training`.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from p2d.batches import TOKEN_BUDGET, mean_answer_nll
@@ -43,6 +43,16 @@ class Trial:
     guide_loss: float | None
     """Held-out loss after the trial, nats per answer token; None = it diverged."""
     steps: int
+
+
+@dataclass(frozen=True, slots=True)
+class Searched:
+    """What the trials so far have told and cost: enough to go on behind them, since what follows hangs on nothing else."""
+
+    trials: list[Trial]
+    tokens: int
+    token_budget: int
+    """Of a micro-batch: what is left of the given one where memory ran out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,17 +105,23 @@ def find_learning_rate(
     config: JobConfig,
     steps: int,
     progress: Progress,
+    *,
+    known: Searched | None = None,
+    on_trial: Callable[[Searched], None],
 ) -> Found:
     """Try the first rate and its double; walk on in the better direction while it helps, MAX_TRIALS at most.
 
     Each trial starts at the base, takes the first `trial_steps` of the run's own rows under a whole schedule, and is judged
     by the loss on held-out rows. The slices are back at the base afterwards.
 
+    Args:   known: trials of an earlier attempt at this very search, which are not made again.
+            on_trial: told of all trials so far after each.
     Raises: EngineError without held-out rows; Diverged if every rate down to MIN_RATE diverges.
     """
     if not guide:
         raise EngineError("The learning rate cannot be searched without held-out rows.")
-    search = _Search(base, slices, rows, list(guide)[: judged_rows(len(rows), len(guide))], config, steps, progress)
+    judges = list(guide)[: judged_rows(len(rows), len(guide))]
+    search = _Search(base, slices, rows, judges, config, steps, progress, known, on_trial)
     rate, factor = first_rate(config.training.rank), 2.0
     best = search.trial(rate)
     if (other := search.trial(rate * 2)) < best * (1 - MARGIN):
@@ -136,17 +152,30 @@ class _Search:
         config: JobConfig,
         steps: int,
         progress: Progress,
+        known: Searched | None,
+        on_trial: Callable[[Searched], None],
     ) -> None:
         self._base, self._slices, self._rows, self._guide = base, slices, rows, guide
         self._config, self._steps, self._progress = config.training, trial_steps(steps), progress
         self._start = slices.masters()
         self._done = 0
-        self.token_budget = TOKEN_BUDGET
+        self._known, self._on_trial = known or Searched([], 0, TOKEN_BUDGET), on_trial
+        self.token_budget, self.tokens = self._known.token_budget, self._known.tokens
         self.trials: list[Trial] = []
-        self.tokens = 0
 
     def trial(self, learning_rate: float) -> float:
         """Held-out loss after a short run at a rate; infinite if it diverged."""
+        if len(self.trials) < len(self._known.trials):
+            trial = self._known.trials[len(self.trials)]
+            assert trial.learning_rate == learning_rate, "the same losses lead the same way"
+            self._done += trial.steps
+            self.trials.append(trial)
+        else:
+            self.trials.append(trial := self._try(learning_rate))
+            self._on_trial(Searched(list(self.trials), self.tokens, self.token_budget))
+        return math.inf if trial.guide_loss is None else trial.guide_loss
+
+    def _try(self, learning_rate: float) -> Trial:
         batch_size, seed = self._config.batch_size, str(self._config.seed)
         trainer = SliceTrainer(
             self._base, self._slices, self._rows, batch_size=batch_size, seed=seed, token_budget=self.token_budget
@@ -166,5 +195,4 @@ class _Search:
         finally:
             self.token_budget = trainer.token_budget
             self._slices.load_masters(self._start)
-        self.trials.append(Trial(learning_rate, loss, trainer.step))
-        return math.inf if loss is None else loss
+        return Trial(learning_rate, loss, trainer.step)

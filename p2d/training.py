@@ -10,6 +10,7 @@ import hashlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -18,7 +19,7 @@ from p2d.activation_cache import remember_below
 from p2d.batches import TOKEN_BUDGET, mean_answer_nll
 from p2d.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
 from p2d.config import JobConfig
-from p2d.learning_rates import Found, Trial, find_learning_rate, search_steps, watched_rows
+from p2d.learning_rates import Found, Searched, Trial, find_learning_rate, search_steps, watched_rows
 from p2d.memory_guard import memory_guard
 from p2d.models import BaseModel
 from p2d.optimization import Schedule, SliceTrainer, StepLog, steps_per_epoch
@@ -80,6 +81,11 @@ class _Run:
     kept_epoch: int = 0
     kept: dict[str, Tensor] = field(default_factory=dict)
 
+    def add(self, log: StepLog) -> None:
+        """Note one more step."""
+        self.log.append(log)
+        self.tokens += log.tokens
+
 
 def train(
     base: BaseModel,
@@ -116,13 +122,14 @@ def train(
     ):
         trainer = SliceTrainer(base, slices, rows, batch_size=settings.batch_size, seed=str(settings.seed))
         run = _resumed(resume_from, identity, trainer)
-        if run is None:
+        if not isinstance(run, _Run):
             if settings.learning_rate == "auto":
                 found = find_learning_rate(
-                    base, slices, rows, guide, config, steps, _shifted(progress, 0, steps + searching)
+                    *(base, slices, rows, guide, config, steps, _shifted(progress, 0, steps + searching)),
+                    known=run,
+                    on_trial=partial(_save_search, checkpoint_dir, on_checkpoint, identity),
                 )
-                run = _Run(found.learning_rate, found.trials, found.tokens, _border_warning(found))
-                trainer.token_budget = found.token_budget
+                run = _begun(found, trainer)
             else:
                 run = _Run(settings.learning_rate, [], 0)
             _save(checkpoint_dir, on_checkpoint, identity, trainer, run)
@@ -131,8 +138,7 @@ def train(
         saved = time.monotonic()
         while trainer.step < steps:
             log = trainer.advance(schedule)
-            run.log.append(log)
-            run.tokens += log.tokens
+            run.add(log)
             epoch_ends = trainer.step % per_epoch == 0
             if epoch_ends:
                 _watch(base, trainer, watch, run, epoch=log.epoch)
@@ -172,6 +178,12 @@ def run_identity(
     for row in (*rows, *guide):
         digest.update(repr((row.prompt_ids, row.answer_ids)).encode())
     return digest.hexdigest()
+
+
+def _begun(found: Found, trainer: SliceTrainer) -> _Run:
+    """The run at the rate that was found, with what of the memory's budget the search has left."""
+    trainer.token_budget = found.token_budget
+    return _Run(found.learning_rate, found.trials, found.tokens, _border_warning(found))
 
 
 def _border_warning(found: Found) -> list[str]:
@@ -234,17 +246,26 @@ def _save(
     announce(save_checkpoint(parent, Checkpoint(trainer.step, tensors, facts)))
 
 
-def _resumed(directory: Path | None, identity: str, trainer: SliceTrainer) -> _Run | None:
-    """Where an earlier attempt of this very run stood, loaded into the trainer; None = start over."""
+def _save_search(parent: Path | None, announce: Callable[[Path], None], identity: str, searched: Searched) -> None:
+    if parent is not None:
+        facts = {"identity": identity, "learning_rate": None, **asdict(searched)}
+        announce(save_checkpoint(parent, Checkpoint(0, {}, facts)))
+
+
+def _resumed(directory: Path | None, identity: str, trainer: SliceTrainer) -> _Run | Searched | None:
+    """Where an earlier attempt of this very run stood, loaded into the trainer, or how far its search; None = start over."""
     checkpoint = load_checkpoint(directory) if directory is not None else None
     if checkpoint is None or checkpoint.facts["identity"] != identity:
         return None
-    trainer.load_state(checkpoint.step, checkpoint.tensors)
     facts = checkpoint.facts
+    trials = [Trial(**trial) for trial in facts["trials"]]
+    if facts["learning_rate"] is None:
+        return Searched(trials, facts["tokens"], facts["token_budget"])
+    trainer.load_state(checkpoint.step, checkpoint.tensors)
     trainer.token_budget = facts["token_budget"]  # other micro-batches would sum in another order
     return _Run(
         learning_rate=facts["learning_rate"],
-        trials=[Trial(**trial) for trial in facts["trials"]],
+        trials=trials,
         tokens=facts["tokens"],
         warnings=list(facts["warnings"]),
         log=[StepLog(**log) for log in facts["log"]],

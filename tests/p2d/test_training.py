@@ -168,6 +168,32 @@ def test_a_search_interrupted_after_its_end_is_not_repeated(
     assert_same(resumed.state, whole.state)
 
 
+@pytest.mark.parametrize("trial", [1, 2])
+def test_a_search_interrupted_on_its_way_makes_no_trial_twice(
+    tiny: BaseModel, rendered: list[RenderedRow], tmp_path: Path, trial: int
+) -> None:
+    config = replace(CONFIG, training=replace(CONFIG.training, learning_rate="auto"))
+    whole = run(tiny, rendered, config)
+    steps = whole.trials[0].steps
+
+    def cut(done: int, total: int, metrics: Mapping[str, float]) -> None:
+        if done == trial * steps + 1:  # the first step of the next trial
+            raise Cancelled("stop")
+
+    with pytest.raises(Cancelled):
+        train(tiny, rendered[:9], rendered[9:], HEADS, config, cut, checkpoint_dir=tmp_path)
+    reported: list[int] = []
+
+    def note(done: int, total: int, metrics: Mapping[str, float]) -> None:
+        reported.append(done)
+
+    resumed = train(tiny, rendered[:9], rendered[9:], HEADS, config, note, resume_from=tmp_path)
+
+    assert reported[0] == trial * steps + 1
+    assert (resumed.trials, resumed.learning_rate, resumed.tokens) == (whole.trials, whole.learning_rate, whole.tokens)
+    assert_same(resumed.state, whole.state)
+
+
 def test_a_rate_that_diverges_is_named_and_leaves_the_base_alone(tiny: BaseModel, rendered: list[RenderedRow]) -> None:
     before = weights_of(tiny)
     config = replace(CONFIG, training=replace(CONFIG.training, learning_rate=1e30))
