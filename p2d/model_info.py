@@ -205,7 +205,7 @@ def _config(directory: Path) -> dict[str, Any]:
         config = json.loads((directory / "config.json").read_bytes())
     except FileNotFoundError:
         raise _broken(directory, "config.json is missing") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise _broken(directory, "config.json is not JSON") from error
     if not isinstance(config, dict):
         raise _broken(directory, "config.json is not an object")
@@ -346,7 +346,7 @@ def weight_files(directory: Path) -> list[Path]:
     if index.is_file():
         try:
             names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
             raise _broken(directory, f"{index.name} is not readable") from error
         # A name in the index is text from a stranger: it must be a plain file of this directory.
         if not all(isinstance(name, str) and MODEL_NAME.fullmatch(name) for name in names):
@@ -389,7 +389,8 @@ def _header(directory: Path, path: Path) -> dict[str, dict[str, Any]]:
 def _digested_files(directory: Path) -> list[Path]:
     names = ["config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"]
     paths = [directory / name for name in names if (directory / name).is_file()]
-    return sorted([*paths, *directory.glob("*.safetensors")], key=lambda path: path.name)
+    weights = (path for path in directory.glob("*.safetensors") if path.is_file())
+    return sorted([*paths, *weights], key=lambda path: path.name)
 
 
 def _directories(models_dir: Path) -> Iterator[Path]:

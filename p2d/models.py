@@ -85,7 +85,8 @@ def load_base_model(directory: Path, *, precision: Precision = "auto", device: s
     Raises:  ModelNotFound, ModelUnsupported, ModelError (`model.invalid`) if a weight is missing, misshapen or unreadable:
              transformers alone would fill missing weights with random numbers. Also if one is left over, such as a bias
              that config.json does not ask for: transformers alone would compute another function than the model's. Also if
-             transformers finds a value in config.json that it cannot use. OutOfMemory if the model does not fit.
+             transformers finds a value in config.json that it cannot use, in loading or in a pass over two tokens.
+             OutOfMemory if the model does not fit.
     """
     started = time.perf_counter()
     info = read_model_info(directory)
@@ -101,7 +102,18 @@ def load_base_model(directory: Path, *, precision: Precision = "auto", device: s
         module.to(where)  # type: ignore[arg-type]
         _check_finite(info, module)
     use_attention(module)
+    _check_computes(info, module, where)
     return BaseModel(info, spec, module, renderer, where, dtype, load_s=time.perf_counter() - started)
+
+
+def _check_computes(info: ModelInfo, module: PreTrainedModel, device: torch.device) -> None:
+    """Raise ModelError unless two tokens give finite logits: some values of config.json are only used by a pass."""
+    ids_BT = torch.zeros((1, 2), dtype=torch.long, device=device)
+    failed = f"The model {info.name!r} cannot compute, probably for a value in config.json"
+    with opening(f"trying {info.name!r}", failed=failed, model=info.name), torch.no_grad():
+        finite = bool(torch.isfinite(module(input_ids=ids_BT, use_cache=False).logits).all())
+    if not finite:
+        raise ModelError(f"{failed}: its logits are not finite.", model=info.name)
 
 
 def _check_finite(info: ModelInfo, module: PreTrainedModel) -> None:

@@ -205,4 +205,4 @@ def load_renderer(directory: Path) -> Renderer:
     failed = f"Tokenizer or config.json of {directory.name!r} cannot be read"
     with opening(f"reading the tokenizer of {directory.name!r}", failed=failed, model=directory.name):
         tokenizer = AutoTokenizer.from_pretrained(os.fspath(directory), local_files_only=True, trust_remote_code=False)
-    return Renderer(tokenizer)
+        return Renderer(tokenizer)  # which has jinja read the chat template for the first time

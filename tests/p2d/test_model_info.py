@@ -435,3 +435,18 @@ def test_all_models_are_listed_the_broken_ones_with_their_reason(tmp_path: Path)
     assert isinstance(listed["a"], ModelError)
     assert listed["b"] == read_model_info(tmp_path / "b")
     assert list_models(tmp_path / "nowhere") == []
+
+
+def test_a_config_nested_without_end_is_the_files_fault(tmp_path: Path) -> None:
+    directory = tiny_model_dir(tmp_path / "tiny")
+    (directory / "config.json").write_text('{"a":' * 100_000)
+
+    with pytest.raises(ModelError, match="not JSON"):
+        read_model_info(directory)
+
+
+def test_a_folder_named_like_weights_is_not_read(tmp_path: Path) -> None:
+    directory = tiny_model_dir(tmp_path / "tiny")
+    (directory / "more.safetensors").mkdir()
+
+    assert read_model_info(directory).n_layers > 0

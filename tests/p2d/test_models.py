@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -152,6 +153,7 @@ def test_a_model_that_does_not_fit_in_memory_is_not_called_broken(
         ("hidden_act", "nosuch", "'nosuch' \\(KeyError\\)"),
         ("eos_token_id", "x", "eos_token_id"),
         ("pad_token_id", 9999, "Padding_idx"),
+        ("rms_norm_eps", math.nan, "its logits are not finite"),  # which only a pass shows
     ],
 )
 def test_a_value_in_the_config_that_transformers_cannot_use_is_the_files_fault(
@@ -162,6 +164,14 @@ def test_a_value_in_the_config_that_transformers_cannot_use_is_the_files_fault(
     (directory / "config.json").write_text(json.dumps(config | {key: value}))
 
     with pytest.raises(ModelError, match=said):
+        load_base_model(directory, device="cpu")
+
+
+def test_a_chat_template_that_jinja_cannot_read_is_the_files_fault(tmp_path: Path) -> None:
+    directory = tiny_model_dir(tmp_path / "tiny")
+    (directory / "chat_template.jinja").write_text("{% if")
+
+    with pytest.raises(ModelError, match="unexpected 'end of template'"):
         load_base_model(directory, device="cpu")
 
 
