@@ -112,6 +112,17 @@ class Api:
             worker.stop()
             assert worker.join(30)
 
+    def failed_job(self) -> str:
+        """The id of a job that failed because its model's config was gone while it ran."""
+        job_id = self.job()
+        config, away = self.settings.models_dir / MODEL / "config.json", self.settings.models_dir / "away"
+        config.rename(away)
+        try:
+            self.finish(job_id)
+        finally:
+            away.rename(config)
+        return job_id
+
 
 def a_job(**fields: Any) -> dict[str, Any]:
     """A job that the stub model's service accepts once it has a dataset."""

@@ -147,12 +147,7 @@ def test_every_attempt_is_listed_with_how_it_ended(api: Api) -> None:
 
 
 def test_an_attempt_that_failed_shows_its_error_as_a_problem(api: Api) -> None:
-    job_id = api.job()
-    (api.settings.models_dir / "stub" / "config.json").rename(api.settings.models_dir / "away")
-    try:
-        api.finish(job_id)
-    finally:
-        (api.settings.models_dir / "away").rename(api.settings.models_dir / "stub" / "config.json")
+    job_id = api.failed_job()
 
     (attempt,) = api.http.get(f"/jobs/{job_id}/attempts").json()["data"]
 

@@ -70,12 +70,7 @@ def test_a_job_is_shown_with_its_files_and_as_json(api: Api, jobs: list[str]) ->
 
 
 def test_a_job_that_failed_is_shown_with_what_went_wrong_and_what_to_do(api: Api) -> None:
-    job_id = api.job()
-    (api.settings.models_dir / "stub" / "config.json").rename(api.settings.models_dir / "away")
-    try:
-        api.finish(job_id)
-    finally:
-        (api.settings.models_dir / "away").rename(api.settings.models_dir / "stub" / "config.json")
+    job_id = api.failed_job()
     error = api.http.get(f"/jobs/{job_id}").json()["error"]
 
     said = p2d("show", job_id)
