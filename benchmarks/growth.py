@@ -84,12 +84,10 @@ def main(arguments: list[str] | None = None) -> None:
         done = subprocess.run(child, check=True, stdout=subprocess.PIPE, cwd=ROOT, env=environment)
         found.append(json.loads(done.stdout))
         command = f"python -m benchmarks.growth --max-rows {rows} --precision {options.precision}"
-        if (
-            held := held_rows(options.out, found[0]["dtype"])
-        ) > rows:  # so that one that is cut replaces none that was not
-            say(
-                f"{options.out / 'growth.json'} holds a run over {held:,} rows, which stays: write elsewhere with --out"
-            )
+        held = held_rows(options.out, found[0]["dtype"])
+        if held > rows:  # so that one that is cut replaces none that was not
+            file = options.out / "growth.json"
+            say(f"{file} holds a run over {held:,} rows, which stays: write elsewhere with --out")
         else:
             write(options.out, found, command=command, seconds=time.monotonic() - started)
         say(f"{rows:,} rows: {found[-1]['seconds']:.0f} s, peak {found[-1]['peak_bytes'] / 2**20:.0f} MiB")
