@@ -9,11 +9,13 @@ from app.api.bodies import read_json, receive_json
 from app.api.content import PARTIAL, STORED, send_blob
 from app.api.context import ArtifactId, Context, JobId, Services
 from app.api.documentation import ARTIFACT_PATCH_BODY, errors
+from app.api.etags import IfMatch, IfNoneMatch, require_match, send_view
 from app.api.receipts import receipt
 from app.blobs import Blob
-from app.core.results import delete_artifact, find_artifact, set_ttl, unexpired
+from app.core.results import delete_artifact, find_artifact, lock_artifact, set_ttl, unexpired
 from app.db.artifacts import Artifact, list_artifacts
 from app.db.artifacts import find_artifact as artifact_of_job
+from app.db.engine import Connection
 from app.db.jobs import find_job
 from app.errors import (
     ArtifactNotFound,
@@ -69,11 +71,12 @@ def get_job_report(request: Request, job_id: JobId, services: Context) -> Respon
     return send_artifact(request, services, unexpired(artifact))
 
 
-@router.get("/artifacts/{id}", responses=errors(ArtifactNotFound))
-def get_one_artifact(artifact_id: ArtifactId, services: Context) -> ArtifactView:
+@router.get("/artifacts/{id}", response_model=ArtifactView, responses=errors(ArtifactNotFound))
+def get_one_artifact(artifact_id: ArtifactId, services: Context, if_none_match: IfNoneMatch = None) -> Response:
     """One file, described; also when its bytes have expired."""
     with services.engine.connect() as conn:
-        return ArtifactView.model_validate(find_artifact(conn, artifact_id))
+        view = ArtifactView.model_validate(find_artifact(conn, artifact_id))
+    return send_view(view, if_none_match)
 
 
 @router.patch(
@@ -82,19 +85,22 @@ def get_one_artifact(artifact_id: ArtifactId, services: Context) -> ArtifactView
     responses=errors(ArtifactNotFound, ArtifactExpired, ArtifactInUse),
     openapi_extra=ARTIFACT_PATCH_BODY,
 )
-async def patch_artifact(request: Request, artifact_id: ArtifactId, services: Context) -> ArtifactView:
+async def patch_artifact(
+    request: Request, artifact_id: ArtifactId, services: Context, if_match: IfMatch = None
+) -> Response:
     """Say how long a file stays from now on, once its job has ended; null keeps it as long as the job."""
     patch = read_json(ArtifactPatch, await receive_json(request, services.settings))
-    return await run_in_threadpool(_patch, services, artifact_id, patch)
+    return await run_in_threadpool(_patch, services, artifact_id, patch, if_match)
 
 
 @router.delete("/artifacts/{id}", responses=errors(ArtifactNotFound, ArtifactInUse))
-def delete_one_artifact(artifact_id: ArtifactId, services: Context) -> ReceiptView:
+def delete_one_artifact(artifact_id: ArtifactId, services: Context, if_match: IfMatch = None) -> ReceiptView:
     """Delete a file of a job that has ended. That of a head map or selection goes with it alone.
 
     A failed or cancelled job that lacks a file cannot be retried any more, only cloned.
     """
     with services.engine.begin() as conn:
+        _require_match(conn, artifact_id, if_match)
         return receipt(services, conn, "artifact", artifact_id, delete_artifact(conn, artifact_id))
 
 
@@ -138,10 +144,15 @@ def _way_of(answer: Response) -> dict[str, str]:
     return {"range": answer.headers["Content-Range"]} if answer.status_code == 206 else {}
 
 
-def _patch(services: Services, artifact_id: str, patch: ArtifactPatch) -> ArtifactView:
+def _patch(services: Services, artifact_id: str, patch: ArtifactPatch, if_match: str | None) -> Response:
     with services.engine.begin() as conn:
+        _require_match(conn, artifact_id, if_match)
         if "artifact_ttl" not in patch.model_fields_set:
-            return ArtifactView.model_validate(find_artifact(conn, artifact_id))
+            return send_view(ArtifactView.model_validate(find_artifact(conn, artifact_id)))
         artifact = set_ttl(conn, artifact_id, patch.artifact_ttl)
         services.note(conn, "artifact.expire", artifact_id, {"artifact_ttl": patch.artifact_ttl})
-    return ArtifactView.model_validate(artifact)
+    return send_view(ArtifactView.model_validate(artifact))
+
+
+def _require_match(conn: Connection, artifact_id: str, if_match: str | None) -> None:
+    require_match(if_match, lambda: ArtifactView.model_validate(lock_artifact(conn, artifact_id)))

@@ -24,6 +24,7 @@ from app.api.context import (
     page_of,
 )
 from app.api.documentation import DATASET_BODY, DATASET_KNOWN, errors
+from app.api.etags import IfMatch, IfNoneMatch, require_match, send_view
 from app.api.idempotency import Once
 from app.api.receipts import receipt
 from app.api.reports import reporting
@@ -123,10 +124,10 @@ def get_datasets(
     return link(Page[DatasetView].model_validate(page_of(views, [dataset.id for dataset in datasets], limit)))
 
 
-@router.get("/datasets/{id}", responses=errors(DatasetNotFound))
-def get_one_dataset(dataset_id: DatasetId, services: Context) -> DatasetView:
+@router.get("/datasets/{id}", response_model=DatasetView, responses=errors(DatasetNotFound))
+def get_one_dataset(dataset_id: DatasetId, services: Context, if_none_match: IfNoneMatch = None) -> Response:
     """One dataset."""
-    return DatasetView.model_validate(_find(services, dataset_id))
+    return send_view(DatasetView.model_validate(_find(services, dataset_id)), if_none_match)
 
 
 @router.get("/datasets/{id}/report", responses=errors(DatasetNotFound))
@@ -170,11 +171,14 @@ def delete_one_dataset(
     derived: Annotated[
         bool, Query(description="Delete the jobs over it too, with all that they have made of its rows.")
     ] = False,
+    if_match: IfMatch = None,
 ) -> ReceiptView:
     """Delete a dataset. Refused while a job that has not ended reads it. The receipt names what jobs have made of it.
 
     Its rows leave the store within the hours of `P2D_UNREFERENCED_KEPT_H`, unless something else has the same.
     """
+    # Without a lock: a dataset is deleted or as it was made.
+    require_match(if_match, lambda: DatasetView.model_validate(_find(services, dataset_id)))
     with services.engine.begin() as conn:
         if not derived:
             dataset, left = erase(conn, dataset_id)

@@ -16,6 +16,7 @@ from app.errors import (
     CursorInvalid,
     DatabaseUnavailable,
     DiskFull,
+    PreconditionFailed,
     RequestError,
     RequestInvalid,
     RequestTooLarge,
@@ -76,8 +77,11 @@ def _shared(path: str, method: str, operation: dict[str, Any]) -> Iterator[type[
         yield from (KeyRefused, TooManyRequests, DatabaseUnavailable)
         if method.upper() not in READING:
             yield InsufficientScope
-    if any(parameter["name"] == "cursor" for parameter in operation.get("parameters", ())):
+    taken = _parameters(operation)
+    if "cursor" in taken:
         yield CursorInvalid
+    if "if-match" in taken:
+        yield PreconditionFailed
     types = operation.get("requestBody", {}).get("content", {})
     if types:
         yield RequestTooSlow
@@ -87,6 +91,20 @@ def _shared(path: str, method: str, operation: dict[str, Any]) -> Iterator[type[
         yield DatasetTooLarge
     if types.keys() & {"application/octet-stream", "multipart/form-data"}:
         yield DiskFull
+
+
+def _parameters(operation: dict[str, Any]) -> set[str]:
+    return {parameter["name"] for parameter in operation.get("parameters", ())}
+
+
+def _document_etag(operation: dict[str, Any]) -> None:
+    """Say of a conditional read that its answer has an ETag, and what is answered to who has it already."""
+    if "if-none-match" not in _parameters(operation):
+        return
+    header = {"ETag": {"description": "Changes whenever the answer does.", "schema": {"type": "string"}}}
+    operation["responses"]["200"]["headers"] = header
+    text = "The client has it: If-None-Match names its ETag."
+    operation["responses"]["304"] = {"description": text, "headers": header}
 
 
 def _document_errors(path: str, method: str, operation: dict[str, Any]) -> None:
@@ -257,6 +275,7 @@ def install(app: FastAPI) -> None:
                 schemas[model.__name__] = schema
             for path, operations in document["paths"].items():
                 for method, operation in operations.items():
+                    _document_etag(operation)
                     _document_errors(path, method, operation)
             document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
             document["security"] = [{"key": []}]

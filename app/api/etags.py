@@ -1,8 +1,13 @@
-"""Conditional requests (RFC 9110): the ETag of a view, 304 for who has it already, 412 for who wants to change another."""
+"""Conditional requests (RFC 9110): the ETag of a view, 304 for who has it already, 412 for who wants to change another.
+
+A route that reads takes `IfNoneMatch` and ends in `send_view`; one that changes takes `IfMatch` and calls `require_match` under
+its lock. What they can answer then, app.api.documentation tells by itself.
+"""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from typing import Annotated
 
 from fastapi import Header, Response
@@ -12,11 +17,6 @@ from app.errors import PreconditionFailed
 
 IfNoneMatch = Annotated[str | None, Header(description="ETags that the client has; a match answers 304.")]
 IfMatch = Annotated[str | None, Header(description="ETag that the resource must still have; else 412.")]
-
-NOT_MODIFIED: dict[int | str, dict[str, object]] = {
-    304: {"description": "The client has it: If-None-Match names its ETag."},
-}
-"""What a conditional read can answer beside the resource."""
 
 
 def send_view(view: BaseModel, if_none_match: str | None = None) -> Response:
@@ -28,11 +28,14 @@ def send_view(view: BaseModel, if_none_match: str | None = None) -> Response:
     return Response(body, media_type="application/json", headers=headers)
 
 
-def require_match(if_match: str | None, view: BaseModel) -> None:
-    """Raise PreconditionFailed unless the view is the one that the client has seen, or it named none."""
+def require_match(if_match: str | None, now: Callable[[], BaseModel]) -> None:
+    """Raise PreconditionFailed unless the resource is as the client has seen it, or it named nothing.
+
+    Args: now: what GET would answer at this moment; asked only where the client named something.
+    """
     if if_match is None:
         return
-    etag = _etag(view.model_dump_json().encode())
+    etag = _etag(now().model_dump_json().encode())
     if not {etag, "*"} & {tag.strip() for tag in if_match.split(",")}:
         raise PreconditionFailed(etag=etag)
 

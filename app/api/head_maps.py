@@ -19,6 +19,7 @@ from app.api.bodies import Received, receive
 from app.api.content import PARTIAL, STORED, send_blob
 from app.api.context import Context, Cursor, HeadMapId, IdempotencyKey, Limit, Link, Services, page_after, page_of
 from app.api.documentation import HEAD_MAP_BODY, errors
+from app.api.etags import IfMatch, IfNoneMatch, require_match, send_view
 from app.api.head_map_imports import import_head_map
 from app.api.job_requests import FILES, REFUSALS
 from app.api.jobs import queue_stage
@@ -166,17 +167,17 @@ def diff_head_maps(
     )
 
 
-@router.get("/head-maps/{id}", responses=errors(HeadMapNotFound, *STORED))
-def get_one_head_map(head_map_id: HeadMapId, services: Context) -> HeadMapView:
+@router.get("/head-maps/{id}", response_model=HeadMapView, responses=errors(HeadMapNotFound, *STORED))
+def get_one_head_map(head_map_id: HeadMapId, services: Context, if_none_match: IfNoneMatch = None) -> Response:
     """A head map with all its scores; a later job may name it as `heads.head_map`."""
-    found = _find(services, head_map_id)
-    content = json.loads(b"".join(services.blobs.checked(found.sha256)))
-    return HeadMapView.model_validate({**asdict(found), "map": content})
+    return send_view(_view(services, head_map_id), if_none_match)
 
 
-@router.delete("/head-maps/{id}", responses=errors(HeadMapNotFound, HeadMapInUse))
-def delete_one_head_map(head_map_id: HeadMapId, services: Context) -> ReceiptView:
+@router.delete("/head-maps/{id}", responses=errors(HeadMapNotFound, HeadMapInUse, *STORED))
+def delete_one_head_map(head_map_id: HeadMapId, services: Context, if_match: IfMatch = None) -> ReceiptView:
     """Delete a head map and its file. Refused while a job that has not ended needs it; its job stays."""
+    # Without a lock: a head map is deleted or as it was made.
+    require_match(if_match, lambda: _view(services, head_map_id))
     with services.engine.begin() as conn:
         return receipt(services, conn, "head_map", head_map_id, delete_head_map(conn, head_map_id))
 
@@ -191,6 +192,12 @@ def _find(services: Services, head_map_id: str) -> HeadMapRecord:
     if found is None:
         raise HeadMapNotFound(id=head_map_id)
     return found
+
+
+def _view(services: Services, head_map_id: str) -> HeadMapView:
+    found = _find(services, head_map_id)
+    content = json.loads(b"".join(services.blobs.checked(found.sha256)))
+    return HeadMapView.model_validate({**asdict(found), "map": content})
 
 
 def _load(services: Services, record: HeadMapRecord) -> HeadMap:

@@ -35,7 +35,6 @@ from app.errors import (
     JobInUse,
     JobNotFound,
     MoveNotAllowed,
-    PreconditionFailed,
     SelectionNotFound,
 )
 from app.key_schemas import ReceiptView
@@ -109,7 +108,7 @@ def retry_job(job_id: JobId, services: Context, key: IdempotencyKey) -> Response
 @router.patch(
     "/jobs/{id}",
     response_model=JobView,
-    responses=errors(JobNotFound, PreconditionFailed),
+    responses=errors(JobNotFound),
     openapi_extra=PATCH_BODY,
 )
 async def patch_job(request: Request, job_id: JobId, services: Context, if_match: IfMatch = None) -> Response:
@@ -118,7 +117,7 @@ async def patch_job(request: Request, job_id: JobId, services: Context, if_match
     return await run_in_threadpool(_patch, services, job_id, read_json(JobPatch, body), if_match)
 
 
-@router.delete("/jobs/{id}", responses=errors(JobNotFound, MoveNotAllowed, JobInUse, PreconditionFailed))
+@router.delete("/jobs/{id}", responses=errors(JobNotFound, MoveNotAllowed, JobInUse))
 def delete_job(job_id: JobId, services: Context, if_match: IfMatch = None) -> ReceiptView:
     """Delete a job that has ended, with its events, artifacts, head map and selection. Its datasets stay.
 
@@ -126,15 +125,14 @@ def delete_job(job_id: JobId, services: Context, if_match: IfMatch = None) -> Re
     `P2D_UNREFERENCED_KEPT_H`, but for those that others have too.
     """
     with services.engine.begin() as conn:
-        if if_match is not None:
-            require_match(if_match, view_of(conn, find_job(conn, job_id, lock=True)))
+        require_match(if_match, lambda: view_of(conn, find_job(conn, job_id, lock=True)))
         return receipt(services, conn, "job", job_id, delete(conn, job_id))
 
 
 def _patch(services: Services, job_id: str, patch: JobPatch, if_match: str | None) -> Response:
     with services.engine.begin() as conn:
         job = find_job(conn, job_id, lock=True)
-        require_match(if_match, view_of(conn, job))
+        require_match(if_match, lambda: view_of(conn, job))
         now = {"name": job.name, "metadata": job.metadata, "priority": job.priority}
         asked = merge_patch(now, patch.model_dump(exclude_unset=True))
         metadata = asked.get("metadata", {})

@@ -14,6 +14,7 @@ from app.api.content import STORED
 from app.api.context import Context, Cursor, JobId, Limit, Link, Services, page_after, page_of
 from app.api.cursors import read_cursor, write_cursor
 from app.api.documentation import errors
+from app.api.etags import IfNoneMatch
 from app.api.head_maps import get_one_head_map
 from app.api.selections import get_one_selection
 from app.db.artifacts import list_artifacts
@@ -111,26 +112,26 @@ def get_job_metrics_csv(job_id: JobId, services: Context, points: Points = 5000)
     return Response(text.getvalue(), media_type="text/csv")
 
 
-@router.get("/jobs/{id}/head-map", responses=errors(JobNotFound, HeadMapNotFound, *STORED))
-def get_job_head_map(job_id: JobId, services: Context) -> HeadMapView:
+@router.get("/jobs/{id}/head-map", response_model=HeadMapView, responses=errors(JobNotFound, HeadMapNotFound, *STORED))
+def get_job_head_map(job_id: JobId, services: Context, if_none_match: IfNoneMatch = None) -> Response:
     """The head map that the job made; 404 before it has one, and where it took an earlier one."""
     with services.engine.connect() as conn:
         find_job(conn, job_id)
         found = head_map_of_job(conn, job_id)
     if found is None:
         raise HeadMapNotFound(id=f"{job_id}/head-map")
-    return get_one_head_map(found.id, services)
+    return get_one_head_map(found.id, services, if_none_match)
 
 
-@router.get("/jobs/{id}/selection", responses=errors(JobNotFound, SelectionNotFound))
-def get_job_selection(job_id: JobId, services: Context) -> SelectionView:
+@router.get("/jobs/{id}/selection", response_model=SelectionView, responses=errors(JobNotFound, SelectionNotFound))
+def get_job_selection(job_id: JobId, services: Context, if_none_match: IfNoneMatch = None) -> Response:
     """The selection that the job made; 404 before it has one, and where it took an earlier one."""
     with services.engine.connect() as conn:
         find_job(conn, job_id)
         found = selection_of_job(conn, job_id)
     if found is None:
         raise SelectionNotFound(id=f"{job_id}/selection")
-    return get_one_selection(found.id, services)
+    return get_one_selection(found.id, services, if_none_match=if_none_match)
 
 
 def _logs(conn: Connection, job_id: str, since: str | None) -> Iterator[AttemptLog]:

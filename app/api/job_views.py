@@ -9,7 +9,7 @@ from fastapi import APIRouter, Response
 
 from app.api.context import Context, Cursor, JobId, Limit, Link, page_after, page_of
 from app.api.documentation import errors
-from app.api.etags import NOT_MODIFIED, IfNoneMatch, send_view
+from app.api.etags import IfNoneMatch, send_view
 from app.db.attempts import list_attempts
 from app.db.engine import Connection, Json
 from app.db.head_maps import head_map_of_job
@@ -22,7 +22,7 @@ from app.views import AttemptView, JobConfigView, JobSummary, JobView, Page
 router = APIRouter(tags=["jobs"])
 
 
-@router.get("/jobs/{id}", response_model=JobView, responses={**NOT_MODIFIED, **errors(JobNotFound)})
+@router.get("/jobs/{id}", response_model=JobView, responses=errors(JobNotFound))
 def get_one_job(job_id: JobId, services: Context, if_none_match: IfNoneMatch = None) -> Response:
     """A job as it is now, with an ETag: cheap to poll with If-None-Match, safe to change with If-Match."""
     with services.engine.connect() as conn:
@@ -30,7 +30,7 @@ def get_one_job(job_id: JobId, services: Context, if_none_match: IfNoneMatch = N
     return send_view(view, if_none_match)
 
 
-@router.get("/jobs/{id}/config", response_model=JobConfigView, responses={**NOT_MODIFIED, **errors(JobNotFound)})
+@router.get("/jobs/{id}/config", response_model=JobConfigView, responses=errors(JobNotFound))
 def get_job_config(job_id: JobId, services: Context, if_none_match: IfNoneMatch = None) -> Response:
     """What the job is computed from: as asked, as resolved and why, with seed, digest and versions."""
     with services.engine.connect() as conn:

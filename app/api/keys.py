@@ -1,4 +1,4 @@
-"""API keys of the caller's project: make, list, revoke. Admins only; the first key is made with `p2d keys create`."""
+"""API keys of the caller's project: make, read, list, revoke. Admins only; the first key is made with `p2d keys create`."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from app.access_errors import InsufficientScope
 from app.api.bodies import read_json, receive_json
 from app.api.context import Admin, Context, Cursor, IdempotencyKey, KeyId, Limit, Link, Services, page_after, page_of
 from app.api.documentation import KEY_BODY, errors
+from app.api.etags import IfMatch, IfNoneMatch, require_match, send_view
 from app.api.idempotency import Once
 from app.core.keys import make_key
-from app.db.api_keys import list_keys, revoke_key
+from app.db.api_keys import get_key, list_keys, revoke_key
+from app.db.engine import Connection
 from app.errors import IdempotencyInFlight, IdempotencyMismatch, KeyNotFound, PepperMissing
 from app.key_schemas import KeyBody, KeyView, NewKeyView
 from app.views import Page
@@ -47,14 +49,32 @@ def get_keys(services: Context, admin: Admin, link: Link, limit: Limit = 20, cur
     return link(Page[KeyView].model_validate(page_of(views, [key.id for key in keys], limit)))
 
 
+@router.get("/keys/{id}", response_model=KeyView, responses=errors(InsufficientScope, KeyNotFound))
+def get_one_key(key_id: KeyId, services: Context, admin: Admin, if_none_match: IfNoneMatch = None) -> Response:
+    """A key: what it may do, whether it opens anything, and when it was last used."""
+    with services.engine.connect() as conn:
+        return send_view(_view(conn, key_id), if_none_match)
+
+
 @router.delete("/keys/{id}", responses=errors(KeyNotFound))
-def delete_key(key_id: KeyId, services: Context, admin: Admin) -> KeyView:
-    """Revoke a key: from now on it opens nothing. Repeating is harmless; its entry stays."""
+def delete_key(key_id: KeyId, services: Context, admin: Admin, if_match: IfMatch = None) -> KeyView:
+    """Revoke a key: from now on it opens nothing. Repeating is harmless; its entry stays.
+
+    With If-Match only if it is still as it was read; a use of the key since then, to the minute, is a change of it too.
+    """
     with services.engine.begin() as conn:
+        require_match(if_match, lambda: _view(conn, key_id, lock=True))
         key = revoke_key(conn, key_id)
         if key is None:
             raise KeyNotFound(id=key_id)
         services.note(conn, "key.revoke", key_id)
+    return KeyView.model_validate(key)
+
+
+def _view(conn: Connection, key_id: str, *, lock: bool = False) -> KeyView:
+    key = get_key(conn, key_id, lock=lock)
+    if key is None:
+        raise KeyNotFound(id=key_id)
     return KeyView.model_validate(key)
 
 

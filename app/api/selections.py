@@ -21,6 +21,7 @@ from app.api.content import STORED, primed
 from app.api.context import Context, Cursor, IdempotencyKey, Limit, Link, SelectionId, Services, page_after, page_of
 from app.api.cursors import read_cursor, write_cursor
 from app.api.documentation import SELECTION_BODY, errors
+from app.api.etags import IfMatch, IfNoneMatch, require_match, send_view
 from app.api.head_maps import OfDataset, OfModel, OfScorer
 from app.api.job_requests import FILES, REFUSALS
 from app.api.jobs import queue_stage
@@ -98,17 +99,24 @@ def get_selections(
     return link(Page[SelectionView].model_validate(page_of(views, [one.id for one in found], limit)))
 
 
-@router.get("/selections/{id}", responses=errors(SelectionNotFound, *STORED))
-def get_one_selection(selection_id: SelectionId, services: Context, ratio: Ratio = None) -> SelectionView:
+@router.get("/selections/{id}", response_model=SelectionView, responses=errors(SelectionNotFound, *STORED))
+def get_one_selection(
+    selection_id: SelectionId, services: Context, ratio: Ratio = None, if_none_match: IfNoneMatch = None
+) -> Response:
     """A selection; a later job over the same dataset may name it as `data.selection`."""
     found = _find(services, selection_id)
     kept = found.kept if ratio is None else services.tables.get(services.blobs, found).kept_at(ratio)
-    return SelectionView.model_validate({**asdict(found), "kept": kept, "ratio": ratio})
+    return send_view(SelectionView.model_validate({**asdict(found), "kept": kept, "ratio": ratio}), if_none_match)
 
 
 @router.delete("/selections/{id}", responses=errors(SelectionNotFound, SelectionInUse))
-def delete_one_selection(selection_id: SelectionId, services: Context) -> ReceiptView:
-    """Delete a selection and its file. Refused while a job that has not ended needs it; its job stays."""
+def delete_one_selection(selection_id: SelectionId, services: Context, if_match: IfMatch = None) -> ReceiptView:
+    """Delete a selection and its file. Refused while a job that has not ended needs it; its job stays.
+
+    The ETag for If-Match is that of the selection without another `ratio`.
+    """
+    # Without a lock: a selection is deleted or as it was made.
+    require_match(if_match, lambda: SelectionView.model_validate(_find(services, selection_id)))
     with services.engine.begin() as conn:
         return receipt(services, conn, "selection", selection_id, delete_selection(conn, selection_id))
 

@@ -29,6 +29,7 @@ from app.api.context import (
     page_of,
 )
 from app.api.documentation import WEBHOOK_BODY, WEBHOOK_PATCH_BODY, errors
+from app.api.etags import IfMatch, IfNoneMatch, require_match, send_view
 from app.api.idempotency import Once
 from app.core.keys import open_pepper
 from app.core.webhook_secrets import secret_of
@@ -97,15 +98,25 @@ def get_webhooks(
     return link(Page[WebhookView].model_validate(page_of(views, [webhook.id for webhook in found], limit)))
 
 
-@router.get("/webhooks/{id}", responses=errors(InsufficientScope, WebhookNotFound))
-def get_one_webhook(webhook_id: WebhookId, services: Context, admin: Admin) -> WebhookView:
+@router.get("/webhooks/{id}", response_model=WebhookView, responses=errors(InsufficientScope, WebhookNotFound))
+def get_one_webhook(
+    webhook_id: WebhookId, services: Context, admin: Admin, if_none_match: IfNoneMatch = None
+) -> Response:
     """A webhook, and whether its receiver answers."""
     with services.engine.connect() as conn:
-        return WebhookView.model_validate(find_webhook(conn, webhook_id))
+        view = WebhookView.model_validate(find_webhook(conn, webhook_id))
+    return send_view(view, if_none_match)
 
 
-@router.patch("/webhooks/{id}", responses=errors(WebhookNotFound, WebhookRefused), openapi_extra=WEBHOOK_PATCH_BODY)
-async def patch_webhook(request: Request, webhook_id: WebhookId, services: Context, admin: Admin) -> WebhookView:
+@router.patch(
+    "/webhooks/{id}",
+    response_model=WebhookView,
+    responses=errors(WebhookNotFound, WebhookRefused),
+    openapi_extra=WEBHOOK_PATCH_BODY,
+)
+async def patch_webhook(
+    request: Request, webhook_id: WebhookId, services: Context, admin: Admin, if_match: IfMatch = None
+) -> Response:
     """Change where it is, what it is told, or whether it is told at all. What waits goes to the new URL."""
     patch = read_json(WebhookPatch, await receive_json(request, services.settings))
     changes = patch.model_dump(exclude_unset=True)
@@ -114,17 +125,19 @@ async def patch_webhook(request: Request, webhook_id: WebhookId, services: Conte
 
     def change() -> Webhook:
         with services.engine.begin() as conn:
+            _require_match(conn, webhook_id, if_match)
             webhook = change_webhook(conn, services.settings, webhook_id, changes)
             services.note(conn, "webhook.update", webhook_id, {"changed": sorted(changes), **_facts(webhook)})
         return webhook
 
-    return WebhookView.model_validate(await run_in_threadpool(change))
+    return send_view(WebhookView.model_validate(await run_in_threadpool(change)))
 
 
 @router.delete("/webhooks/{id}", status_code=204, responses=errors(WebhookNotFound))
-def delete_one_webhook(webhook_id: WebhookId, services: Context, admin: Admin) -> None:
+def delete_one_webhook(webhook_id: WebhookId, services: Context, admin: Admin, if_match: IfMatch = None) -> None:
     """Remove a webhook and its deliveries; what waits to be sent is not sent."""
     with services.engine.begin() as conn:
+        _require_match(conn, webhook_id, if_match)
         webhook = delete_webhook(conn, webhook_id)
         if webhook is None:
             raise WebhookNotFound(id=webhook_id)
@@ -193,6 +206,10 @@ def redeliver_one(
     return _send(
         services, route, key, delivery_id, "webhook.redeliver", lambda conn: redeliver(conn, webhook_id, delivery_id)
     )
+
+
+def _require_match(conn: Connection, webhook_id: str, if_match: str | None) -> None:
+    require_match(if_match, lambda: WebhookView.model_validate(find_webhook(conn, webhook_id, lock=True)))
 
 
 def _tell_secret(services: Services, once: Once, status_code: int, make: Callable[[Connection], Webhook]) -> Response:

@@ -62,6 +62,12 @@ def find_artifact(conn: Connection, artifact_id: str) -> Artifact:
     return artifact
 
 
+def lock_artifact(conn: Connection, artifact_id: str) -> Artifact:
+    """`find_artifact`; its job is locked, so that nobody changes it until the transaction ends. Raises ArtifactNotFound."""
+    lock_job(conn, find_artifact(conn, artifact_id).job_id)
+    return find_artifact(conn, artifact_id)
+
+
 def unexpired(artifact: Artifact) -> Artifact:
     """The artifact again. Raises ArtifactExpired."""
     if artifact.expired:

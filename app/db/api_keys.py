@@ -70,11 +70,12 @@ def insert_key(
 
 
 _BY_ID = _QUERY.where(keys.c.id == bindparam("key_id"))
+_BY_ID_LOCKED = _BY_ID.with_for_update(of=keys)
 
 
-def get_key(conn: Connection, key_id: str) -> ApiKey | None:
-    """The key in whatever state, or None."""
-    row = conn.execute(_BY_ID, {"key_id": key_id}).first()
+def get_key(conn: Connection, key_id: str, *, lock: bool = False) -> ApiKey | None:
+    """The key in whatever state, or None; with `lock`, locked until the caller's transaction ends."""
+    row = conn.execute(_BY_ID_LOCKED if lock else _BY_ID, {"key_id": key_id}).first()
     return ApiKey(**row._mapping) if row else None
 
 
