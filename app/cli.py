@@ -211,9 +211,10 @@ def upload(
     file: Annotated[Path | None, typer.Argument(help="Dataset file.")] = None,
     source: Annotated[str, typer.Option(help="Where the service is to fetch it instead, as for submit --data.")] = "",
     map_: Map = [],  # noqa: B006
+    resume: Annotated[bool, typer.Option("--resume", help="Send only the parts that are not there yet.")] = False,
     url: Url = DEFAULT_URL,
 ) -> None:
-    """Store and check a dataset; prints its id, for any number of jobs. Large files go in parts."""
+    """Store and check a dataset; prints its id, for any number of jobs. Large files go in parts; --resume goes on after a break."""
     if (file is None) == (not source):
         raise typer.BadParameter("give a file, or --source")
     if source and named_source(source) is None:
@@ -221,7 +222,10 @@ def upload(
     if file is not None and not file.is_file():
         raise DatasetFileMissing(f"There is no file {str(file)!r}.")
     with Client(url) as client:
-        out.print(client.upload(file or source, mapping=_mapping(map_)))
+        if resume and file is not None:
+            out.print(client.resume_upload(file, mapping=_mapping(map_)))
+        else:
+            out.print(client.upload(file or source, mapping=_mapping(map_)))
 
 
 @cli.command()

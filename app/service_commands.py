@@ -1,4 +1,4 @@
-"""`p2d jobs`, `show`, `logs`, `compare`, `usage`, `audit`: what a service has on record, asked through `p2d.client` and printed."""
+"""`p2d jobs`, `uploads`, `show`, `logs`, `compare`, `usage`, `audit`: what a service has on record, asked and printed."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ DEFAULT_URL = "http://127.0.0.1:8321"
 
 
 def add_to(cli: typer.Typer) -> None:
-    """Register the six commands."""
-    for command in (jobs, show, logs, compare, usage, audit):
+    """Register the seven commands."""
+    for command in (jobs, uploads, show, logs, compare, usage, audit):
         cli.command()(command)
 
 
@@ -42,6 +42,23 @@ def jobs(
     with Client(url) as client:
         for job in islice(client.jobs(**asked), limit):
             cells = (job.id, job.raw["name"], job.kind, job.status, f"{job.progress:.0%}", _time(job.raw["created_at"]))
+            table.add_row(*map(escape, cells))
+    out.print(table)
+
+
+def uploads(
+    status: Annotated[str, typer.Option(help="open or completed.")] = "",
+    limit: Annotated[int, typer.Option(help="The newest so many.", min=1)] = 20,
+    url: Url = DEFAULT_URL,
+) -> None:
+    """List uploads in parts, newest first; `upload FILE --resume` goes on with one that is open."""
+    table = Table("id", "name", "status", "parts", "bytes", "expires")
+    table.columns[4].justify = "right"
+    asked = {"limit": str(min(limit, 100))} | ({"status": status} if status else {})
+    with Client(url) as client:
+        for one in islice(client.uploads(**asked), limit):
+            parts, size = f"{one['parts_there']} of {one['part_count']}", f"{one['size_bytes']:,}"
+            cells = (one["id"], one["name"], one["status"], parts, size, _time(one["expires_at"]))
             table.add_row(*map(escape, cells))
     out.print(table)
 

@@ -254,8 +254,8 @@ class PartUrlView(View):
     expires_at: datetime
 
 
-class UploadView(View):
-    """A file that comes in parts, any order, each as often as it takes."""
+class UploadSummary(View):
+    """An upload in a list."""
 
     id: str
     status: Literal["open", "completed"]
@@ -264,10 +264,16 @@ class UploadView(View):
     sha256: str | None
     part_bytes: int = Field(description="Size of every part but the last, which has the rest.")
     part_count: int
-    parts: list[PartView] = Field(description="Those that are there, by number.")
+    parts_there: int = Field(description="How many of them are there.")
     dataset_id: str | None = Field(description="The dataset that it became.")
     created_at: datetime
     expires_at: datetime = Field(description="Given up then; every part puts it off.")
+
+
+class UploadView(UploadSummary):
+    """A file that comes in parts, any order, each as often as it takes."""
+
+    parts: list[PartView] = Field(description="Those that are there, by number.")
 
 
 class ReportView(View):

@@ -161,7 +161,7 @@ class Client:
     def upload(self, dataset: Data, *, mapping: Mapping[str, str] | None = None) -> str:
         """Store and check a dataset; returns its id. `mapping` as for `submit`.
 
-        A file above PARTS_FROM_BYTES goes in parts, so that a broken connection costs one part.
+        A file above PARTS_FROM_BYTES goes in parts, so that a broken connection costs one part; see `resume_upload`.
         """
         if not isinstance(dataset, Path):
             body = _named(dataset)
@@ -170,25 +170,48 @@ class Client:
             body |= {"mapping": dict(mapping)} if mapping else {}
             return str(self._service.post_once("/datasets", body, **_patience(body))["id"])
         if dataset.stat().st_size > PARTS_FROM_BYTES:
-            return self._upload_in_parts(dataset, {"mapping": dict(mapping)} if mapping else {})
+            return self._upload_in_parts(dataset, mapping, None)
         headers = {"Idempotency-Key": str(uuid.uuid4())}
         data = {"mapping": json.dumps(dict(mapping))} if mapping else {}
         return str(self._upload("/datasets", {"file": dataset}, data, headers)["id"])
 
-    def _upload_in_parts(self, path: Path, completion: Mapping[str, Any]) -> str:
+    def uploads(self, **filters: str) -> Iterator[Mapping[str, Any]]:
+        """All uploads in parts, newest first, page by page; filters as in GET /uploads."""
+        yield from self._service.pages("/uploads", filters)
+
+    def resume_upload(self, path: Path, *, mapping: Mapping[str, str] | None = None) -> str:
+        """`upload` of a file whose upload broke off or was refused for its mapping: only parts that are not there are sent.
+
+        What the service has of a file is found by its sha256; where it has nothing, all is sent.
+        """
         with path.open("rb") as file:
             whole = hashlib.file_digest(file, "sha256").hexdigest()
-            body = {"name": path.name[:200], "size_bytes": file.tell(), "sha256": whole}
-            upload = self._service.post_once("/uploads", body)
-            place = f"/uploads/{upload['id']}"
-            file.seek(0)
+        known = next(self.uploads(status="open", sha256=whole, limit="1"), None)
+        return (
+            self.upload(path, mapping=mapping) if known is None else self._upload_in_parts(path, mapping, known["id"])
+        )
+
+    def _upload_in_parts(self, path: Path, mapping: Mapping[str, str] | None, begun: str | None) -> str:
+        with path.open("rb") as file:
+            if begun is None:
+                whole = hashlib.file_digest(file, "sha256").hexdigest()
+                body = {"name": path.name[:200], "size_bytes": file.tell(), "sha256": whole}
+                upload = self._service.post_once("/uploads", body)
+                file.seek(0)
+            else:
+                upload = self._service.json("GET", f"/uploads/{begun}")
+            place, there = f"/uploads/{upload['id']}", {part["number"]: part["sha256"] for part in upload["parts"]}
             for number in range(1, upload["part_count"] + 1):
                 part = file.read(upload["part_bytes"])
-                digest = base64.b64encode(hashlib.sha256(part).digest()).decode()
-                headers = {"Content-Digest": f"sha-256=:{digest}:", "Content-Type": "application/octet-stream"}
+                digest = hashlib.sha256(part)
+                if there.get(number) == digest.hexdigest():
+                    continue
+                said = f"sha-256=:{base64.b64encode(digest.digest()).decode()}:"
+                headers = {"Content-Digest": said, "Content-Type": "application/octet-stream"}
                 self._service.json("PUT", f"{place}/parts/{number}", headers=headers, content=part)
+        body = {"mapping": dict(mapping)} if mapping else {}
         # No time limit: the service reads the whole file before it answers.
-        return str(self._service.post_once(f"{place}/complete", completion, timeout=None)["id"])
+        return str(self._service.post_once(f"{place}/complete", body, timeout=None)["id"])
 
     def refusal(self, report: str) -> Mapping[str, Any]:
         """The report on a file that was refused: `ServiceProblem.report`, or its id."""

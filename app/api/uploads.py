@@ -1,19 +1,20 @@
-"""Uploads in parts: begin, send parts in any order, look, complete, give up. What they become is a dataset like any other."""
+"""Uploads in parts: begin, send parts in any order, look, list, complete, give up. What they become is a dataset like any other."""
 
 from __future__ import annotations
 
 import base64
 import binascii
-from typing import Annotated
+from dataclasses import asdict
+from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Header, Request, Response
+from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi import Path as PathParameter
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse
 
 from app.access_errors import StorageFull
 from app.api.bodies import ReceivedFile, read_json, receive_bytes, receive_json
-from app.api.context import Context, IdempotencyKey, Services, UploadId
+from app.api.context import Context, Cursor, IdempotencyKey, Limit, Link, Services, UploadId, page_after, page_of
 from app.api.datasets import DATASET_ERRORS, answer_dataset, note_dataset
 from app.api.documentation import COMPLETE_BODY, DATASET_KNOWN, PART_BODY, UPLOAD_BODY, errors
 from app.api.idempotency import Once
@@ -33,6 +34,7 @@ from app.db.uploads import (
     finish_upload,
     get_upload,
     insert_upload,
+    list_uploads,
     lock_upload,
     parts_of,
 )
@@ -51,8 +53,8 @@ from app.errors import (
     UploadWrong,
 )
 from app.key_schemas import ReceiptView
-from app.schemas import CompleteBody, UploadBody
-from app.views import DatasetView, PartView, UploadView
+from app.schemas import CompleteBody, Sha256, UploadBody
+from app.views import DatasetView, Page, PartView, UploadSummary, UploadView
 from p2d.columns import mapped
 from p2d.errors import DatasetTooLarge, ErrorDetail
 from p2d.validation import DataFile
@@ -73,6 +75,27 @@ async def create_upload(request: Request, services: Context, key: IdempotencyKey
     """Begin a file that comes in parts. The answer says how to cut it: `part_count` parts of `part_bytes` each."""
     body = read_json(UploadBody, await receive_json(request, services.settings))
     return await run_in_threadpool(_create, services, body, key)
+
+
+@router.get("/uploads")
+def get_uploads(
+    services: Context,
+    link: Link,
+    limit: Limit = 20,
+    cursor: Cursor = None,
+    status: Annotated[
+        Literal["open", "completed"] | None, Query(description="`open` = not a dataset yet: parts are taken.")
+    ] = None,
+    sha256: Annotated[
+        Sha256 | None, Query(description="Only those of the file with this sha256, as its sender said.")
+    ] = None,
+) -> Page[UploadSummary]:
+    """The uploads of the project that have not been given up, newest first: who lost an id finds it here and goes on."""
+    before, open = page_after(cursor), None if status is None else status == "open"
+    with services.engine.connect() as conn:
+        found = list_uploads(conn, limit=limit + 1, before=before, open=open, sha256=sha256)
+    views = [UploadSummary.model_validate({**asdict(one), **_told(one)}) for one in found]
+    return link(Page[UploadSummary].model_validate(page_of(views, [one.id for one in found], limit)))
 
 
 @router.get("/uploads/{id}", responses=errors(UploadNotFound))
@@ -230,19 +253,13 @@ def _find(conn: Connection, upload_id: str) -> Upload:
 
 
 def _view(conn: Connection, upload: Upload) -> UploadView:
-    return UploadView(
-        id=upload.id,
-        status="open" if upload.dataset_id is None else "completed",
-        name=upload.name,
-        size_bytes=upload.size_bytes,
-        sha256=upload.sha256,
-        part_bytes=upload.part_bytes,
-        part_count=upload.part_count,
-        parts=[PartView.model_validate(part) for part in parts_of(conn, upload.id)],
-        dataset_id=upload.dataset_id,
-        created_at=upload.created_at,
-        expires_at=upload.expires_at,
-    )
+    parts = [PartView.model_validate(part) for part in parts_of(conn, upload.id)]
+    return UploadView.model_validate({**asdict(upload), **_told(upload), "parts": parts, "parts_there": len(parts)})
+
+
+def _told(upload: Upload) -> dict[str, Any]:
+    """What of an upload is in no column."""
+    return {"status": "open" if upload.dataset_id is None else "completed", "part_count": upload.part_count}
 
 
 def _digest(header: str | None) -> str | None:

@@ -155,6 +155,7 @@ uploads = Table(
     _time("deleted_at"),
     _time("emptied_at"),  # when its parts were removed from the store
     Index(None, "expires_at"),
+    Index(None, "project_id", "id"),
 )
 
 upload_parts = Table(

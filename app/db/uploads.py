@@ -8,11 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import datetime
 
-from sqlalchemy import ColumnElement, and_, delete, func, insert, or_, select, update
+from sqlalchemy import ColumnElement, and_, delete, distinct, func, insert, or_, select, update
 from sqlalchemy.dialects.postgresql import insert as upsert
 
 from app.db.engine import Connection
 from app.db.ids import new_id
+from app.db.paging import newest_first
 from app.db.tables import upload_parts as parts
 from app.db.tables import uploads
 
@@ -41,6 +42,13 @@ class Upload:
     def size_of(self, number: int) -> int:
         """Bytes of one part; numbers start at 1."""
         return min(self.part_bytes, self.size_bytes - (number - 1) * self.part_bytes)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ListedUpload(Upload):
+    """An upload, and how many of its parts are there."""
+
+    parts_there: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,6 +91,27 @@ def get_upload(conn: Connection, upload_id: str) -> Upload | None:
     """The upload, or None if there is none, it was deleted or has expired."""
     row = conn.execute(select(*_FIELDS).where(uploads.c.id == upload_id, ~_gone())).first()
     return Upload(**row._mapping) if row else None
+
+
+def list_uploads(
+    conn: Connection, *, limit: int, before: str | None = None, open: bool | None = None, sha256: str | None = None
+) -> list[ListedUpload]:
+    """Newest first, without what `get_upload` does not find; `before` is the id of the last one of the page before.
+
+    Args: open: only those that are still to become a dataset, or only those that did.
+    """
+    is_there = and_(parts.c.upload_id == uploads.c.id, parts.c.stored_at.is_not(None))
+    there = select(func.count(distinct(parts.c.number))).where(is_there).correlate(uploads).scalar_subquery()
+    query = newest_first(
+        select(*_FIELDS, there.label("parts_there")).where(~_gone()),
+        uploads,
+        limit=limit,
+        before=before,
+        sha256=sha256,
+    )
+    if open is not None:
+        query = query.where(uploads.c.dataset_id.is_(None) if open else uploads.c.dataset_id.is_not(None))
+    return [ListedUpload(**row._mapping) for row in conn.execute(query)]
 
 
 def lock_upload(conn: Connection, upload_id: str) -> Upload | None:

@@ -237,7 +237,7 @@ def test_what_another_project_has_answers_404_on_every_route(tenants: Tenants) -
 
 
 def test_lists_hold_what_is_the_projects_own(tenants: Tenants) -> None:
-    for path in ["/jobs", "/comparisons", "/datasets", "/reports", "/head-maps", "/selections"]:
+    for path in ["/jobs", "/comparisons", "/datasets", "/uploads", "/reports", "/head-maps", "/selections"]:
         assert tenants.ask("GET", path, tenants.other).json()["data"] == []
         assert len(tenants.ask("GET", path, tenants.owner["read"]).json()["data"]) > 0
     assert [one["project"] for one in tenants.ask("GET", "/keys", tenants.other).json()["data"]] == ["other"]
