@@ -9,7 +9,19 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, JsonValue, create_model
 
-from app.schemas import MAX_METADATA, Body, DataBody, HeadsBody, JobBody, Priority, Sha256, Text, TrainingBody, Ttl
+from app.schemas import (
+    MAX_METADATA,
+    Body,
+    DataBody,
+    HeadsBody,
+    JobBody,
+    Priority,
+    Sha256,
+    Text,
+    TrainingBody,
+    Ttl,
+    Webhooks,
+)
 from app.views import TurnView, View
 from p2d.config import Projection
 
@@ -74,6 +86,7 @@ class MergeBody(Body):
     )
     priority: Priority = Field(default=0, description="As a job's.")
     artifact_ttl: Ttl | None = Field(default=None, description="As a job's.")
+    webhooks: Webhooks = Field(default=[], description="As a job's.")
 
 
 Score = Annotated[float, Field(allow_inf_nan=False)]

@@ -54,6 +54,7 @@ def _plain(text: str) -> str:
 
 Text = Annotated[str, AfterValidator(_plain)]
 Id = Annotated[Text, Field(min_length=1, max_length=64)]
+Webhooks = Annotated[list[Id], Field(max_length=16)]
 Ratio = Annotated[float, Field(json_schema_extra={"exclusiveMinimum": 0, "maximum": 1})]
 
 
@@ -298,6 +299,11 @@ class JobBody(Body):
         default=None,
         description="Seconds that the job's files stay after its end, but for its head map and selection; absent = as long as "
         "the job.",
+    )
+    webhooks: Webhooks = Field(
+        default=[],
+        description="Ids of webhooks of the project that are told of this job, beside those that are told of all: see `jobs` of "
+        "POST /webhooks.",
     )
 
     def config(self) -> JobConfig:

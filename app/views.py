@@ -122,6 +122,7 @@ class JobView(JobSummary):
     )
     head_map: str | None = Field(default=None, description="Id of the head map that the job made, for later jobs.")
     selection: str | None = Field(default=None, description="Id of the selection that the job made, for later jobs.")
+    webhooks: list[str] = Field(description="Ids of the webhooks that it names; one may have been deleted since.")
 
 
 class JobConfigView(View):
@@ -137,6 +138,7 @@ class JobConfigView(View):
     reasons: dict[str, str] = Field(description="Why each `auto` was resolved so: pointer -> reason.")
     seed: int
     versions: dict[str, str] = Field(description="Versions of the code that resolved it: name -> version.")
+    webhooks: list[str] = Field(description="Ids of the webhooks that the job names.")
 
 
 class AttemptView(View):

@@ -26,12 +26,16 @@ def create(
     to: Annotated[str, typer.Argument(metavar="URL", help="Where to send: https, of a public host.")],
     event: Annotated[list[str], typer.Option(help="A status to tell of, such as job.running; repeatable.")] = [],  # noqa: B006
     description: Annotated[str, typer.Option(help="A text of your own.")] = "",
+    named: Annotated[
+        bool, typer.Option("--named", help="Tell it only of jobs that name it in their `webhooks`.")
+    ] = False,
     url: Url = DEFAULT_URL,
 ) -> None:
     """Have a URL told of jobs, of their ends unless events are named; prints its secret, this once."""
     with Client(url) as client:
-        made = client.create_webhook(to, events=event, description=description)
-    told = ", ".join(made["events"])
+        jobs = "named" if named else "all"
+        made = client.create_webhook(to, events=event, description=description, jobs=jobs)
+    told = ", ".join(made["events"]) + (" of jobs that name it" if named else "")
     err.print(f"{made['id']} is told of {told}. Keep its secret; it is not shown again.", markup=False)
     out.print(made["secret"], markup=False)
 
@@ -39,11 +43,11 @@ def create(
 @webhooks.command("list")
 def show(url: Url = DEFAULT_URL) -> None:
     """Show the webhooks of your project, newest first."""
-    table = Table("id", "url", "events", "state", "description")
+    table = Table("id", "url", "events", "jobs", "state", "description")
     with Client(url) as client:
         for one in client.webhooks():
             state = "enabled" if one["enabled"] else f"disabled ({one['disabled_reason'] or 'by you'})"
-            table.add_row(one["id"], one["url"], ", ".join(one["events"]), state, one["description"])
+            table.add_row(one["id"], one["url"], ", ".join(one["events"]), one["jobs"], state, one["description"])
     out.print(table)
 
 

@@ -33,6 +33,10 @@ Url = Annotated[
 Events = Annotated[
     list[Event], Field(min_length=1, max_length=8, description="The statuses of jobs that it is told of.")
 ]
+Heard = Annotated[
+    Literal["all", "named"],
+    Field(description="Of which jobs it is told: `all` of the project, or those that name it in their `webhooks`."),
+]
 Description = Annotated[Text, Field(max_length=500)]
 
 
@@ -41,6 +45,7 @@ class WebhookBody(Body):
 
     url: Url
     events: Events = Field(default=list(ENDS))
+    jobs: Heard = "all"
     description: Description = Field(default="", description="A text of your own.")
     enabled: bool = Field(default=True, description="What happens while it is disabled is not told later.")
 
@@ -50,6 +55,7 @@ class WebhookPatch(Body):
 
     url: Url = Field(default_factory=str)
     events: Events = Field(default_factory=list)
+    jobs: Heard = Field(default_factory=lambda: "all")
     description: Description | None = Field(default=None, description="null empties it.")
     enabled: bool = Field(default_factory=bool, description="What waits to be sent goes on once it is enabled again.")
 
@@ -60,6 +66,7 @@ class WebhookView(View):
     id: str
     url: str
     events: list[str]
+    jobs: Literal["all", "named"] = Field(description="`named`: only of jobs whose `webhooks` name it.")
     description: str
     enabled: bool
     disabled_reason: Literal["gone", "failing"] | None = Field(

@@ -371,9 +371,11 @@ class Client:
 
     # --- webhooks, for admins -------------------------------------------------------------------------------------
 
-    def create_webhook(self, url: str, *, events: Sequence[str] = (), description: str = "") -> Mapping[str, Any]:
-        """Have a URL told of jobs; of their ends, without `events`. The answer alone has its `secret`."""
-        body = {"url": url, "description": description} | ({"events": list(events)} if events else {})
+    def create_webhook(
+        self, url: str, *, events: Sequence[str] = (), description: str = "", jobs: str = "all"
+    ) -> Mapping[str, Any]:
+        """Have a URL told of jobs' ends, or of `events`; the answer's `secret` is shown this once. `jobs` may be `named`."""
+        body = {"url": url, "description": description, "jobs": jobs} | ({"events": list(events)} if events else {})
         made: Mapping[str, Any] = self._service.post_once("/webhooks", body)
         return made
 

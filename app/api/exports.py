@@ -14,6 +14,7 @@ from app.api.idempotency import Once
 from app.api.job_views import new_view
 from app.api.jobs import POLL_AFTER_S
 from app.core.exports import ExportRequest, find_adapter, submit_export
+from app.core.webhooks import named_webhooks
 from app.errors import (
     ArtifactNotFound,
     IdempotencyInFlight,
@@ -22,6 +23,7 @@ from app.errors import (
 from app.result_errors import ArtifactExpired, NotAnAdapter
 from app.result_schemas import MergeBody
 from app.views import JobView
+from app.webhook_errors import WebhookNotFound
 from p2d.errors import AdapterMismatch, ModelError, ModelNotFound, ModelUnsupported
 from p2d.model_info import find_model, read_model_info
 
@@ -42,7 +44,7 @@ router = APIRouter(tags=["artifacts"])
             ModelUnsupported,
             AdapterMismatch,
         ),
-        *(TooManyJobs, IdempotencyInFlight, IdempotencyMismatch),
+        *(WebhookNotFound, TooManyJobs, IdempotencyInFlight, IdempotencyMismatch),
     ),
     openapi_extra=MERGE_BODY,
 )
@@ -63,6 +65,8 @@ def _merge(services: Services, artifact_id: str, body: MergeBody, key: str | Non
         if (replay := once.take(conn)) is not None:
             return replay
         services.jobs.allow(conn, services.known_caller.project_id)
+        for error in named_webhooks(conn, body.webhooks):
+            raise error
         _, trained = find_adapter(conn, artifact_id)
         info = read_model_info(find_model(services.settings.models_dir, trained.base_model))
         if info.digest != trained.model_digest:
@@ -74,6 +78,7 @@ def _merge(services: Services, artifact_id: str, body: MergeBody, key: str | Non
             metadata=body.metadata,
             priority=body.priority,
             artifact_ttl=body.artifact_ttl,
+            webhooks=body.webhooks,
         )
         job = submit_export(conn, artifact_id, request, queue=services.settings.worker_queue)
         services.note(conn, "job.create", job.id, {"kind": job.kind, "adapter_id": artifact_id})

@@ -16,6 +16,7 @@ from app.api.datasets import SOURCE_ERRORS
 from app.core.ingest import Candidate, inspect_file, inspect_given
 from app.core.refusals import Refusal
 from app.core.submit import Content, find_dataset, refusals
+from app.core.webhooks import named_webhooks
 from app.dataset_errors import DatasetReaderDied, DatasetTooCostly, SourceFailed
 from app.db.datasets import Dataset
 from app.db.engine import Connection
@@ -32,6 +33,7 @@ from app.errors import (
 from app.job_bodies import read_job_body
 from app.problems import invalid
 from app.schemas import Body, JobBody, RowsBody, SourceBody
+from app.webhook_errors import WebhookNotFound
 from p2d.columns import mapped
 from p2d.config import Kind, check
 from p2d.errors import (
@@ -67,7 +69,7 @@ REFUSALS: tuple[type[P2DError], ...] = (
     ),
     *(DatasetTooCostly, DatasetReaderDied, *SOURCE_ERRORS, DiskFull, StoreUnavailable),
     *(ModelError, ModelNotFound, ModelUnsupported),
-    *(HeadMapNotFound, HeadMapMismatch, SelectionNotFound, SelectionMismatch),
+    *(HeadMapNotFound, HeadMapMismatch, SelectionNotFound, SelectionMismatch, WebhookNotFound),
 )
 """What a request for a job may be refused with."""
 
@@ -153,6 +155,7 @@ class InspectedJob:
         dataset, validation = contents.get("dataset"), contents.get("validation_dataset")
         if self.model is not None and dataset is not None:
             faults.add(*refusals(conn, self.body.config(), self.model, dataset, validation))
+        faults.add(*named_webhooks(conn, self.body.webhooks))
         faults.raise_all()
         assert self.model is not None
         assert dataset is not None

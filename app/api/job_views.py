@@ -47,6 +47,7 @@ def get_job_config(job_id: JobId, services: Context, if_none_match: IfNoneMatch 
         reasons=resolved.get("reasons", {}),
         seed=job.config["training"]["seed"],
         versions=resolved.get("versions", {}),
+        webhooks=job.webhooks,
     )
     return send_view(view, if_none_match)
 

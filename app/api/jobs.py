@@ -106,7 +106,7 @@ def _clone(services: Services, job_id: str, body: bytes, key: str | None) -> Res
     with services.engine.connect() as conn:
         job = find_job(conn, job_id)
     inputs = {"base_model": job.base_model, "dataset": job.dataset_id, "validation_dataset": job.validation_dataset_id}
-    own = {name: getattr(job, name) for name in ("name", "metadata", "priority", "artifact_ttl")}
+    own = {name: getattr(job, name) for name in ("name", "metadata", "priority", "artifact_ttl", "webhooks")}
     asked = {**job.config, **inputs, **own}
     received = Received(json=json.dumps(merge_patch(asked, patch)).encode())
     return queue_job(services, parse_job(received), received, once)
@@ -148,6 +148,7 @@ def queue_job(services: Services, body: JobBody, received: Received, once: Once)
             metadata=body.metadata,
             priority=body.priority,
             artifact_ttl=body.artifact_ttl,
+            webhooks=body.webhooks,
         )
         job = submit(conn, request, shard_rows=services.settings.shard_rows, queue=services.settings.worker_queue)
         services.note(conn, "job.create", job.id, {"kind": job.kind, "dataset_id": job.dataset_id})

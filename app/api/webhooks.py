@@ -263,4 +263,9 @@ def _view(delivery: Delivery) -> DeliveryView:
 
 def _facts(webhook: Webhook) -> Json:
     # Without its query, which may hold a key of the receiver's.
-    return {"url": webhook.url.partition("?")[0], "events": webhook.events, "enabled": webhook.enabled}
+    return {
+        "url": webhook.url.partition("?")[0],
+        "events": webhook.events,
+        "jobs": webhook.jobs,
+        "enabled": webhook.enabled,
+    }

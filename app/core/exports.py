@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -34,6 +34,8 @@ class ExportRequest:
     metadata: Mapping[str, Any] = field(default_factory=dict)
     priority: int = 0
     artifact_ttl: int | None = None
+    webhooks: Sequence[str] = ()
+    """Ids, looked up."""
 
 
 def find_adapter(conn: Connection, artifact_id: str) -> tuple[Artifact, Job]:
@@ -72,6 +74,7 @@ def submit_export(conn: Connection, artifact_id: str, request: ExportRequest, *,
         resolved=trained.resolved or {},
         artifact_ttl=request.artifact_ttl,
         adapter_id=adapter.id,
+        webhooks=request.webhooks,
     )
     planned = [
         NewStep(step=STEPS[one], shard=0, shards=1, after=(), queue=queue, model_digest=None, weight=GUESSED_S)

@@ -6,7 +6,7 @@ the queue.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -47,6 +47,8 @@ class JobRequest:
     metadata: Mapping[str, Any] = field(default_factory=dict)
     priority: int = 0
     artifact_ttl: int | None = None
+    webhooks: Sequence[str] = ()
+    """Ids, looked up."""
 
 
 def submit(conn: Connection, request: JobRequest, *, shard_rows: int, queue: str) -> Job:
@@ -78,6 +80,7 @@ def submit(conn: Connection, request: JobRequest, *, shard_rows: int, queue: str
         metadata=dict(request.metadata),
         resolved=_resolved(conn, config, request.model, dataset, validation),
         artifact_ttl=request.artifact_ttl,
+        webhooks=request.webhooks,
     )
     digest = request.model.digest
     planned = plan_job(config, rows=dataset.rows, shard_rows=shard_rows, queue=queue, model_digest=digest)

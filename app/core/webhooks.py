@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any, get_args
@@ -35,6 +35,7 @@ from app.db.jobs import Job, Status
 from app.db.measures import count_try
 from app.db.usage import webhooks_made
 from app.db.webhooks import (
+    Heard,
     Reason,
     Webhook,
     find_webhook,
@@ -43,10 +44,12 @@ from app.db.webhooks import (
     listeners,
     note_failure,
     rotate_secret,
+    unknown_webhooks,
     update_webhook,
 )
 from app.settings import Settings
-from app.webhook_errors import TooManyWebhooks, WebhookDisabled, WebhookRefused
+from app.webhook_errors import TooManyWebhooks, WebhookDisabled, WebhookNotFound, WebhookRefused
+from p2d.errors import ErrorDetail
 
 EVENTS = tuple(f"job.{status}" for status in get_args(Status))
 """What a webhook may be told of: that a job got this status."""
@@ -100,7 +103,14 @@ def check_url(settings: Settings, url: str) -> None:
 
 
 def make_webhook(
-    conn: Connection, settings: Settings, *, url: str, events: Sequence[str], description: str, enabled: bool
+    conn: Connection,
+    settings: Settings,
+    *,
+    url: str,
+    events: Sequence[str],
+    jobs: Heard,
+    description: str,
+    enabled: bool,
 ) -> Webhook:
     """Record a webhook of the caller's project. Raises WebhookRefused, TooManyWebhooks, PepperMissing."""
     check_url(settings, url)
@@ -112,6 +122,7 @@ def make_webhook(
         id=new_id("wh"),
         url=url,
         events=events,
+        jobs=jobs,
         description=description,
         enabled=enabled,
         pepper_mark=mark_of(pepper),
@@ -158,10 +169,21 @@ def _enabled(conn: Connection, webhook_id: str) -> Webhook:
 # --- what happens to jobs --------------------------------------------------------------------------------------------
 
 
+def named_webhooks(conn: Connection, ids: Sequence[str]) -> Iterator[WebhookNotFound]:
+    """What is wrong with the webhooks that a job is to name: one error for each that the caller's project does not have."""
+    unknown = set(unknown_webhooks(conn, ids))
+    for place, one in enumerate(ids):
+        if one in unknown:
+            error = WebhookNotFound(id=one)
+            error.errors = (ErrorDetail(code=error.code, message=error.text, pointer=f"/webhooks/{place}"),)
+            error.errors_total = 1
+            yield error
+
+
 def tell_webhooks(conn: Connection, job: Job) -> None:
     """Record that a job got its status, for every webhook of its project that is to hear of it."""
     type = f"job.{job.status}"
-    if told := listeners(conn, job.project_id, type):
+    if told := listeners(conn, job.project_id, type, named=job.webhooks):
         insert_deliveries(conn, job.project_id, told, type=type, data=_told_of(job), job_id=job.id)
 
 

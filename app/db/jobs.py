@@ -5,7 +5,7 @@ What a job may do next is decided in app.core.lifecycle; this file only writes i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from datetime import datetime
 from typing import Any, Literal, get_args
@@ -74,6 +74,8 @@ class Job(ListedJob):
     event_seq: int
     paused_at: datetime | None
     paused_s: float
+    webhooks: list[str]
+    """Ids of those that it names; one may be gone since."""
 
     @property
     def is_final(self) -> bool:
@@ -104,6 +106,7 @@ def insert_job(
     deadline_at: datetime | None = None,
     artifact_ttl: int | None = None,
     adapter_id: str | None = None,
+    webhooks: Sequence[str] = (),
 ) -> Job:
     """Record a queued job; its steps and first event (`open_steps`) are written by the caller in the same transaction."""
     values = {
@@ -125,6 +128,7 @@ def insert_job(
         "event_seq": 1,
         "artifact_ttl": artifact_ttl,
         "adapter_id": adapter_id,
+        "webhooks": list(webhooks),
     }
     row = conn.execute(_INSERT, values).one()._mapping
     return Job(**row, config=config, resolved=resolved, metadata=metadata, estimate=None, error=None)

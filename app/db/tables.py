@@ -201,6 +201,9 @@ jobs = Table(
     Column("event_seq", Integer, nullable=False, server_default=text("0")),
     _time("cancel_requested_at"),
     _time("pause_requested_at"),  # null again once the job was told to go on
+    Column(
+        "webhooks", ARRAY(Text), nullable=False, server_default=text("'{}'::text[]")
+    ),  # those it names; they may be gone
     _time("paused_at"),  # the clock of max_seconds stands still since then, until the next claim
     Column("paused_s", Double, nullable=False, server_default=text("0")),  # seconds for which it did so before
     Column("retries", Integer, nullable=False, server_default=text("0")),
@@ -368,6 +371,7 @@ webhooks = Table(
     _project(),
     Column("url", Text, nullable=False),
     Column("events", ARRAY(Text), nullable=False),
+    Column("jobs", Text, nullable=False, server_default="all"),  # of which it is told: all, or those that name it
     Column("description", Text, nullable=False, server_default=""),
     Column("enabled", Boolean, nullable=False, server_default=text("true")),
     Column("disabled_reason", Text),  # where the service did it

@@ -10,13 +10,15 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Literal
 
-from sqlalchemy import Text, any_, bindparam, delete, func, insert, select, update
+from sqlalchemy import ARRAY, Text, any_, bindparam, delete, func, insert, or_, select, update
 
 from app.db.engine import Connection
 from app.db.tables import webhooks
 from app.webhook_errors import WebhookNotFound
 
 Reason = Literal["gone", "failing"]
+Heard = Literal["all", "named"]
+"""Of which jobs a webhook is told: all of its project, or those that name it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,6 +29,7 @@ class Webhook:
     project_id: str
     url: str
     events: list[str]
+    jobs: Heard
     description: str
     enabled: bool
     disabled_reason: Reason | None
@@ -44,12 +47,13 @@ def insert_webhook(
     id: str,
     url: str,
     events: Sequence[str],
+    jobs: Heard,
     description: str,
     enabled: bool,
     pepper_mark: str,
 ) -> Webhook:
     """Record a webhook."""
-    values = {"url": url, "events": list(events), "description": description, "enabled": enabled}
+    values = {"url": url, "events": list(events), "jobs": jobs, "description": description, "enabled": enabled}
     query = insert(webhooks).values(id=id, pepper_mark=pepper_mark, **values).returning(webhooks)
     return Webhook(**conn.execute(query).one()._mapping)
 
@@ -101,15 +105,28 @@ _LISTENERS = (
         webhooks.c.project_id == bindparam("project_id"),
         webhooks.c.enabled,
         bindparam("type", type_=Text) == any_(webhooks.c.events),
+        or_(webhooks.c.jobs == "all", webhooks.c.id == any_(bindparam("named", type_=ARRAY(Text)))),
     )
     # KEY SHARE: a delivery that is written in this transaction must not find its webhook deleted meanwhile.
     .with_for_update(read=True, key_share=True)
 )
 
 
-def listeners(conn: Connection, project_id: str, type: str) -> list[str]:
-    """Ids of the project's webhooks that are told of such events; none of them goes until the transaction ends."""
-    return list(conn.execute(_LISTENERS, {"project_id": project_id, "type": type}).scalars())
+def listeners(conn: Connection, project_id: str, type: str, *, named: Sequence[str]) -> list[str]:
+    """Ids of the project's webhooks that are told of such events; none of them goes until the transaction ends.
+
+    Args: named: ids that the job names; of others only those that are told of all jobs.
+    """
+    values = {"project_id": project_id, "type": type, "named": list(named)}
+    return list(conn.execute(_LISTENERS, values).scalars())
+
+
+def unknown_webhooks(conn: Connection, ids: Sequence[str]) -> list[str]:
+    """Those of the ids that are no webhook of the caller's project."""
+    if not ids:
+        return []
+    there = set(conn.scalars(select(webhooks.c.id).where(webhooks.c.id.in_(ids))))
+    return [one for one in ids if one not in there]
 
 
 def note_failure(conn: Connection, webhook_id: str, *, failing_d: float) -> bool:

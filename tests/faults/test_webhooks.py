@@ -40,7 +40,13 @@ def hook(rig: Rig, receiver: Receiver, *events: str, project: str = DEFAULT_PROJ
     """A webhook of a project."""
     with for_project(rig.db, project).begin() as conn:
         return make_webhook(
-            conn, rig.settings, url=receiver.url(path), events=events or EVENTS, description="", enabled=True
+            conn,
+            rig.settings,
+            url=receiver.url(path),
+            events=events or EVENTS,
+            jobs="all",
+            description="",
+            enabled=True,
         )
 
 
