@@ -100,6 +100,7 @@ STATUS = {
     "artifact.expired": 410,
     "artifact.in_use": 409,
     "artifact.not_an_adapter": 409,
+    "artifact.not_a_base_model": 409,
     "head_map.not_found": 404,
     "head_map.mismatch": 409,
     "head_map.invalid": 422,

@@ -74,6 +74,19 @@ class NotAnAdapter(Conflict):
         super().__init__(f"{name!r} is not a head adapter.", id=id, name=name)
 
 
+class NotABaseModel(Conflict):
+    """An artifact that is not the weights of a full model which was merged."""
+
+    code, hint = (
+        "artifact.not_a_base_model",
+        "Merge the adapter (POST /artifacts/{id}/merge, formats: merged) and name the model.safetensors of that export, or its "
+        "model.safetensors.index.json.",
+    )
+
+    def __init__(self, *, id: str, name: str) -> None:
+        super().__init__(f"{name!r} is not the weights of a merged model.", id=id, name=name)
+
+
 class ResultsGone(Conflict):
     """Files that finished steps of the job had made are gone, so it cannot go on behind them."""
 

@@ -261,7 +261,10 @@ class JobBody(Body):
 
     kind: Kind = Field(default="adapt", description="How far the job goes.")
     recipe: Text = Field(default="default", description="Names the defaults: `default`, or `paper` as published.")
-    base_model: Text = Field(description="Name of an installed model, see GET /models.")
+    base_model: Text = Field(
+        description="Name of an installed model, see GET /models; or the id of the artifact `model.safetensors` (of several files "
+        "`model.safetensors.index.json`) of an export of the project, which has merged an adapter into its base."
+    )
     revision: Text | None = Field(
         default=None, description="Digest that the base model must have; absent = whatever is installed."
     )

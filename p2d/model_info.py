@@ -90,9 +90,21 @@ def read_model_info(directory: Path) -> ModelInfo:
     return _read(directory, _stamps(directory))
 
 
+def read_outline(directory: Path, digest: str) -> ModelInfo:
+    """`read_model_info` of a model of which only an outline lies in the directory, and whose digest is known.
+
+    Of its weight files only the headers are read here, but each must be as long as the whole one. Raises as `read_model_info`.
+    """
+    return _describe(directory, digest)
+
+
 @lru_cache(256)
 def _read(directory: Path, stamps: Stamps) -> ModelInfo:
     """Once for the files as they are. An error is not kept."""
+    return _describe(directory, None)
+
+
+def _describe(directory: Path, digest: str | None) -> ModelInfo:
     config = _config(directory)
     shape = shape_of(config, name=directory.name)
     if not (directory / "tokenizer.json").is_file():
@@ -100,9 +112,8 @@ def _read(directory: Path, stamps: Stamps) -> ModelInfo:
     tensors = {name: entry for path in weight_files(directory) for name, entry in _header(directory, path).items()}
     parameters, dtype = _weights(directory, tensors)
     _check_matrices(directory, config, shape, tensors)
-    return ModelInfo(
-        name=directory.name, digest=model_digest(directory), parameters=parameters, dtype=dtype, **asdict(shape)
-    )
+    found = model_digest(directory) if digest is None else digest
+    return ModelInfo(name=directory.name, digest=found, parameters=parameters, dtype=dtype, **asdict(shape))
 
 
 def shape_of(config: Mapping[str, Any], *, name: str) -> ModelShape:
@@ -185,10 +196,16 @@ def model_digest(directory: Path) -> str:
             return str(kept["digest"])
     except (OSError, ValueError, KeyError, TypeError):
         pass  # absent or broken: compute it
+    digest = digest_of({path.name: sha256_of(path) for path in files})
+    _keep(cache, {"digest": digest, "files": stamps})
+    return digest
+
+
+def digest_of(files: Mapping[str, str]) -> str:
+    """The digest of a model whose files are known by name and sha256: that of a directory which holds them."""
     digest = hashlib.sha256()
-    for path in files:
-        digest.update(f"{path.name} {sha256_of(path)}\n".encode())
-    _keep(cache, {"digest": digest.hexdigest(), "files": stamps})
+    for name in sorted(filter(_is_digested, files)):
+        digest.update(f"{name} {files[name]}\n".encode())
     return digest.hexdigest()
 
 
@@ -387,10 +404,12 @@ def _header(directory: Path, path: Path) -> dict[str, dict[str, Any]]:
 
 
 def _digested_files(directory: Path) -> list[Path]:
-    names = ["config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"]
-    paths = [directory / name for name in names if (directory / name).is_file()]
-    weights = (path for path in directory.glob("*.safetensors") if path.is_file())
-    return sorted([*paths, *weights], key=lambda path: path.name)
+    return sorted(path for path in directory.iterdir() if _is_digested(path.name) and path.is_file())
+
+
+def _is_digested(name: str) -> bool:
+    whole = ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+    return name in whole or name.endswith(".safetensors")
 
 
 def _directories(models_dir: Path) -> Iterator[Path]:

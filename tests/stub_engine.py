@@ -10,6 +10,7 @@ Fault tests steer it through files in the folder $STUB_DIR; each may name the ba
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -22,7 +23,7 @@ from p2d.config import least_proxy_rows, top_count
 from p2d.errors import Diverged
 from p2d.files import write_json
 from p2d.head_maps import HeadMap, Reproducibility
-from p2d.model_info import ModelInfo, read_model_info
+from p2d.model_info import DIGEST_CACHE, ModelInfo, read_model_info
 from p2d.pipeline import ModelCache, Progress, StepCall, shard_range
 from p2d.plans import Plan, RowCounts, load_plan, save_plan, split_rows
 from p2d.resolution import resolve
@@ -229,9 +230,15 @@ def _package(call: StepCall) -> None:
 
 def _merge(call: StepCall) -> None:
     for path in call.model_dir.iterdir():
-        if path.suffix in (".json", ".safetensors"):
+        if path.suffix in (".json", ".safetensors") and path.name != DIGEST_CACHE:
             (call.out / path.name).write_bytes(path.read_bytes())
-    (call.out / "model.safetensors").write_bytes(b"merged with " + (call.inputs / "heads.safetensors").read_bytes())
+    weights = call.out / "model.safetensors"
+    content, adapter = weights.read_bytes(), (call.inputs / "heads.safetensors").read_bytes()
+    end = 8 + struct.unpack("<Q", content[:8])[0]
+    header = json.loads(content[8:end]) | {"__metadata__": {"merged with": hashlib.sha256(adapter).hexdigest()}}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    weights.write_bytes(struct.pack("<Q", len(text)) + text + content[end:])
 
 
 def _export_peft(call: StepCall) -> None:

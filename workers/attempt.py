@@ -31,6 +31,7 @@ import structlog
 
 from app.blobs import BlobStore
 from app.core import lifecycle, reuse
+from app.core.bases import base_files
 from app.core.wake import Waker
 from app.db.artifacts import NewArtifact
 from app.db.engine import Connection, DatabaseUnavailable, Engine
@@ -41,6 +42,7 @@ from app.settings import Settings
 from p2d.errors import ModelError, P2DError
 from p2d.model_info import find_model, model_digest
 from p2d.pipeline import spec_of
+from workers.bases import bring
 from workers.engine_process import ChildDied, EngineProcess
 from workers.heart import Heart, Order
 from workers.notes import Notes
@@ -204,7 +206,7 @@ class Attempt:
         model_dir = settings.models_dir / job.base_model
         spec = spec_of(self._lease.step)
         if spec.needs_model or spec.needs_tokenizer:
-            model_dir = _model_of(job, settings.models_dir)
+            model_dir = self._model_of(job)
         self._look()
         fresh = process.ensure()
         self.notes.note("process.started" if fresh else "process.warm", device=settings.device)
@@ -241,6 +243,20 @@ class Attempt:
             elif isinstance(message, Checkpointed):
                 self._keep(Path(message.folder))
                 process.send(CheckpointKept())
+
+    def _model_of(self, job: Job) -> Path:
+        """The model's folder on this machine. Raises ModelNotFound, or ModelError if it is not what the job was made with."""
+        shop = self._shop
+        if job.base_artifact_id is not None:
+            files, started = self._write(lambda conn: base_files(conn, job)), time.monotonic()
+            place = shop.settings.work_dir / "bases" / job.base_model
+            self._patiently(lambda: bring(shop.store, files, place, job.model_digest))
+            self.notes.note("base.ready", files=len(files), seconds=_since(started))
+            return place
+        model_dir = find_model(shop.settings.models_dir, job.base_model)
+        if model_digest(model_dir) != job.model_digest:
+            raise ModelError(f"The model {job.base_model!r} on the worker is not the one that the job was made with.")
+        return model_dir
 
     def _tell(self, message: Progressed) -> None:
         now = time.monotonic()
@@ -388,11 +404,3 @@ def _charge(shop: Workshop, lease: Lease) -> None:
         _write(shop, lambda conn: lifecycle.lose_step(conn, lease, max_crashes=most))
     except (LeaseLost, DatabaseUnavailable):
         pass  # the lease runs out by itself
-
-
-def _model_of(job: Job, models_dir: Path) -> Path:
-    """The model's folder on this machine. Raises ModelNotFound, or ModelError if it is not what the job was made with."""
-    model_dir = find_model(models_dir, job.base_model)
-    if model_digest(model_dir) != job.model_digest:
-        raise ModelError(f"The model {job.base_model!r} on the worker is not the one that the job was made with.")
-    return model_dir

@@ -26,6 +26,7 @@ from app.db.leases import Lease, claim
 from app.errors import StoreUnavailable
 from app.settings import Settings
 from workers.attempt import Workshop, run_attempt
+from workers.bases import drop_unused
 from workers.engine_process import EngineProcess
 from workers.postman import Postman
 from workers.reconcile import reconcile
@@ -132,6 +133,7 @@ class Worker:
             try:
                 reconcile(self._db, self._waker, max_crashes=self._settings.max_crashes)
                 sweep_uploads(self._db, self._shop.store)
+                drop_unused(self._settings.work_dir / "bases")
                 if time.monotonic() - collected_at > self._settings.garbage_s:
                     collected_at = time.monotonic()
                     sweep_garbage(self._db, self._shop.store, self._settings)

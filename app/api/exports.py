@@ -8,11 +8,13 @@ from fastapi.responses import JSONResponse
 
 from app.access_errors import TooManyJobs
 from app.api.bodies import read_json, receive_json
+from app.api.content import STORED
 from app.api.context import ArtifactId, Context, IdempotencyKey, Services
 from app.api.documentation import MERGE_BODY, errors
 from app.api.idempotency import Once
 from app.api.job_views import new_view
 from app.api.jobs import POLL_AFTER_S
+from app.core.bases import find_base, is_artifact, keep_base
 from app.core.exports import ExportRequest, find_adapter, submit_export
 from app.core.webhooks import named_webhooks
 from app.errors import (
@@ -20,12 +22,11 @@ from app.errors import (
     IdempotencyInFlight,
     IdempotencyMismatch,
 )
-from app.result_errors import ArtifactExpired, NotAnAdapter
+from app.result_errors import ArtifactExpired, NotABaseModel, NotAnAdapter
 from app.result_schemas import MergeBody
 from app.views import JobView
 from app.webhook_errors import WebhookNotFound
 from p2d.errors import AdapterMismatch, ModelError, ModelNotFound, ModelUnsupported
-from p2d.model_info import find_model, read_model_info
 
 router = APIRouter(tags=["artifacts"])
 
@@ -43,7 +44,9 @@ router = APIRouter(tags=["artifacts"])
             ModelError,
             ModelUnsupported,
             AdapterMismatch,
+            NotABaseModel,
         ),
+        *STORED,
         *(WebhookNotFound, TooManyJobs, IdempotencyInFlight, IdempotencyMismatch),
     ),
     openapi_extra=MERGE_BODY,
@@ -61,14 +64,18 @@ def _merge(services: Services, artifact_id: str, body: MergeBody, key: str | Non
     once = Once.of(f"POST /artifacts/{artifact_id}/merge", key, body.model_dump(mode="json"))
     if (replay := once.earlier(services.engine)) is not None:
         return replay
+    with services.engine.connect() as conn:
+        base_model = find_adapter(conn, artifact_id)[1].base_model
+    info = find_base(services.engine, services.blobs, services.settings.models_dir, base_model)
     with services.engine.begin() as conn:
         if (replay := once.take(conn)) is not None:
             return replay
+        if is_artifact(base_model):
+            keep_base(conn, base_model)
         services.jobs.allow(conn, services.known_caller.project_id)
         for error in named_webhooks(conn, body.webhooks):
             raise error
         _, trained = find_adapter(conn, artifact_id)
-        info = read_model_info(find_model(services.settings.models_dir, trained.base_model))
         if info.digest != trained.model_digest:
             text = f"The installed {info.name!r} is not the one that the adapter was trained on."
             raise AdapterMismatch(text, expected=trained.model_digest, found=info.digest)

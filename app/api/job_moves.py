@@ -39,7 +39,7 @@ from app.errors import (
 )
 from app.key_schemas import ReceiptView
 from app.problems import invalid
-from app.result_errors import DeadlinePassed, ResultsGone
+from app.result_errors import ArtifactExpired, DeadlinePassed, NotABaseModel, ResultsGone
 from app.schemas import MAX_METADATA, JobPatch
 from app.views import JobView
 from p2d.errors import ErrorDetail
@@ -88,7 +88,15 @@ def resume_job(job_id: JobId, services: Context, key: IdempotencyKey) -> Respons
     response_model=JobView,
     responses=errors(
         *(JobNotFound, MoveNotAllowed, DeadlinePassed, IdempotencyInFlight, TooManyJobs),
-        *(DatasetNotFound, HeadMapNotFound, SelectionNotFound, ArtifactNotFound, ResultsGone),
+        *(
+            DatasetNotFound,
+            HeadMapNotFound,
+            SelectionNotFound,
+            ArtifactNotFound,
+            ArtifactExpired,
+            NotABaseModel,
+            ResultsGone,
+        ),
     ),
 )
 def retry_job(job_id: JobId, services: Context, key: IdempotencyKey) -> Response:

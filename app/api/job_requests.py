@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from app.api.bodies import Received, read_json, work_folder
+from app.api.content import STORED
 from app.api.context import Services
 from app.api.datasets import SOURCE_ERRORS
+from app.core.bases import find_base, is_artifact, keep_base
 from app.core.ingest import Candidate, inspect_file, inspect_given
 from app.core.refusals import Refusal
 from app.core.submit import Content, find_dataset, refusals
@@ -21,6 +23,7 @@ from app.dataset_errors import DatasetReaderDied, DatasetTooCostly, SourceFailed
 from app.db.datasets import Dataset
 from app.db.engine import Connection
 from app.errors import (
+    ArtifactNotFound,
     DatasetNotFound,
     DiskFull,
     HeadMapMismatch,
@@ -28,10 +31,10 @@ from app.errors import (
     RequestInvalid,
     SelectionMismatch,
     SelectionNotFound,
-    StoreUnavailable,
 )
 from app.job_bodies import read_job_body
 from app.problems import invalid
+from app.result_errors import ArtifactExpired, NotABaseModel
 from app.schemas import Body, JobBody, RowsBody, SourceBody
 from app.webhook_errors import WebhookNotFound
 from p2d.columns import mapped
@@ -50,7 +53,7 @@ from p2d.errors import (
     P2DError,
     UnknownName,
 )
-from p2d.model_info import ModelInfo, find_model, read_model_info
+from p2d.model_info import ModelInfo
 from p2d.wording import counted
 
 FILES = ("dataset", "validation_dataset")
@@ -67,8 +70,8 @@ REFUSALS: tuple[type[P2DError], ...] = (
         DatasetTooLarge,
         MappingInvalid,
     ),
-    *(DatasetTooCostly, DatasetReaderDied, *SOURCE_ERRORS, DiskFull, StoreUnavailable),
-    *(ModelError, ModelNotFound, ModelUnsupported),
+    *(DatasetTooCostly, DatasetReaderDied, *SOURCE_ERRORS, DiskFull, *STORED),
+    *(ModelError, ModelNotFound, ModelUnsupported, ArtifactNotFound, ArtifactExpired, NotABaseModel),
     *(HeadMapNotFound, HeadMapMismatch, SelectionNotFound, SelectionMismatch, WebhookNotFound),
 )
 """What a request for a job may be refused with."""
@@ -144,9 +147,11 @@ class InspectedJob:
     def check(self, conn: Connection, *, keep: bool = False) -> CheckedJob:
         """Look at what the job names in the ledger, and raise everything that is wrong at once. Writes nothing.
 
-        Args:   keep: nobody deletes the datasets before the caller's transaction has ended.
+        Args:   keep: nobody deletes the datasets, nor the base model, before the caller's transaction has ended.
         """
         faults, stored = self.faults, dict[str, Dataset]()
+        if keep and self.model is not None and is_artifact(self.body.base_model):  # first: see `keep_base`
+            faults.catch(partial(keep_base, conn, self.body.base_model))
         for name in FILES:
             if isinstance(dataset_id := getattr(self.body, name), str):
                 found = faults.catch(partial(find_dataset, conn, dataset_id, f"/{name}", keep=keep))
@@ -198,7 +203,7 @@ def inspect_job(
 
 
 def _model(services: Services, body: JobBody) -> ModelInfo:
-    info = read_model_info(find_model(services.settings.models_dir, body.base_model))
+    info = find_base(services.engine, services.blobs, services.settings.models_dir, body.base_model)
     if body.revision is not None and body.revision != info.digest:
         text = f"The model {info.name!r} has another digest: {info.digest}."
         raise ModelNotFound(text, errors=[ErrorDetail(code=ModelNotFound.code, message=text, pointer="/revision")])

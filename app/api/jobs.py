@@ -24,6 +24,7 @@ from app.api.job_views import new_view, summary_of
 from app.api.patches import merge_patch
 from app.api.reports import reporting
 from app.blobs import Blob
+from app.core.bases import is_artifact
 from app.core.ingest import Candidate, record, store
 from app.core.submit import JobRequest, submit
 from app.db.datasets import Dataset
@@ -149,6 +150,7 @@ def queue_job(services: Services, body: JobBody, received: Received, once: Once)
             priority=body.priority,
             artifact_ttl=body.artifact_ttl,
             webhooks=body.webhooks,
+            base_artifact_id=body.base_model if is_artifact(body.base_model) else None,
         )
         job = submit(conn, request, shard_rows=services.settings.shard_rows, queue=services.settings.worker_queue)
         services.note(conn, "job.create", job.id, {"kind": job.kind, "dataset_id": job.dataset_id})

@@ -56,7 +56,7 @@ def find_adapter(conn: Connection, artifact_id: str) -> tuple[Artifact, Job]:
 
 
 def submit_export(conn: Connection, artifact_id: str, request: ExportRequest, *, queue: str) -> Job:
-    """Record an export with its steps and its first event. Raises as `find_adapter`; nothing is written then."""
+    """Record an export with its steps and its first event. Raises as `find_adapter` and `keep_base`; nothing is written then."""
     adapter, trained = find_adapter(conn, artifact_id)
     job = insert_job(
         conn,
@@ -75,6 +75,7 @@ def submit_export(conn: Connection, artifact_id: str, request: ExportRequest, *,
         artifact_ttl=request.artifact_ttl,
         adapter_id=adapter.id,
         webhooks=request.webhooks,
+        base_artifact_id=trained.base_artifact_id,
     )
     planned = [
         NewStep(step=STEPS[one], shard=0, shards=1, after=(), queue=queue, model_digest=None, weight=GUESSED_S)

@@ -10,7 +10,7 @@ from app.db.artifacts import delete_artifact as delete_artifact_row
 from app.db.engine import Connection
 from app.db.head_maps import delete_head_map as delete_head_map_row
 from app.db.head_maps import get_head_map, lock_head_map, readers_of_head_map
-from app.db.jobs import exports_of, lock_job
+from app.db.jobs import lock_job, users_of_files
 from app.db.selections import delete_selection as delete_selection_row
 from app.db.selections import get_selection, lock_selection, readers_of_selection
 from app.errors import ArtifactNotFound, HeadMapNotFound, SelectionNotFound
@@ -99,7 +99,7 @@ def _free(conn: Connection, artifact_id: str) -> Artifact:
     job = lock_job(conn, find_artifact(conn, artifact_id).job_id)
     artifact = find_artifact(conn, artifact_id)
     assert job is not None
-    if by := ([] if job.is_final else [job.id]) + exports_of(conn, job.id):
+    if by := ([] if job.is_final else [job.id]) + users_of_files(conn, job.id):
         raise ArtifactInUse(id=artifact_id, by=by)
     if is_held(conn, artifact_id):
         raise ArtifactInUse(id=artifact_id, by=[])

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from app.core.bases import is_artifact, keep_base
 from app.core.lifecycle import open_job
 from app.core.plan import plan_job
 from app.db.artifacts import get_artifact
@@ -49,6 +50,8 @@ class JobRequest:
     artifact_ttl: int | None = None
     webhooks: Sequence[str] = ()
     """Ids, looked up."""
+    base_artifact_id: str | None = None
+    """Of a base model that was merged, with `keep_base`."""
 
 
 def submit(conn: Connection, request: JobRequest, *, shard_rows: int, queue: str) -> Job:
@@ -81,6 +84,7 @@ def submit(conn: Connection, request: JobRequest, *, shard_rows: int, queue: str
         resolved=_resolved(conn, config, request.model, dataset, validation),
         artifact_ttl=request.artifact_ttl,
         webhooks=request.webhooks,
+        base_artifact_id=request.base_artifact_id,
     )
     digest = request.model.digest
     planned = plan_job(config, rows=dataset.rows, shard_rows=shard_rows, queue=queue, model_digest=digest)
@@ -178,8 +182,11 @@ def find_dataset(conn: Connection, dataset_id: str, pointer: str, *, keep: bool 
 def find_inputs(conn: Connection, job: Job) -> None:
     """Make sure that everything a recorded job reads is still there, and stays until the transaction has ended.
 
-    Raises: DatasetNotFound, HeadMapNotFound, SelectionNotFound; for an export ArtifactNotFound.
+    Raises: DatasetNotFound, HeadMapNotFound, SelectionNotFound; for an export, or a base that was merged, ArtifactNotFound,
+            ArtifactExpired.
     """
+    if is_artifact(job.base_model):
+        keep_base(conn, job.base_model)
     if job.kind == "export":
         if job.adapter_id is None or get_artifact(conn, job.adapter_id) is None:
             raise ArtifactNotFound(id=job.adapter_id or "")

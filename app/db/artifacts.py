@@ -95,6 +95,18 @@ def delete_artifact(conn: Connection, artifact_id: str) -> None:
     conn.execute(update(steps).where(steps.c.id == step_id).values(fingerprint=None))
 
 
+def files_of_step(conn: Connection, step_id: str) -> list[Artifact]:
+    """All files of a step by name, but for what it says of its own cost."""
+    mine = (artifacts.c.step_id == step_id, ~artifacts.c.name.startswith("accounting-"))
+    return [Artifact(**row._mapping) for row in conn.execute(_there().where(*mine).order_by(artifacts.c.name))]
+
+
+def deleted_files(conn: Connection, step_id: str) -> list[str]:
+    """Names of the files of a step that were deleted."""
+    gone = select(artifacts.c.name).where(artifacts.c.step_id == step_id, artifacts.c.deleted_at.is_not(None))
+    return list(conn.scalars(gone.order_by(artifacts.c.name)))
+
+
 def gone_names(conn: Connection, job_id: str) -> list[str]:
     """Names of the files that a job had made and that were deleted or have expired since."""
     gone = or_(artifacts.c.deleted_at.is_not(None), _EXPIRED)

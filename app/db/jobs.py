@@ -76,6 +76,8 @@ class Job(ListedJob):
     paused_s: float
     webhooks: list[str]
     """Ids of those that it names; one may be gone since."""
+    base_artifact_id: str | None
+    """The weights of the merged model that is its base; None where its base is installed, or was deleted since."""
 
     @property
     def is_final(self) -> bool:
@@ -107,6 +109,7 @@ def insert_job(
     artifact_ttl: int | None = None,
     adapter_id: str | None = None,
     webhooks: Sequence[str] = (),
+    base_artifact_id: str | None = None,
 ) -> Job:
     """Record a queued job; its steps and first event (`open_steps`) are written by the caller in the same transaction."""
     values = {
@@ -129,6 +132,7 @@ def insert_job(
         "artifact_ttl": artifact_ttl,
         "adapter_id": adapter_id,
         "webhooks": list(webhooks),
+        "base_artifact_id": base_artifact_id,
     }
     row = conn.execute(_INSERT, values).one()._mapping
     return Job(**row, config=config, resolved=resolved, metadata=metadata, estimate=None, error=None)
@@ -164,30 +168,34 @@ def keep_job(conn: Connection, job_id: str) -> None:
 
 
 def readers_of(conn: Connection, job_id: str) -> list[str]:
-    """Jobs that have not ended and read the head map, the selection or the adapter of this locked one.
+    """Jobs that have not ended and read the head map, the selection, the adapter or the merged model of this locked one.
 
     None that names its head map or selection can be added until the caller's transaction has ended.
     """
     conn.execute(select(jobs.c.id).where(jobs.c.id == job_id).with_for_update())  # waits for whom `keep_job` holds it
     head_map = select(head_maps.c.id).where(head_maps.c.job_id == job_id)
     selection = select(selections.c.id).where(selections.c.job_id == job_id)
-    adapter = select(artifacts.c.id).where(artifacts.c.job_id == job_id)
-    reads = or_(_HEAD_MAP.in_(head_map), _SELECTION.in_(selection), jobs.c.adapter_id.in_(adapter))
+    reads = or_(_HEAD_MAP.in_(head_map), _SELECTION.in_(selection), _reads_file_of(job_id))
     query = select(jobs.c.id).where(jobs.c.finished_at.is_(None), reads).order_by(jobs.c.id)
     return [row[0] for row in conn.execute(query)]
 
 
-def exports_of(conn: Connection, job_id: str) -> list[str]:
-    """Exports of this job's adapter that have not ended."""
-    adapter = select(artifacts.c.id).where(artifacts.c.job_id == job_id)
-    query = select(jobs.c.id).where(jobs.c.finished_at.is_(None), jobs.c.adapter_id.in_(adapter))
+def users_of_files(conn: Connection, job_id: str) -> list[str]:
+    """Jobs that have not ended, and are exports of this job's adapter or have its merged model as their base."""
+    query = select(jobs.c.id).where(jobs.c.finished_at.is_(None), _reads_file_of(job_id))
     return list(conn.scalars(query.order_by(jobs.c.id)))
+
+
+def _reads_file_of(job_id: str) -> ColumnElement[bool]:
+    files = select(artifacts.c.id).where(artifacts.c.job_id == job_id)
+    return or_(jobs.c.adapter_id.in_(files), jobs.c.base_artifact_id.in_(files))
 
 
 def jobs_kept_long(conn: Connection, *, kept_d: float) -> list[str]:
     """Jobs that ended that long ago, but for those of which a job that may still run reads something."""
     query = select(jobs.c.id).where(_ended_before(kept_d)).order_by(jobs.c.id)
-    for made, named in ((head_maps, _HEAD_MAP), (selections, _SELECTION), (artifacts, jobs.c.adapter_id)):
+    files = ((artifacts, jobs.c.adapter_id), (artifacts, jobs.c.base_artifact_id))
+    for made, named in ((head_maps, _HEAD_MAP), (selections, _SELECTION), *files):
         read = select(named).where(jobs.c.status != "succeeded").correlate(None)
         makers = select(made.c.job_id).where(made.c.job_id.is_not(None), made.c.id.in_(read))
         query = query.where(jobs.c.id.not_in(makers))

@@ -143,14 +143,13 @@ def _referenced() -> ColumnElement[bool]:
 
 def _alive() -> tuple[ColumnElement[bool], ...]:
     """Of artifacts whose bytes somebody may still ask for."""
-    adapter = artifacts.alias("adapter")
-    exported = (
-        select(adapter.c.job_id).join(jobs, jobs.c.adapter_id == adapter.c.id).where(jobs.c.finished_at.is_(None))
-    )
+    adapter = artifacts.alias("adapter")  # or the weights of a merged model
+    named = or_(jobs.c.adapter_id == adapter.c.id, jobs.c.base_artifact_id == adapter.c.id)
+    read = select(adapter.c.job_id).join(jobs, named).where(jobs.c.finished_at.is_(None))
     unexpired = or_(
         artifacts.c.expires_at.is_(None),
         artifacts.c.expires_at > func.now(),
-        artifacts.c.job_id.in_(exported),
+        artifacts.c.job_id.in_(read),
     )
     return artifacts.c.deleted_at.is_(None), unexpired
 

@@ -195,6 +195,8 @@ jobs = Table(
     _time("deadline_at"),
     # What an export is of. No rule against a circle of references: artifacts are deleted with their jobs, or not at all.
     Column("adapter_id", Text, ForeignKey("artifacts.id", ondelete="SET NULL", use_alter=True)),
+    # The weights of a merged model that is its base.
+    Column("base_artifact_id", Text, ForeignKey("artifacts.id", ondelete="SET NULL", use_alter=True)),
     Column("artifact_ttl", Integer),  # seconds from the end of the job; null: its files stay
     Column("error", JSONB),
     Column("metadata", JSONB, nullable=False, server_default=text("'{}'::jsonb")),
@@ -212,6 +214,7 @@ jobs = Table(
     _time("finished_at"),
     Index(None, "project_id", "id"),
     Index(None, "adapter_id", postgresql_where=text("adapter_id is not null")),
+    Index(None, "base_artifact_id", postgresql_where=text("base_artifact_id is not null")),
     Index(None, "project_id", "status", "id"),
     Index(None, "dataset_id"),
     postgresql_with={"fillfactor": 70},  # progress rewrites the row each second: leave room for HOT updates

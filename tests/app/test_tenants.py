@@ -278,6 +278,7 @@ def test_a_job_cannot_name_what_another_project_has(tenants: Tenants) -> None:
         "head_map": {"heads": {"proxy_rows": 8, "head_map": ids["head-maps"]}},
     }
     own["selection"] = {"data": {"selection": ids["selections"]}}
+    own["artifact"] = {"base_model": ids["artifacts"]}
     own["webhook"] = {"webhooks": [ids["webhooks"]]}
     with authorized(tenants.api, tenants.other):
         mine = tenants.api.dataset(61)

@@ -11,6 +11,7 @@ import pytest
 from app.service import Service
 from p2d.adapters import merge
 from p2d.client import Client
+from p2d.model_info import read_model_info
 from p2d.peft_export import export_peft
 from tests.e2e.conftest import MODEL
 from tests.e2e.test_service import SMALL, finish
@@ -65,3 +66,24 @@ def test_an_export_is_what_the_commands_write(service: Service, client: Client, 
     ):
         for path in folder.iterdir():
             assert made[path.name] == path.read_bytes(), path.name
+
+
+def test_a_job_goes_on_from_the_model_that_an_earlier_one_has_become(
+    service: Service, client: Client, examples: Path, tmp_path: Path
+) -> None:
+    first = finish(client, client.submit(SMALL | {"kind": "adapt"}, dataset=examples / "train.jsonl"))
+    adapter = next(one.id for one in client.artifacts(first.id) if one.name == "heads.safetensors")
+    answer = httpx.post(f"{service.url}/artifacts/{adapter}/merge", timeout=60)
+    export = finish(client, client.job(answer.json()["id"]))
+    base = next(one.id for one in client.artifacts(export.id) if one.name == "model.safetensors")
+
+    second = finish(
+        client, client.submit(SMALL | {"kind": "adapt", "base_model": base}, dataset=examples / "train.jsonl")
+    )
+
+    client.download(first.id, tmp_path / "adapter", names=["heads.safetensors", "manifest.json"])
+    whole = merge(service.settings.models_dir / MODEL, tmp_path / "adapter", tmp_path / "m")
+    assert second.raw["model_digest"] == read_model_info(whole).digest
+    assert client.report(second.id)["evaluation"]["loss_before"] == pytest.approx(
+        client.report(first.id)["evaluation"]["loss_after"], rel=1e-4
+    )

@@ -7,6 +7,7 @@ import math
 import re
 import struct
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,15 @@ from transformers import AutoConfig
 from p2d.arch import ARCHS
 from p2d.arch.spec import ArchSpec
 from p2d.errors import ModelError, ModelNotFound, ModelUnsupported
+from p2d.files import sha256_of
 from p2d.model_info import (
     DIGEST_CACHE,
+    digest_of,
     find_model,
     list_models,
     model_digest,
     read_model_info,
+    read_outline,
     shape_of,
     weight_files,
 )
@@ -307,6 +311,34 @@ def test_the_digest_knows_contents_and_names_but_not_times(tmp_path: Path) -> No
     (other / "tokenizer.json").write_text('{"x": 1}')
 
     assert model_digest(one) != model_digest(other)
+
+
+def test_the_digest_follows_from_the_hashes_of_the_files(tmp_path: Path) -> None:
+    directory = write_model(tmp_path / "m")
+    for name in ("README.md", "generation_config.json", DIGEST_CACHE):
+        (directory / name).write_text("{}")
+
+    assert digest_of({path.name: sha256_of(path) for path in directory.iterdir()}) == model_digest(directory)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_an_outline_tells_the_same_as_the_whole_model(tmp_path: Path, family: str) -> None:
+    whole, outline = tiny_model_dir(tmp_path / "whole", family=family), tmp_path / "outline" / "m"
+    outline.mkdir(parents=True)
+    for path in whole.iterdir():
+        content = path.read_bytes()
+        if path.suffix == ".safetensors":
+            header = content[: 8 + struct.unpack("<Q", content[:8])[0]]
+            content = header + bytes(len(content) - len(header))
+        (outline / path.name).write_bytes(content)
+
+    told = read_outline(outline, "d" * 64)
+
+    assert told == replace(read_model_info(whole), name="m", digest="d" * 64)
+    with (outline / "model.safetensors").open("r+b") as weights:
+        weights.truncate(100)
+    with pytest.raises(ModelError):
+        read_outline(outline, "d" * 64)
 
 
 def test_the_digest_is_kept_and_a_broken_note_is_made_again(tmp_path: Path) -> None:
