@@ -64,7 +64,9 @@ def raise_on_term() -> None:
 
 
 class Supervisor:
-    """As a context manager it stops everything it started, in reverse order.
+    """As a context manager it stops everything it started, in reverse order of the first starts.
+
+    A process that is started again under its name keeps its place: those that lean on it still stop before it.
 
     One at a time for one `home`, by a lock file. Raises ProcessFailed (`process.failed`) when another one holds it.
     """
@@ -73,6 +75,9 @@ class Supervisor:
         self.home = home.absolute()
         self.run = self.home / "run"
         self._children: list[Child] = []
+        """In order of their places."""
+        self._places: dict[str, int] = {}
+        """By name: which it was when it was first started."""
         self._lock: IO[str] | None = None
 
     def __enter__(self) -> Self:
@@ -122,7 +127,9 @@ class Supervisor:
             stop_signal=int(stop_signal),
         )
         child = Child(record=record, process=process, log=log)
+        self._places.setdefault(name, len(self._places))
         self._children.append(child)
+        self._children.sort(key=lambda one: self._places[one.record.name])
         self._write_records()
         assert process.stdin is not None
         with contextlib.suppress(BrokenPipeError), process.stdin as pipe:
@@ -158,7 +165,7 @@ class Supervisor:
             self._stop(child)
 
     def stop(self) -> None:
-        """Stop every child, last started first, and give the home free. Safe to call twice."""
+        """Stop every child, what first started last first, and give the home free. Safe to call twice."""
         while self._children:
             self._stop(self._children[-1])
         if self._lock is not None:

@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from app.errors import ProcessFailed
-from app.processes import Supervisor, stop_leftovers
+from app.processes import Child, Supervisor, stop_leftovers
 
 SLEEPER = [sys.executable, "-c", "import time; print('up', flush=True); time.sleep(600)"]
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,6 +26,15 @@ def wait_for(condition: Callable[[], bool], deadline_s: float = 20.0) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+def spawn_noting(supervisor: Supervisor, name: str) -> Child:
+    """Start a process that writes its name into the file `order` when it is told to stop."""
+    note = "import pathlib, signal, sys, time\ndef stop(*_):\n pathlib.Path(sys.argv[2]).open('a').write(sys.argv[1]); sys.exit()\n"
+    note += "signal.signal(signal.SIGTERM, stop); print('up', flush=True); time.sleep(600)"
+    child = supervisor.spawn(name, [sys.executable, "-c", note, name, str(supervisor.home / "order")])
+    wait_for(lambda: child.log.read_text() == "up\n")
+    return child
 
 
 @pytest.fixture
@@ -46,17 +55,26 @@ def abandoned(tmp_path: Path) -> Iterator[psutil.Process]:
 
 
 def test_everything_stops_when_the_block_ends_last_started_first(tmp_path: Path) -> None:
-    note = "import pathlib, signal, sys, time\ndef stop(*_):\n pathlib.Path(sys.argv[2]).open('a').write(sys.argv[1]); sys.exit()\n"
-    note += "signal.signal(signal.SIGTERM, stop); print('up', flush=True); time.sleep(600)"
     with Supervisor(tmp_path) as supervisor:
-        children = [
-            supervisor.spawn(name, [sys.executable, "-c", note, name, str(tmp_path / "order")]) for name in ("a", "b")
-        ]
-        for child in children:
-            wait_for(lambda child=child: child.log.read_text() == "up\n")  # type: ignore[misc]
+        children = [spawn_noting(supervisor, name) for name in ("a", "b")]
 
     assert (tmp_path / "order").read_text() == "ba"
     assert all(child.process.returncode == 0 for child in children)
+
+
+def test_a_server_that_was_started_again_still_stops_after_those_that_lean_on_it(tmp_path: Path) -> None:
+    with Supervisor(tmp_path) as supervisor:
+        for name in ("server", "worker"):
+            spawn_noting(supervisor, name)
+        supervisor.child("server").process.kill()
+        wait_for(lambda: bool(supervisor.ended()))
+        supervisor.stop_one("server")
+        spawn_noting(supervisor, "server")
+        records = json.loads((tmp_path / "run" / "run.json").read_text())
+
+    assert (tmp_path / "order").read_text() == "workerserver"
+    # Whoever clears up after a killed supervisor goes by it.
+    assert [record["name"] for record in records] == ["server", "worker"]
 
 
 def test_everything_stops_when_the_block_fails(tmp_path: Path) -> None:
