@@ -90,10 +90,11 @@ def project_full_fine_tuning(
             assert weight.grad is not None
             master.grad = weight.grad.float()
         optimizer.step()
-        for master, weight in zip(masters, weights, strict=True):
-            assert weight.grad is not None
-            weight.grad.copy_(master)  # the bytes of writing weights back, into a place that nobody reads
-            weight.grad = None
+        with torch.no_grad():  # a gradient that knew where it came from would hold itself, and all masters, for good
+            for master, weight in zip(masters, weights, strict=True):
+                assert weight.grad is not None
+                weight.grad.copy_(master)  # the bytes of writing weights back, into a place that nobody reads
+                weight.grad = None
 
     try:
         for weight in weights:

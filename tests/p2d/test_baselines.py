@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 
@@ -33,6 +35,18 @@ def test_the_base_weights_are_bit_identical_afterwards(tiny: BaseModel, rendered
     assert all(torch.equal(value.view(torch.int32), before[key].view(torch.int32)) for key, value in after.items())
     assert [type(module) for module in tiny.module.modules()] == modules
     assert not any(p.requires_grad or p.grad is not None for p in tiny.module.parameters())
+
+
+def test_nothing_of_a_projection_stays_behind(tiny: BaseModel, rendered: list[RenderedRow]) -> None:
+    def tensors() -> int:
+        gc.collect()
+        return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
+
+    both(tiny, rendered)
+    before = tensors()
+    both(tiny, rendered)
+
+    assert tensors() == before
 
 
 def test_a_projection_says_that_it_is_one_and_counts_all_steps(tiny: BaseModel, rendered: list[RenderedRow]) -> None:
