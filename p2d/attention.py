@@ -56,8 +56,17 @@ def _attention(
 
 
 def _mask(**kwargs: Any) -> Tensor | None:
-    """What transformers calls before the first layer: SDPA's mask; none for a line or a tree, which know who sees whom."""
+    """What transformers calls before the first layer: SDPA's mask; none for a line or a tree, which know who sees whom.
+
+    And none for plain causal attention: while a CUDA graph is recorded transformers would make one that says just that.
+    """
     if active_line() is not None or active_tree() is not None:
+        return None
+    if (
+        kwargs["attention_mask"] is None
+        and kwargs.get("local_size") is None
+        and kwargs["q_length"] == kwargs["kv_length"]
+    ):
         return None
     mask: Tensor | None = sdpa_mask(**kwargs)
     return mask

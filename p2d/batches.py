@@ -163,8 +163,8 @@ def answer_nll(base: BaseModel, batch: Batch) -> tuple[Tensor, Tensor]:
     head = base.module.get_submodule(base.spec.lm_head)
     nll_N = token_nll(head, h_BTD[:, :-1][mask_BT], batch.input_ids_BT[:, 1:][mask_BT])
     tokens_B = torch.tensor(batch.answer_lengths, device=base.device)
-    row_N = torch.arange(len(batch.rows), device=base.device).repeat_interleave(tokens_B)
-    nll_B = torch.zeros(len(batch.rows), device=base.device).index_add(0, row_N, nll_N)
+    # Each row's tokens in their order: an `index_add` would take them in any order on a GPU, and differ from run to run.
+    nll_B = torch.segment_reduce(nll_N, "sum", lengths=tokens_B, unsafe=True)
     return nll_B, tokens_B
 
 

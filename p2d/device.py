@@ -19,6 +19,7 @@ needs some 60 shapes, again in every layer: SmolLM2's training steps took as lon
 
 for _name in SHAPE_CACHES:  # read at the first product, so this is early enough; a user's own number stays
     os.environ.setdefault(_name, CACHED_SHAPES)
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without which cuBLAS need not repeat itself
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -31,6 +32,17 @@ def pick_device(name: str = "auto") -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"The device {name!r} is not available here.", device=name) from error
     return device
+
+
+def repeat_exactly(device: torch.device) -> None:
+    """Let a GPU compute the same bits again: what is resumed must end as if never interrupted. A CPU does with the same threads.
+
+    Without it, the backward pass of SDPA's flash kernel adds up rows of more than one block in any order.
+    """
+    if device.type == "cuda":
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        # Else every new tensor is filled, with a launch of its own: a guard against bugs of another kind.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def pick_dtype(precision: Precision, device: torch.device) -> torch.dtype:

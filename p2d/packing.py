@@ -3,7 +3,8 @@
 `p2d.batches` makes the line and switches it on around a forward pass; `p2d.attention` asks for it in every layer. No
 [T, T] mask over the line is ever built: attention runs over groups of rows of similar length, on a CPU without any padding.
 
-Legend: B rows of one group, T token, K key, H query head, G KV group, E head width, S tokens of the whole line.
+Legend: B rows of one group, T token, K key, H query head, G KV group, E head width, S tokens of the whole line, N places of all
+groups, padding counted.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,46 +29,79 @@ Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 """Attention of q [B, H, T, E] over k, v [B, G, K, E] under a mask [T, K], True where seen (None = causal): [B, T, H, E]."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Group:
-    """Rows that attention takes together: their tokens' places in the line, padded with the row's last token."""
+class _Gather(torch.autograd.Function):
+    """`values[:, index]` where `back` finds each of values' own places again: its gradient is then a gather, too.
 
-    place_BT: Tensor
-    own_BT: Tensor
-    """False on padding."""
-    start: int | None
-    """Where the row begins, if it is the only one: it is then a view of the line."""
+    autograd's own is a sum of atomic additions, whose order differs from run to run on a GPU. What is gathered twice is padding,
+    which gets no gradient.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, dim: int, index: Tensor, back: Tensor, own: Tensor | None) -> Tensor:
+        ctx.dim, ctx.own = dim, own
+        ctx.save_for_backward(back)
+        return values.index_select(dim, index)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
+        (back,) = ctx.saved_tensors
+        grad = grads[0].index_select(ctx.dim, back)
+        return (grad if ctx.own is None else grad * ctx.own), None, None, None, None
+
+
+@dataclass(frozen=True, slots=True)
+class _Padding:
+    """How a line's tokens stand in the groups one after another, N places in all."""
+
+    place_N: Tensor
+    """Token of the line at each place; on padding the row's last."""
+    back_S: Tensor
+    """Place of each token of the line."""
+    own_N11: Tensor
+    """1 where a place is a token's own, 0 on padding."""
+
+    def spread(self, line_1HSE: Tensor) -> Tensor:
+        apply: Any = _Gather.apply
+        side_1HNE: Tensor = apply(line_1HSE, 2, self.place_N, self.back_S, None)
+        return side_1HNE
+
+    def gather(self, side_NHE: Tensor) -> Tensor:
+        apply: Any = _Gather.apply
+        out_SHE: Tensor = apply(side_NHE, 0, self.back_S, self.place_N, self.own_N11)
+        return out_SHE
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
     """How a line is made of rows."""
 
-    groups: tuple[_Group, ...]
-    back_S: Tensor | None
-    """Place of each of the line's tokens in the groups' outputs one after another; None if they are in order."""
+    groups: tuple[tuple[int, int], ...]
+    """Rows that attention takes together: how many, and the tokens of the longest."""
+    padding: _Padding | None
+    """None where the groups one after another are the line."""
 
     def attend(self, q_1HSE: Tensor, k_1GSE: Tensor, v_1GSE: Tensor, window: int | None, attend: Attend) -> Tensor:
         """Attention of every row over itself, [1, S, H, E].
 
         Args: window: most tokens that one token sees, itself included; None = all before it.
         """
+        sides = [q_1HSE, k_1GSE, v_1GSE]
+        if self.padding is not None:
+            sides = [self.padding.spread(side) for side in sides]
+        # One split each: its gradient is one concatenation, where slices would fill a line of zeros for every group.
+        sizes = [rows * tokens for rows, tokens in self.groups]
+        parts = zip(self.groups, *(side.squeeze(0).split(sizes, dim=1) for side in sides), strict=True)
         outs: list[Tensor] = []
-        for group in self.groups:
-            q, k, v = (_rows(tensor, group) for tensor in (q_1HSE, k_1GSE, v_1GSE))
-            tokens = q.shape[2]
+        for (rows, tokens), *of_group in parts:
+            q, k, v = (part.unflatten(1, (rows, tokens)).transpose(0, 1) for part in of_group)
             mask = window_mask(tokens, window, q.device) if window is not None and tokens > window else None
-            out_BTHE = attend(q, k, v, mask)
-            outs.append(out_BTHE[0] if group.start is not None else out_BTHE[group.own_BT])
-        out_SHE = torch.cat(outs)
-        return (out_SHE if self.back_S is None else out_SHE[self.back_S])[None]
+            outs.append(attend(q, k, v, mask).flatten(0, 1))
+        out_NHE = torch.cat(outs) if len(outs) > 1 else outs[0]
+        return (out_NHE if self.padding is None else self.padding.gather(out_NHE))[None]
 
 
 def line_of(lengths: Sequence[int], device: torch.device) -> Line:
     """Cut a line's rows into groups of similar length."""
-    starts = [0]
-    for length in lengths:
-        starts.append(starts[-1] + length)
     ratio = GROUP_PADDING.get(device.type, OTHER_GROUP_PADDING)
     cut: list[list[int]] = []
     for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
@@ -73,25 +109,27 @@ def line_of(lengths: Sequence[int], device: torch.device) -> Line:
             cut[-1].append(row)
         else:
             cut.append([row])
-    groups = tuple(_group([(starts[row], lengths[row]) for row in rows], device) for rows in cut)
-    order_S = torch.cat([group.place_BT[group.own_BT] for group in groups])
-    in_order = bool((order_S.diff() > 0).all())
-    return Line(groups, None if in_order else order_S.argsort())
+    groups = tuple((len(rows), lengths[rows[0]]) for rows in cut)
+    return Line(groups, _padding(lengths, cut, device))
 
 
-def _group(spans: list[tuple[int, int]], device: torch.device) -> _Group:
-    start_B1 = torch.tensor([[start] for start, _ in spans], device=device)
-    length_B1 = torch.tensor([[length] for _, length in spans], device=device)
-    step_T = torch.arange(max(length for _, length in spans), device=device)
-    place_BT = start_B1 + step_T.minimum(length_B1 - 1)
-    return _Group(place_BT, step_T < length_B1, start=spans[0][0] if len(spans) == 1 else None)
-
-
-def _rows(line_1HSE: Tensor, group: _Group) -> Tensor:
-    """A group's rows side by side, [B, H, T, E]."""
-    if group.start is not None:
-        return line_1HSE.narrow(2, group.start, group.place_BT.shape[1])
-    return line_1HSE[0][:, group.place_BT].transpose(0, 1)
+def _padding(lengths: Sequence[int], cut: Sequence[Sequence[int]], device: torch.device) -> _Padding | None:
+    starts = [0, *accumulate(lengths)]
+    place: list[int] = []
+    own: list[bool] = []
+    back = [0] * starts[-1]
+    for rows in cut:
+        width = lengths[rows[0]]
+        for row in rows:
+            start, length, missing = starts[row], lengths[row], width - lengths[row]
+            back[start : start + length] = range(len(place), len(place) + length)
+            place += [*range(start, start + length), *[start + length - 1] * missing]
+            own += [True] * length + [False] * missing
+    if place == list(range(starts[-1])):
+        return None
+    # Made on the host and moved once: no layer waits for the device to say which tokens are padding.
+    own_N11 = torch.tensor(own, device=device)[:, None, None]
+    return _Padding(torch.tensor(place, device=device), torch.tensor(back, device=device), own_N11)
 
 
 def seen_keys(before: int, tokens: int, window: int | None, device: torch.device) -> Tensor:

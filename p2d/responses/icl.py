@@ -319,10 +319,10 @@ class _LogLikelihoodGain:
         self._alone: dict[tuple[int, ...], float] = {}
 
     def __call__(self, scene: Scene, rows: Sequence[Row], h_TD: Tensor) -> Verdict:
-        logits_NV, target_N, query_N = _forced(self._base, scene, h_TD)
+        logits_NV, target_N = _forced(self._base, scene, h_TD)
         nll_N = functional.cross_entropy(logits_NV, target_N, reduction="none").double()
-        sum_B = torch.zeros(len(rows), dtype=torch.float64, device=nll_N.device).index_add(0, query_N, nll_N)
-        nll = [float(total) / len(query.answer_ids) for total, query in zip(sum_B, scene.queries, strict=True)]
+        of_queries = nll_N.cpu().split([stop - start for start, stop in scene.answers])
+        nll = [float(nll_N.mean()) for nll_N in of_queries]
         without, sizes = self._without(scene.queries)
         operations = flops.forward(self._base.info, flops.work_of(sizes))
         gain = float(np.mean(without) - np.mean(nll))
@@ -344,20 +344,18 @@ def _token_accuracy(base: BaseModel) -> Judge:
     """Share of the queries' answer tokens that are the model's first choice, each given the right ones before it."""
 
     def judge(scene: Scene, rows: Sequence[Row], h_TD: Tensor) -> Verdict:
-        logits_NV, target_N, _ = _forced(base, scene, h_TD)
+        logits_NV, target_N = _forced(base, scene, h_TD)
         return Verdict(float((logits_NV.argmax(-1) == target_N).double().mean()))
 
     return judge
 
 
-def _forced(base: BaseModel, scene: Scene, h_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits [N, V] fp32 that predict each answer token of the scene, those tokens, and which query each belongs to."""
+def _forced(base: BaseModel, scene: Scene, h_TD: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits [N, V] fp32 that predict each answer token of the scene, query after query, and those tokens."""
     at_N = torch.cat([torch.arange(start, stop) for start, stop in scene.answers]).to(h_TD.device)
-    sizes = torch.tensor([stop - start for start, stop in scene.answers])
-    query_N = torch.repeat_interleave(torch.arange(len(sizes)), sizes).to(h_TD.device)
     target_N = torch.tensor(scene.ids, device=h_TD.device)[at_N]
     # A token is predicted from the one before it; prompts are never empty, so that one is in the same branch.
-    return base.logits(h_TD[at_N - 1]).float(), target_N, query_N
+    return base.logits(h_TD[at_N - 1]).float(), target_N
 
 
 def _written(metric: str) -> Callable[[BaseModel], Judge]:
