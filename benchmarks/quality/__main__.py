@@ -3,6 +3,7 @@
     ./run quality --task gsm8k=DIR --task dialogsum=DIR      # clean pools, and pools of which half are bad
     ./run quality --rows 2000 --minutes 480                  # the main table, in the background
     ./run quality --arm alignment                            # arms whose name holds a word
+    ./run quality --workers 12 --rows 2000 --batch 16        # on a GPU
 
 Without --task: the GSM8K sample of examples/. Writes quality.json, which is also what a later run goes on from, and quality.md.
 """
@@ -49,9 +50,9 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--junk",
         action="append",
-        choices=JUNK,
+        type=_junk,
         default=None,
-        help="kind of bad rows in the second pool of a task; repeatable; another's answer by default",
+        help="kind of bad rows in a further pool of each task; repeatable, joined by +; another's answer by default",
     )
     parser.add_argument("--share", type=float, default=0.5, help="of bad rows in it; 0 = clean pools only")
     parser.add_argument("--arm", default="", help="only arms whose name holds this")
@@ -61,6 +62,8 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--held-out", type=int, default=64)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--batch", type=int, default=4, help="rows of an optimizer step")
+    parser.add_argument("--workers", type=int, default=1, help="processes at a time: a small model leaves a GPU idle")
     parser.add_argument("--metric", choices=("exact_match", "rouge_l"), help="answers are written, too; dear")
     parser.add_argument("--minutes", type=float, default=120.0, help="no cell is begun later")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
@@ -69,8 +72,15 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results")
     options = parser.parse_args(arguments)
     options.task = options.task or [f"gsm8k={ROOT / 'examples' / 'gsm8k'}"]
-    options.junk = tuple(options.junk or ("another's answer",))
+    options.junk = options.junk or [JUNK[:1]]
     return options
+
+
+def _junk(text: str) -> tuple[str, ...]:
+    kinds = tuple(text.split("+"))
+    if unknown := [kind for kind in kinds if kind not in JUNK]:
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(JUNK)}")
+    return kinds
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 from p2d.config import Projection
 
@@ -13,7 +13,6 @@ FULL_RATES = (1e-5, 2e-5, 4e-5, 8e-5, 1.6e-4)
 """Of full fine-tuning."""
 
 V_O: tuple[Projection, ...] = ("v", "o")
-QKV: tuple[Projection, ...] = ("q", "k", "v")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,53 +48,99 @@ class Arm:
     """A data scorer, or `all`, `random`, `oracle`: at random among the rows that are known to be clean."""
     ratio: float = 1.0
     """Of rows."""
+    mode: Literal["faithful", "fast"] = "faithful"
+    """Of the data scorer: fast scores a random part of the pool, and the beginning of long answers (`p2d.config`)."""
+    rows_for: str = ""
+    """A head scorer or `random`: rows are chosen for these heads instead of those that are trained."""
     heads: str = "all"
     """A head scorer, `all`, or `random`: spread, as many as come nearest to the parameters that 10 % of heads have."""
     heads_ratio: float = 1.0
-    epochs: int = 3
-    groups: frozenset[str] = field(default=frozenset({"main"}))
-    """Tables in which it stands."""
+    epochs: int = 0
+    """0 = as many as the run says."""
+    draws: int = 1
+    """Fewest seeds: a random choice is not one choice."""
+    groups: frozenset[str] = field(default=frozenset())
+    """Tables in which it stands beside the main one; `core` = computed first, on every pool."""
 
 
-LORA_1 = Weights(kind="lora", rank=1)
 LORA_8 = Weights(kind="lora", rank=8)
 RANK_8 = Weights(kind="slices", slices=V_O, rank=8)
 WHOLE = Weights(kind="slices", slices=V_O)
 
 REFERENCE = "LoRA rank 8, all rows"
 """What people do without P2D: every arm is compared with it."""
+FULL = "full fine-tuning, all rows"
 
-ROWS = frozenset({"main", "rows"})
-HEADS = frozenset({"main", "heads"})
+CORE = frozenset({"core"})
+ROWS = frozenset({"rows"})
+HEADS = frozenset({"heads"})
+WEIGHTS = frozenset({"weights"})
+
+
+def _lora(rows: str, ratio: float, **more: Any) -> Arm:
+    """LoRA on all linear layers, on a part of the rows."""
+    fast = ", fast" if more.get("mode") == "fast" else ""
+    return Arm(name=f"LoRA rank 8, {ratio:.0%} {rows} rows{fast}", weights=LORA_8, rows=rows, ratio=ratio, **more)
+
+
+def _heads(heads: str, ratio: float, weights: Weights, **more: Any) -> Arm:
+    """The same rows for some heads, which are chosen in every way."""
+    what = "whole slices" if weights.rank is None else f"rank {weights.rank}"
+    name = f"{what} in {ratio:.0%} {heads} heads, 25% alignment rows"
+    if "rows_for" in more:
+        name += f" for {more['rows_for']} heads"
+    return Arm(
+        name=name, weights=weights, rows="alignment", ratio=0.25, heads=heads, heads_ratio=ratio, groups=HEADS, **more
+    )
+
 
 ARMS = (
-    Arm(name=REFERENCE, weights=LORA_8),
-    # Rows: the same weights on a quarter of the rows, chosen in every way.
-    *(
-        Arm(name=f"rank 8 in all heads, {rows} rows", weights=RANK_8, rows=rows, ratio=0.25, groups=ROWS)
-        for rows in ("random", "oracle", "alignment", "alignment_likelihood")
-    ),
-    Arm(name="LoRA rank 8, random rows", weights=LORA_8, rows="random", ratio=0.25),
-    Arm(name="LoRA rank 8, alignment rows", weights=LORA_8, rows="alignment", ratio=0.25),
-    Arm(name="rank 8 in all heads, all rows", weights=RANK_8, groups=ROWS),
-    # Heads: the same rows, a tenth of the heads, chosen in every way.
+    Arm(name=REFERENCE, weights=LORA_8, groups=CORE | WEIGHTS),
+    # What people do who want it cheaper, without choosing anything.
+    Arm(name="LoRA rank 8, all rows, 1 epoch", weights=LORA_8, epochs=1, groups=CORE),
+    # Rows, 10 to 50 % of them, by every way of choosing, for the weights that are best on all rows.
+    *(_lora(rows, 0.25, groups=CORE) for rows in ("random", "oracle", "alignment", "alignment_likelihood")),
+    _lora("alignment_likelihood", 0.25, mode="fast", groups=CORE),
+    *(_lora(rows, 0.10, groups=CORE) for rows in ("random", "oracle", "alignment")),
+    _lora("alignment_likelihood", 0.10, mode="fast", groups=CORE),
+    *(_lora(rows, 0.50) for rows in ("random", "oracle", "alignment")),
+    Arm(name="rank 8 in all heads, all rows", weights=RANK_8, groups=CORE | WEIGHTS),
     *(
         Arm(
-            name=f"whole slices, {heads} heads, alignment rows",
-            weights=WHOLE,
-            rows="alignment",
+            name=f"rank 8 in all heads, 25% {rows} rows",
+            weights=RANK_8,
+            rows=rows,
             ratio=0.25,
-            heads=heads,
-            heads_ratio=0.10,
-            groups=HEADS,
+            groups=ROWS | (CORE if rows in ("random", "alignment") else frozenset()),
         )
-        for heads in ("attribution", "random", "pad", "shift")
+        for rows in (
+            "random",
+            "oracle",
+            "alignment",
+            "alignment_likelihood",
+            "alignment_information",
+            "information",
+            "icl",
+        )
     ),
-    *(
-        Arm(name=f"rank 8 in all heads, {rows} rows", weights=RANK_8, rows=rows, ratio=0.25, groups=ROWS)
-        for rows in ("information", "icl")
+    # Heads at a low rank, and in whole as published.
+    *(_heads(heads, 0.30, RANK_8) for heads in ("attribution", "pad", "shift")),
+    _heads("random", 0.30, RANK_8, draws=5),
+    *(_heads(heads, 0.10, WHOLE) for heads in ("attribution", "pad", "shift")),
+    _heads("random", 0.10, WHOLE, draws=5),
+    _heads("attribution", 0.10, WHOLE, rows_for="random"),
+    # Weights: how much is trained, and where, on all rows.
+    Arm(name="LoRA rank 1, all rows", weights=Weights(kind="lora", rank=1), groups=WEIGHTS),
+    Arm(name="rank 1 in all heads, all rows", weights=replace(RANK_8, rank=1), groups=WEIGHTS),
+    Arm(name="rank 16 in all heads, all rows", weights=replace(RANK_8, rank=16), groups=WEIGHTS),
+    Arm(name="LoRA rank 32 on v and o, all rows", weights=Weights(kind="lora", rank=32, slices=V_O), groups=WEIGHTS),
+    Arm(
+        name="LoRA rank 8 on q, k, v and o, all rows",
+        weights=Weights(kind="lora", rank=8, slices=("q", "k", "v", "o")),
+        groups=WEIGHTS,
     ),
-    Arm(name="LoRA rank 1, all rows", weights=LORA_1),
-    Arm(name="full fine-tuning, all rows", weights=Weights(kind="full")),
+    Arm(name="rsLoRA rank 8, all rows", weights=Weights(kind="lora", rank=8, variant="rslora"), groups=WEIGHTS),
+    Arm(name=FULL, weights=Weights(kind="full"), groups=WEIGHTS),
+    Arm(name="DoRA rank 8, all rows", weights=Weights(kind="lora", rank=8, variant="dora"), groups=WEIGHTS),
 )
 """The table, what tells most first: time may run out."""

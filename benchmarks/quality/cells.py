@@ -11,13 +11,14 @@ import math
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.quality.arms import Arm
+from benchmarks.quality.graphs import GraphedTrainer
 from benchmarks.quality.measures import Measured, Measures
 from benchmarks.quality.pools import Pool, Task
 from benchmarks.quality.stages import StageCost, Stages
@@ -27,14 +28,12 @@ from p2d.activation_cache import remember_below
 from p2d.errors import Diverged
 from p2d.model_info import ModelInfo
 from p2d.models import BaseModel
-from p2d.optimization import Schedule, SliceTrainer, steps_per_epoch
+from p2d.optimization import Schedule, SliceTrainer, Trainable, steps_per_epoch
+from p2d.rendering import RenderedRow
 from p2d.slices import Head
 
-FORMAT = 1
+FORMAT = 2
 """Of a cell: raised when the way of computing one changes, so that old ones are computed anew."""
-
-BATCH = 4
-"""Rows of an optimizer step, of every arm."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +60,8 @@ class Cell:
     load: float
     """Programs that wanted a processor when the cell was done, this one among them: where they outnumber the processors, seconds
     mislead."""
+    workers: int
+    """Processes that shared the device: where there are several, seconds mislead."""
 
     @property
     def seconds(self) -> float:
@@ -74,7 +75,7 @@ class Cell:
 
 
 class Cells:
-    """The cells that are there, in one JSON file, written after each."""
+    """The cells that are there, in one JSON file, a line each, written after each."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -87,13 +88,16 @@ class Cells:
         """A cell by its name."""
         return self._cells.get(key)
 
+    def add(self, key: str, cell: Cell) -> None:
+        """Know it, in this process alone."""
+        self._cells[key] = cell
+
     def put(self, key: str, cell: Cell) -> None:
         """Write it down."""
-        self._cells[key] = cell
+        self.add(key, cell)
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(
-            {"facts": self.facts, "cells": {key: asdict(cell) for key, cell in self._cells.items()}}, indent=1
-        )
+        lines = [f"{json.dumps(key)}: {json.dumps(asdict(cell))}" for key, cell in self._cells.items()]
+        text = f'{{"facts": {json.dumps(self.facts)}, "cells": {{\n' + ",\n".join(lines) + "\n}}"
         part = self._path.with_suffix(".part")
         part.write_text(text + "\n", encoding="utf-8")
         part.replace(self._path)
@@ -116,6 +120,10 @@ class Laboratory:
     measures: Measures
     cells: Cells
     say: Callable[[str], None]
+    batch_size: int = 4
+    """Rows of an optimizer step, of every arm."""
+    workers: int = 1
+    """Processes that compute cells on this device, this one among them."""
     ends: float = math.inf
     """No cell is begun after this time (`time.monotonic`)."""
     skipped: list[str] = field(default_factory=list)
@@ -123,9 +131,9 @@ class Laboratory:
 
     def key(self, arm: Arm, seed: int, rate: float) -> str:
         """Hash of all that decides a cell. An arm's name and tables do not."""
-        decides = {name: value for name, value in asdict(arm).items() if name not in ("name", "groups")}
+        decides = {name: value for name, value in asdict(arm).items() if name not in ("name", "groups", "draws")}
         facts = [FORMAT, self.base.info.digest, str(self.base.dtype), asdict(self.pool.spec), _rows(self.pool), decides]
-        facts += [seed, rate, BATCH, self.measures.identity, self.stages.identity]
+        facts += [seed, rate, self.batch_size, self.measures.identity, self.stages.identity]
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
 
     def best(self, arm: Arm, seeds: int) -> list[Cell]:
@@ -148,7 +156,7 @@ class Laboratory:
                 break
         if best is None or best.diverged:
             return []
-        more = [self.cell(arm, seed, rates[place]) for seed in range(1, seeds)]
+        more = [self.cell(arm, seed, rates[place]) for seed in range(1, max(seeds, arm.draws))]
         return [best, *(cell for cell in more if cell is not None)]
 
     def cell(self, arm: Arm, seed: int, rate: float) -> Cell | None:
@@ -167,9 +175,11 @@ class Laboratory:
 
     def _compute(self, arm: Arm, seed: int, rate: float) -> Cell:
         heads, costs = self.stages.heads(arm, seed)
-        chosen, more = self.stages.rows(arm, heads, seed)
+        # To choose rows for other heads costs finding those, too, but that is a control and no recipe.
+        wanted = self.stages.heads(replace(arm, heads=arm.rows_for), seed)[0] if arm.rows_for else heads
+        chosen, more = self.stages.rows(arm, wanted, seed)
         rendered = [self.base.renderer.render(self.pool.rows[index]) for index in chosen]
-        steps = steps_per_epoch(len(rendered), BATCH) * arm.epochs
+        steps = steps_per_epoch(len(rendered), self.batch_size) * arm.epochs
         below = min(heads)[0] if arm.weights.kind == "slices" and arm.epochs > 1 else 0
         measured: Measured | None = None
         validation: float | None = None
@@ -177,10 +187,7 @@ class Laboratory:
             parameters = sum(parameter.numel() for parameter in trained.parameters())
             started = clock(self.base)
             try:
-                with remember_below(self.base, below):
-                    trainer = SliceTrainer(self.base, trained, rendered, batch_size=BATCH, seed=str(seed))
-                    for _ in range(steps):
-                        trainer.advance(Schedule(rate, steps))
+                self._train(trained, rendered, Schedule(rate, steps), seed=seed, below=below)
                 seconds = clock(self.base) - started
                 validation = self.measures.loss(self.base, self.task.validation)
                 measured = self.measures.all(self.base)
@@ -207,7 +214,24 @@ class Laboratory:
             stages=[*costs, *more],
             measured=measured,
             load=round(os.getloadavg()[0], 1),
+            workers=self.workers,
         )
+
+    def _train(
+        self, trained: Trainable, rows: Sequence[RenderedRow], schedule: Schedule, *, seed: int, below: int
+    ) -> None:
+        if self.base.device.type == "cuda":
+            recorded = GraphedTrainer(self.base, trained, rows, batch_size=self.batch_size, seed=str(seed))
+            for _ in range(schedule.steps):
+                recorded.advance(schedule)
+            trained.sync()
+            del recorded  # with its recordings, whose memory other processes want
+            torch.cuda.empty_cache()
+            return
+        with remember_below(self.base, below):
+            trainer = SliceTrainer(self.base, trained, rows, batch_size=self.batch_size, seed=str(seed))
+            for _ in range(schedule.steps):
+                trainer.advance(schedule)
 
 
 def training_flops(info: ModelInfo, arm: Arm, rows: Sequence[tuple[int, int]], heads: Sequence[Head]) -> float:

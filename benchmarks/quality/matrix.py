@@ -6,12 +6,12 @@ import argparse
 import os
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
-from benchmarks.quality.arms import ARMS
+from benchmarks.quality.arms import ARMS, Arm
 from benchmarks.quality.cells import Cells, Laboratory, clock
 from benchmarks.quality.measures import Measures
 from benchmarks.quality.pools import READERS, PoolSpec, Task, build
@@ -24,52 +24,106 @@ from p2d.rows import Row
 OTHER_ROWS = 12
 """Rows of the other task that tell what was forgotten."""
 
+Say = Callable[[str], None]
 
-def run(options: argparse.Namespace, say: Callable[[str], None]) -> str:
+
+def run(options: argparse.Namespace, say: Say) -> str:
     """Compute the cells that are missing, write quality.md, return it. Raises ValueError for tasks that do not serve."""
-    torch.set_num_threads(options.threads)
+    from benchmarks.quality.workers import share_out  # which begins processes that import this module
+
     ends = time.monotonic() + 60 * options.minutes
-    base = load_base_model(options.model, precision=options.precision, device=options.device)
-    tasks = _tasks(options, base)
     cells = Cells(options.out / "quality.json")
-    cells.facts = {
-        "Model": f"{base.info.name}, {base.dtype}".replace("torch.", ""),
-        "Machine": f"{machine()}, {options.threads} threads, {base.device}",
-    }
-    arms = [replace(arm, epochs=options.epochs) for arm in ARMS if options.arm in arm.name]
+    matrix = Matrix(options, cells, say, ends)
+    cells.facts = matrix.facts
+    notes = []
+    if options.workers > 1:
+        notes = share_out(options, matrix.orders(), cells, say, ends)
+        matrix.ends = 0.0  # what they did not come to is said to be missing, not computed here
     pools: dict[str, list[Found]] = {}
     before: dict[str, float] = {}
-    skipped: list[str] = []
-    notes: list[str] = []
-    for spec in (spec for spec in _specs(options, tasks) if options.pool in spec.name):
-        task, other = tasks[spec.task], next((t for name, t in tasks.items() if name != spec.task), None)
-        pool = build(spec, task, other)
-        measures = Measures(task.held_out, () if other is None else other.held_out[:OTHER_ROWS], options.metric)
-        measures.prepare(base)
-        laboratory = Laboratory(
-            base=base,
-            pool=pool,
-            task=task,
-            stages=Stages(base, pool, task.validation, lambda: clock(base)),
-            measures=measures,
-            cells=cells,
-            say=say,
-            ends=ends,
-        )
-        before[spec.name] = measures.loss(base, task.held_out)
+    for spec in matrix.specs:
+        laboratory = matrix.laboratory(spec)
+        before[spec.name] = laboratory.measures.loss(matrix.base, laboratory.task.held_out)
         say(f"{spec.name}: held-out loss before training {before[spec.name]:.4f}")
-        found = [Found(arm, laboratory.best(arm, options.seeds)) for arm in arms]
+        found = [Found(arm, laboratory.best(arm, options.seeds)) for arm in matrix.arms]
         pools[spec.name] = [one for one in found if one.cells]
-        skipped += laboratory.skipped
         notes += [
             f"{one.arm.name} diverged on {spec.name} at every rate that was tried."
             for one in _diverged(found, laboratory)
         ]
-        text = page(
-            pools, base=before, facts=cells.facts, notes=[*_notes(options), *_busy(pools), *notes, *_missing(skipped)]
-        )
+        said = [*_notes(options), *_crowded(pools), *notes, *_missing(matrix.skipped)]
+        text = page(pools, base=before, facts=cells.facts, notes=said)
         (options.out / "quality.md").write_text(text, encoding="utf-8")
     return text
+
+
+@dataclass(slots=True)
+class Matrix:
+    """Model, tasks and pools of a run, in one process."""
+
+    options: argparse.Namespace
+    cells: Cells
+    say: Say
+    ends: float
+    """No cell is begun later (`time.monotonic`)."""
+    base: BaseModel = field(init=False)
+    arms: list[Arm] = field(init=False)
+    specs: list[PoolSpec] = field(init=False)
+    _tasks: dict[str, Task] = field(init=False)
+    _laboratories: dict[str, Laboratory] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        options = self.options
+        torch.set_num_threads(options.threads)
+        self.base = load_base_model(options.model, precision=options.precision, device=options.device)
+        self._tasks = _tasks(options, self.base)
+        self.arms = [replace(arm, epochs=arm.epochs or options.epochs) for arm in ARMS if options.arm in arm.name]
+        self.specs = [spec for spec in _specs(options, self._tasks) if options.pool in spec.name]
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """What a reader needs to know about the run."""
+        options, base = self.options, self.base
+        device = torch.cuda.get_device_name(base.device) if base.device.type == "cuda" else str(base.device)
+        return {
+            "Model": f"{base.info.name}, {base.dtype}".replace("torch.", ""),
+            "Machine": f"{machine()}, {options.threads} threads, {device}, processes at a time: {options.workers}",
+        }
+
+    @property
+    def skipped(self) -> list[str]:
+        """What there was no time for."""
+        return [line for laboratory in self._laboratories.values() for line in laboratory.skipped]
+
+    def laboratory(self, spec: PoolSpec) -> Laboratory:
+        """Where the cells of a pool are computed; made when first asked for."""
+        if spec.name not in self._laboratories:
+            base, task = self.base, self._tasks[spec.task]
+            other = next((t for name, t in self._tasks.items() if name != spec.task), None)
+            pool = build(spec, task, other)
+            measures = Measures(
+                task.held_out, () if other is None else other.held_out[:OTHER_ROWS], self.options.metric
+            )
+            measures.prepare(base)
+            self._laboratories[spec.name] = Laboratory(
+                base=base,
+                pool=pool,
+                task=task,
+                stages=Stages(base, pool, task.validation, lambda: clock(base)),
+                measures=measures,
+                cells=self.cells,
+                say=self.say,
+                batch_size=self.options.batch,
+                workers=self.options.workers,
+            )
+        laboratory = self._laboratories[spec.name]
+        laboratory.ends = self.ends
+        return laboratory
+
+    def orders(self) -> list[tuple[PoolSpec, Arm]]:
+        """Every arm on every pool, the core of the table first."""
+        every = [(spec, arm) for spec in self.specs for arm in self.arms]
+        return sorted(every, key=lambda order: "core" not in order[1].groups)
 
 
 def _diverged(found: list[Found], laboratory: Laboratory) -> list[Found]:
@@ -79,15 +133,20 @@ def _diverged(found: list[Found], laboratory: Laboratory) -> list[Found]:
 
 def _notes(options: argparse.Namespace) -> list[str]:
     return [
-        f"{options.epochs} epochs, {options.held_out} held-out rows, rates chosen on {options.validation} others with seed 0; that "
-        "search is left out of the cost of every arm. Seconds are the processor's, or on a GPU the wall's.",
+        f"{options.epochs} epochs in steps of {options.batch} rows, {options.held_out} held-out rows, rates chosen on "
+        f"{options.validation} others with seed 0; that search is left out of the cost of every arm. Seconds are the processor's, "
+        "or on a GPU the wall's.",
         "Rows and heads are chosen by the product's own stages, whose cost is in the ratios. A seed draws anew the order of rows, "
         "proxies, first factors and all random choices; intervals are over held-out rows alone, at the mean of the seeds.",
     ]
 
 
-def _busy(pools: dict[str, list[Found]]) -> list[str]:
-    load = max((cell.load for found in pools.values() for one in found for cell in one.cells), default=0.0)
+def _crowded(pools: dict[str, list[Found]]) -> list[str]:
+    """Whether seconds mislead, and why."""
+    every = [cell for found in pools.values() for one in found for cell in one.cells]
+    workers, load = (max((getattr(cell, name) for cell in every), default=0) for name in ("workers", "load"))
+    if workers > 1:
+        return [f"Up to {workers} processes shared the device: trust operations, not seconds."]
     processors = os.cpu_count() or 1
     if load < processors + 0.5:
         return []
@@ -119,5 +178,10 @@ def _length(base: BaseModel, row: Row) -> int:
 def _specs(options: argparse.Namespace, tasks: dict[str, Task]) -> list[PoolSpec]:
     """Pools with bad rows first: that is what users have, and time may run out."""
     sizes = {name: min(options.rows, len(task.train)) for name, task in tasks.items()}
-    bad = [PoolSpec(name, rows, options.junk, options.share) for name, rows in sizes.items() if options.share]
+    bad = [
+        PoolSpec(name, rows, junk, options.share)
+        for junk in options.junk
+        for name, rows in sizes.items()
+        if options.share
+    ]
     return bad + [PoolSpec(name, rows) for name, rows in sizes.items()]

@@ -13,12 +13,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from p2d.batches import TOKEN_BUDGET, Batch, hidden, pack, packed_batches
+from p2d.batches import Batch, hidden, pack, packed_batches
 from p2d.errors import Diverged
 from p2d.evaluation import row_losses
 from p2d.generation import task_metric
 from p2d.models import BaseModel
 from p2d.rows import Row
+
+CPU_TOKENS, GPU_TOKENS = 1024, 8192
+"""Tokens of one batch, of which all logits of answers are held: 49,152 fp32 numbers a token for SmolLM2."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +117,8 @@ def _answers(base: BaseModel, rows: Sequence[Row]) -> Iterator[tuple[Batch, Tens
     """Some rows in one line, log-probabilities fp32 [N, V] of their answer tokens, and those tokens [N]; batch by batch."""
     rendered = [base.renderer.render(row) for row in rows]
     lengths = [base.renderer.length(row) for row in rendered]
-    for indices in packed_batches(lengths, TOKEN_BUDGET // 4):  # all logits of a batch are held
+    budget = CPU_TOKENS if base.device.type == "cpu" else GPU_TOKENS
+    for indices in packed_batches(lengths, budget):
         batch = pack(base.renderer, rendered, indices).to(base.device)
         mask_BT = batch.answer_mask_BT[:, 1:]
         with torch.no_grad():

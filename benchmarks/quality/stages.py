@@ -80,7 +80,9 @@ class Stages:
         if arm.rows == "oracle":
             return _drawn(self.pool.clean, count, seed), []
         config = self._config(arm, seed)
-        key = repr((arm.rows, arm.weights.slices, seed))
+        # In fast mode the ratio decides how many rows are looked at, and the seed which; groups of `icl` are drawn by it, too.
+        drawn = (arm.ratio, seed) if arm.mode == "fast" else seed if arm.rows == "icl" else None
+        key = repr((arm.rows, arm.mode, drawn, arm.weights.slices))
         if key not in self._responses:
             scorer: Any = load(DATA_SCORERS, arm.rows, what="data scorer", pointer="/data/scorer")
             assert config.training.slices != "auto"
@@ -104,7 +106,9 @@ class Stages:
         config = JobConfig(
             heads=HeadsConfig(scorer=scorer, ratio=arm.heads_ratio),
             data=DataConfig(
-                scorer="alignment" if arm.rows in ("all", "random", "oracle") else arm.rows, ratio=arm.ratio
+                scorer="alignment" if arm.rows in ("all", "random", "oracle") else arm.rows,
+                ratio=arm.ratio,
+                mode=arm.mode,
             ),
             # LoRA has no slices of its own: rows are scored on those of the default recipe.
             training=TrainingConfig(

@@ -9,11 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.quality.arms import REFERENCE, Arm
+from benchmarks.quality.arms import FULL, REFERENCE, Arm
 from benchmarks.quality.cells import Cell
 from p2d.evaluation import Change, RowLosses, paired_bootstrap
 
-FULL = "full fine-tuning, all rows"
 RANDOM = "random"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import queue
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.quality.__main__ import _options
 from benchmarks.quality.arms import ARMS, REFERENCE, Arm, Weights
 from benchmarks.quality.cells import Cells, Laboratory
 from benchmarks.quality.matrix import run
@@ -20,6 +22,7 @@ from benchmarks.quality.pools import MAKERS, Pool, PoolSpec, Task, build
 from benchmarks.quality.stages import Stages
 from benchmarks.quality.tables import Found, page
 from benchmarks.quality.weights import installed
+from benchmarks.quality.workers import _work, share_out
 from p2d.batches import mean_answer_nll
 from p2d.evaluation import row_losses
 from p2d.models import BaseModel
@@ -154,32 +157,21 @@ def test_the_oracle_takes_clean_rows_alone_and_random_rows_ignore_what_is_known(
     assert heads.parameters < chosen.parameters * 100
 
 
-def test_a_run_writes_a_page_with_every_arm_and_a_second_run_computes_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def options_of(tmp_path: Path, **more: Any) -> argparse.Namespace:
+    """A run on tiny files and a tiny model."""
     model = tiny_model_dir(tmp_path / "tiny", n_layers=4)
     write_rows(tmp_path / "train.jsonl", some_rows(16))
     write_rows(tmp_path / "test.jsonl", some_rows(8, first=50))
-    options = argparse.Namespace(
-        model=model,
-        task=[f"gsm8k={tmp_path}"],
-        rows=16,
-        junk=("echo",),
-        share=0.5,
-        arm="LoRA rank",
-        pool="gsm8k",
-        max_tokens=200,
-        validation=4,
-        held_out=4,
-        seeds=1,
-        epochs=1,
-        metric=None,
-        minutes=10.0,
-        threads=1,
-        precision="fp32",
-        device="cpu",
-        out=tmp_path / "results",
-    )
+    given = [f"--model={model}", f"--task=gsm8k={tmp_path}", f"--out={tmp_path / 'results'}", "--junk=echo"]
+    given += ["--rows=16", "--validation=4", "--held-out=4", "--seeds=1", "--epochs=1", "--threads=1"]
+    given += ["--precision=fp32", "--device=cpu"]
+    return argparse.Namespace(**vars(_options(given)) | more)
+
+
+def test_a_run_writes_a_page_with_every_arm_and_a_second_run_computes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = options_of(tmp_path, arm="all rows, 1")
     told: list[str] = []
     first = run(options, told.append)
     stored = json.loads((tmp_path / "results/quality.json").read_text())
@@ -190,8 +182,59 @@ def test_a_run_writes_a_page_with_every_arm_and_a_second_run_computes_nothing(
     assert "## gsm8k, 16 rows, clean" in first
     assert "## gsm8k, 16 rows, 50% echo" in first
     for arm in ARMS:
-        assert (f"| {arm.name} |" in first) == ("LoRA rank" in arm.name)
-    assert {cell["arm"] for cell in stored["cells"].values()} == {arm.name for arm in ARMS if "LoRA rank" in arm.name}
+        assert (f"| {arm.name} |" in first) == ("all rows, 1" in arm.name)
+    assert {cell["arm"] for cell in stored["cells"].values()} == {arm.name for arm in ARMS if "all rows, 1" in arm.name}
+
+
+def test_processes_that_share_the_work_compute_what_one_does(tmp_path: Path) -> None:
+    options = options_of(tmp_path, arm="10% random rows", share=0.0)
+    run(options, lambda line: None)
+    alone = json.loads((tmp_path / "results/quality.json").read_text())["cells"]
+
+    options.out, options.workers = tmp_path / "shared", 2
+    page_of_both = run(options, lambda line: None)
+
+    cells = json.loads((tmp_path / "shared/quality.json").read_text())["cells"]
+    assert len(alone) > 1
+    assert {key: cell["measured"] for key, cell in cells.items()} == {
+        key: cell["measured"] for key, cell in alone.items()
+    }
+    assert "2 processes shared the device" in page_of_both
+
+
+def test_an_order_that_fails_is_named_and_one_that_needs_memory_is_given_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = options_of(tmp_path, arm="10% random rows", share=0.0)
+    spec, told, waiting = PoolSpec("gsm8k", 16), queue.SimpleQueue[Any](), queue.SimpleQueue[Any]()
+    trouble = iter([RuntimeError("no luck"), RuntimeError("CUDA error: out of memory")])
+    monkeypatch.setattr(Laboratory, "best", lambda *_: (_ for _ in ()).throw(next(trouble)))
+    for order in ((spec, ARMS[0]), (spec, ARMS[1]), (spec, ARMS[2])):
+        waiting.put(order)
+
+    _work(options, waiting, told, ends=time.monotonic() + 60)
+
+    assert told.get() == ("failed", f"{REFERENCE} on gsm8k, 16 rows, clean failed: RuntimeError: no luck")
+    assert told.get() == ("out of memory", (spec, ARMS[1]))
+    assert waiting.get() == (spec, ARMS[2])  # the process ended and gave back what it held
+
+
+def test_orders_given_back_are_done_by_fewer_processes_and_named_when_one_alone_cannot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = argparse.Namespace(workers=3)
+    spec, rounds = PoolSpec("gsm8k", 16), []
+
+    def fake(_: object, orders: list[Any], workers: int, ends: float) -> Any:
+        rounds.append((len(orders), workers))
+        yield from [("out of memory", order) for order in orders[-2:]]
+
+    monkeypatch.setattr("benchmarks.quality.workers._round", fake)
+
+    failed = share_out(options, [(spec, arm) for arm in ARMS[:5]], Cells(tmp_path / "q.json"), lambda _: None, ends=0.0)
+
+    assert rounds == [(5, 3), (2, 1)]
+    assert failed == [f"{arm.name} on gsm8k, 16 rows, clean needs more memory than there is." for arm in ARMS[3:5]]
 
 
 def test_the_losses_of_a_cell_are_those_of_the_product_row_by_row(tiny: BaseModel) -> None:
