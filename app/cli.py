@@ -32,7 +32,7 @@ from app.service_commands import DEFAULT_URL, Url
 from app.settings import Settings
 from app.webhook_commands import webhooks
 from p2d.client import Client, DownloadCorrupt, Job, NoSuchFile, ServiceProblem, ServiceUnreachable
-from p2d.config import JobConfig, check
+from p2d.config import JobConfig
 from p2d.errors import DatasetFileMissing, ErrorDetail, P2DError
 from p2d.sources import named_source
 from p2d.wording import counted
@@ -430,12 +430,9 @@ def _body(kind: str, recipe: str, fields: list[str]) -> dict[str, Any]:
 
 def _config(body: dict[str, Any]) -> JobConfig:
     """The same checks as POST /jobs makes. Raises RequestInvalid, ConfigError."""
-    from app.job_bodies import read_job_body
-    from app.schemas import JobBody
+    from app.job_bodies import job_config
 
-    config = read_job_body({**body, "base_model": "local"}, JobBody).config()
-    check(config)
-    return config
+    return job_config({**body, "base_model": "local"})
 
 
 def _say_status(job: Job) -> None:

@@ -33,22 +33,23 @@ async def estimate_job(request: Request, services: Context, key: IdempotencyKey)
 
 def answer_estimate(services: Services, received: Received) -> Response:
     """The answer to a request for a job that is not to be made."""
-    body = parse_job(received)
+    asked = parse_job(received)
     assert services.caller is not None, "nobody has come in"
     settings = services.settings
     known = Known(
         outlook=services.lookout.outlook(
-            project_id=services.caller.project_id, queue=settings.worker_queue, priority=body.priority
+            project_id=services.caller.project_id, queue=settings.worker_queue, priority=asked.body.priority
         ),
         shard_rows=settings.shard_rows,
         device=settings.device,
         cost_per_hour=settings.cost_per_hour,
     )
     with ExitStack() as stack:
-        inspected = inspect_job(services, body, received, stack, refused=[])  # nothing is stored, no report either
+        inspected = inspect_job(services, asked, received, stack, refused=[])  # nothing is stored, no report either
         with services.engine.connect() as conn:
             checked = inspected.check(conn)
-            found = forecast(conn, body.config(), checked.model, checked.dataset, checked.validation, known)
+            given, map_scorer = (checked.dataset, checked.validation), checked.earlier.map_scorer
+            found = forecast(conn, asked.body.config(), checked.model, *given, known, map_scorer=map_scorer)
     view = EstimateView.model_validate(
         {
             **asdict(found),

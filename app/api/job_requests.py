@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from app.api.bodies import Received, read_json, work_folder
 from app.api.content import STORED
@@ -17,7 +17,7 @@ from app.api.datasets import SOURCE_ERRORS
 from app.core.bases import find_base, is_artifact, keep_base
 from app.core.ingest import Candidate, inspect_file, inspect_given
 from app.core.refusals import Refusal
-from app.core.submit import Content, find_dataset, refusals
+from app.core.submit import Content, Earlier, Inputs, find_dataset, find_earlier, refusals
 from app.core.webhooks import named_webhooks
 from app.dataset_errors import DatasetReaderDied, DatasetTooCostly, SourceFailed
 from app.db.datasets import Dataset
@@ -32,12 +32,12 @@ from app.errors import (
     SelectionMismatch,
     SelectionNotFound,
 )
-from app.job_bodies import read_job_body
+from app.job_bodies import AskedJob, as_asked, read_job
 from app.problems import invalid
 from app.result_errors import ArtifactExpired, NotABaseModel
 from app.schemas import Body, JobBody, RowsBody, SourceBody
 from app.webhook_errors import WebhookNotFound
-from p2d.columns import mapped
+from p2d.columns import Columns, mapped
 from p2d.config import Kind, check
 from p2d.errors import (
     ConfigError,
@@ -77,8 +77,8 @@ REFUSALS: tuple[type[P2DError], ...] = (
 """What a request for a job may be refused with."""
 
 
-def parse_job(received: Received, shape: type[Body] = JobBody, *, kind: Kind | None = None) -> JobBody:
-    """The job of a request. Raises RequestInvalid where a type is wrong, with all that can be told of its fields then.
+def parse_job(received: Received, shape: type[Body] = JobBody, *, kind: Kind | None = None) -> AskedJob:
+    """The job of a request, with what is wrong with its fields. Raises RequestInvalid or RequestError if it has no JSON object.
 
     Args:   shape: what its JSON is of; of another than JobBody `kind` is the job's.
     """
@@ -86,32 +86,24 @@ def parse_job(received: Received, shape: type[Body] = JobBody, *, kind: Kind | N
         text = "The part 'job' with the job's JSON is missing."
         raise RequestInvalid(text, errors=[ErrorDetail(code="field.missing", message=text, pointer="/job")])
     try:
-        asked = read_json(shape, received.json)
-    except RequestInvalid as error:
-        value, faults = json.loads(received.json), error.errors
-        try:
-            read_job_body(value, shape, kind=kind)
-        except RequestInvalid as wider:  # wrong values are told with the wrong types
-            faults = wider.errors
-        misplaced = _misplaced(value, received) if isinstance(value, dict) else ()
-        raise invalid([*faults, *misplaced]) from None
-    if isinstance(asked, JobBody):
-        return asked
-    return read_json(JobBody, json.dumps({**asked.model_dump(mode="json", exclude_unset=True), "kind": kind}).encode())
+        return as_asked(read_json(shape, received.json), kind)
+    except RequestInvalid:
+        return read_job(json.loads(received.json), shape, kind=kind)
 
 
-def _misplaced(fields: Mapping[str, Any], received: Received) -> Iterator[ErrorDetail]:
+def _misplaced(asked: AskedJob, received: Received) -> Iterator[ErrorDetail]:
     """What is wrong between the job's JSON and the files beside it."""
+    body = asked.body
     for name in FILES:
-        named, sent = fields.get(name) is not None, name in received.files
+        named, sent = not asked.has_read(name) or getattr(body, name) is not None, name in received.files
         if named and sent:
             text = "Given in the job and as a file."
             yield ErrorDetail(code="field.given_twice", message=text, pointer=f"/{name}")
         if name == "dataset" and not (named or sent):
             text = "Give a dataset's id, its source or its rows, or send its file."
             yield ErrorDetail(code="field.missing", message=text, pointer="/dataset")
-    held = any(isinstance(fields.get(name), dict | Body) for name in FILES)
-    if fields.get("mapping") and not received.files and not held:
+    held = _given(body) or not all(asked.has_read(name) for name in FILES)
+    if body.mapping and not received.files and not held:
         text = "A mapping is for data that come with the job; a stored dataset was read already."
         yield ErrorDetail(code="field.without_file", message=text, pointer="/mapping")
 
@@ -131,15 +123,17 @@ class CheckedJob:
     validation: Content | None
     stored: Mapping[str, Dataset]
     """Those of the two that the ledger had already, by their names in the body."""
+    earlier: Earlier
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class InspectedJob:
     """A job of which all was looked at that lies outside the ledger: its fields, its model, the data that came with it."""
 
-    body: JobBody
+    asked: AskedJob
     model: ModelInfo | None
     contents: Mapping[str, Content | None]
+    """Datasets by their names in the body, but for those that are to be found in the ledger; None if one cannot be had."""
     candidates: Mapping[str, Candidate]
     """Datasets that came with the job, as files or in its JSON."""
     faults: _Faults
@@ -149,57 +143,75 @@ class InspectedJob:
 
         Args:   keep: nobody deletes the datasets, nor the base model, before the caller's transaction has ended.
         """
-        faults, stored = self.faults, dict[str, Dataset]()
-        if keep and self.model is not None and is_artifact(self.body.base_model):  # first: see `keep_base`
-            faults.catch(partial(keep_base, conn, self.body.base_model))
+        body, faults, stored = self.asked.body, self.faults, dict[str, Dataset]()
+        if keep and self.model is not None and is_artifact(body.base_model):  # first: see `keep_base`
+            faults.catch(partial(keep_base, conn, body.base_model))
+        contents = dict(self.contents)
         for name in FILES:
-            if isinstance(dataset_id := getattr(self.body, name), str):
+            if isinstance(dataset_id := getattr(body, name), str):
                 found = faults.catch(partial(find_dataset, conn, dataset_id, f"/{name}", keep=keep))
                 stored |= {} if found is None else {name: found}
-        contents = {**self.contents, **stored}
+                contents[name] = found
         dataset, validation = contents.get("dataset"), contents.get("validation_dataset")
-        if self.model is not None and dataset is not None:
-            faults.add(*refusals(conn, self.body.config(), self.model, dataset, validation))
-        faults.add(*named_webhooks(conn, self.body.webhooks))
+        inputs = Inputs(
+            model=self.model,
+            dataset=dataset,
+            validation=validation,
+            validation_known=validation is not None or "validation_dataset" not in contents,
+            seed_known=self.asked.has_read("training", "seed"),
+        )
+        config = body.config()
+        earlier = find_earlier(conn, config)
+        faults.add(*refusals(conn, config, inputs, earlier))
+        faults.add(*named_webhooks(conn, body.webhooks))
         faults.raise_all()
         assert self.model is not None
         assert dataset is not None
-        return CheckedJob(model=self.model, dataset=dataset, validation=validation, stored=stored)
+        return CheckedJob(model=self.model, dataset=dataset, validation=validation, stored=stored, earlier=earlier)
 
 
 def inspect_job(
-    services: Services, body: JobBody, received: Received, stack: ExitStack, refused: list[Refusal]
+    services: Services, asked: AskedJob, received: Received, stack: ExitStack, refused: list[Refusal]
 ) -> InspectedJob:
     """Look at everything that can be seen without a model's weights and without the ledger; `check` tells what is wrong.
 
     Args:   stack: until it is left, the candidates of data in the job's JSON lie in a folder.
             refused: takes what was found of data that are refused.
     """
-    faults, config, settings = _Faults(), body.config(), services.settings
-    if misplaced := [*_misplaced({name: getattr(body, name) for name in (*FILES, "mapping")}, received)]:
-        faults.add(invalid(misplaced))
-    faults.catch(lambda: check(config))
-    model = faults.catch(lambda: _model(services, body))
-    contents: dict[str, Content | None] = {}
+    faults, body = _Faults(), asked.body
+    if wrong := [*asked.faults, *_misplaced(asked, received)]:
+        faults.add(invalid(wrong))
+    faults.catch(lambda: check(body.config()))
+    model = faults.catch(lambda: _model(services, body)) if asked.has_read("base_model") else None
     candidates: dict[str, Candidate] = {}
-    if (columns := faults.catch(lambda: mapped(body.mapping))) is not None:
-        for name, file in received.files.items():
-            came = {"raw_sha256": file.sha256, "pointer": f"/{name}"}
-            found = faults.catch(partial(inspect_file, file.data(), settings, columns, refused, **came))
-            contents[name] = found
-            if found is not None:
+    given = _given(body)
+    columns = faults.catch(lambda: mapped(body.mapping)) if asked.has_read("mapping") else None
+    if columns is not None:
+        folder = stack.enter_context(work_folder(services.settings)) if given else Path()
+        for name, inspect in _inspections(services, received, given, folder, columns, refused):
+            if (found := faults.catch(inspect)) is not None:
                 candidates[name] = found
-        given_data = _given(body)
-        folder = stack.enter_context(work_folder(settings)) if given_data else Path()
-        for name, given in given_data.items():
-            to, pointer = folder / name, f"/{name}"
-            found = faults.catch(
-                partial(inspect_given, given, settings, services.egress, to, columns, refused, pointer=pointer)
-            )
-            contents[name] = found
-            if found is not None:
-                candidates[name] = found
-    return InspectedJob(body=body, model=model, contents=contents, candidates=candidates, faults=faults)
+    named = {*received.files, *given, *(name for name in FILES if not asked.has_read(name))}
+    contents = {name: candidates.get(name) for name in named}
+    return InspectedJob(asked=asked, model=model, contents=contents, candidates=candidates, faults=faults)
+
+
+def _inspections(
+    services: Services,
+    received: Received,
+    given: Mapping[str, SourceBody | RowsBody],
+    folder: Path,
+    columns: Columns,
+    refused: list[Refusal],
+) -> Iterator[tuple[str, Callable[[], Candidate]]]:
+    """The checks of the data that came with a job, by their names in the body."""
+    settings, egress = services.settings, services.egress
+    for name, file in received.files.items():
+        came = {"raw_sha256": file.sha256, "pointer": f"/{name}"}
+        yield name, partial(inspect_file, file.data(), settings, columns, refused, **came)
+    for name, data in given.items():
+        to, pointer = folder / name, f"/{name}"
+        yield name, partial(inspect_given, data, settings, egress, to, columns, refused, pointer=pointer)
 
 
 def _model(services: Services, body: JobBody) -> ModelInfo:

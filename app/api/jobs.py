@@ -32,7 +32,8 @@ from app.db.engine import Connection
 from app.db.jobs import find_job, list_jobs
 from app.errors import IdempotencyInFlight, IdempotencyMismatch, JobNotFound
 from app.estimate_schemas import EstimateView
-from app.schemas import Body, JobBody
+from app.job_bodies import AskedJob
+from app.schemas import Body
 from app.views import JobSummary, JobView, Page
 from p2d.config import Kind
 
@@ -95,8 +96,13 @@ async def clone_job(request: Request, job_id: JobId, services: Context, key: Ide
 
 
 def _create(services: Services, received: Received, key: str | None) -> Response:
-    body = parse_job(received)
-    return queue_job(services, body, received, Once.of("POST /jobs", key, body.model_dump(mode="json"), received))
+    asked = parse_job(received)
+    return queue_job(services, asked, received, _once("POST /jobs", key, asked, received))
+
+
+def _once(route: str, key: str | None, asked: AskedJob, received: Received) -> Once:
+    # Of a job with faults only a part was read: that may be all of another one, whose answer is not its answer.
+    return Once.of(route, None if asked.faults else key, asked.body.model_dump(mode="json"), received)
 
 
 def _clone(services: Services, job_id: str, body: bytes, key: str | None) -> Response:
@@ -117,22 +123,23 @@ def queue_stage(
     services: Services, received: Received, key: str | None, *, shape: type[Body], kind: Kind, path: str
 ) -> Response:
     """Queue a job of the first stages alone, asked for at a path of its own with a body of `shape`; as `queue_job`."""
-    body = parse_job(received, shape, kind=kind)
-    return queue_job(services, body, received, Once.of(f"POST {path}", key, body.model_dump(mode="json"), received))
+    asked = parse_job(received, shape, kind=kind)
+    return queue_job(services, asked, received, _once(f"POST {path}", key, asked, received))
 
 
-def queue_job(services: Services, body: JobBody, received: Received, once: Once) -> Response:
+def queue_job(services: Services, asked: AskedJob, received: Received, once: Once) -> Response:
     """Check the job, store the files that came with it, and queue it: 202, or the answer of an earlier twin."""
     if (replay := once.earlier(services.engine)) is not None:
         return replay
     with ExitStack() as stack, reporting(services) as refused:
-        inspected = inspect_job(services, body, received, stack, refused)
+        inspected = inspect_job(services, asked, received, stack, refused)
         if (
             inspected.candidates or refused
         ):  # before anything is stored, so that a refused job leaves nothing but a report
             with services.engine.connect() as conn:
                 inspected.check(conn)
         blobs = {name: store(services.blobs, candidate) for name, candidate in inspected.candidates.items()}
+    body = asked.body
     with services.engine.begin() as conn:
         if (replay := once.take(conn)) is not None:
             return replay

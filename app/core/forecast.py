@@ -126,9 +126,15 @@ def forecast(
     dataset: Content,
     validation: Content | None,
     known: Known,
+    *,
+    map_scorer: str | None,
 ) -> Forecast:
-    """Foresee a job that was checked (`app.core.submit.refusals`); writes nothing."""
-    found = resolution_of(conn, config, model, dataset.rows, validation.rows if validation else None)
+    """Foresee a job that was checked (`app.core.submit.refusals`); writes nothing.
+
+    Args:   map_scorer: of the head map that the job names.
+    """
+    own_rows = validation.rows if validation else None
+    found = resolution_of(config, model, dataset.rows, own_rows, map_scorer=map_scorer)
     config = found.resolution.config
     counted = measured_rows(conn, content_hash=dataset.content_hash, model_digest=model.digest)
     speed = measured_speed(conn, model_digest=model.digest)

@@ -16,7 +16,7 @@ from app.core.plan import plan_job
 from app.db.artifacts import get_artifact
 from app.db.datasets import Dataset, get_dataset
 from app.db.engine import Connection, Json
-from app.db.head_maps import get_head_map, keep_head_map
+from app.db.head_maps import HeadMapRecord, get_head_map, keep_head_map
 from app.db.jobs import Job, get_job, insert_job, keep_job, seconds_until
 from app.db.selections import SelectionRecord, get_selection, keep_selection
 from app.errors import (
@@ -63,8 +63,9 @@ def submit(conn: Connection, request: JobRequest, *, shard_rows: int, queue: str
     config = request.config
     check(config)
     dataset, validation = request.dataset, request.validation_dataset
-    _keep_earlier(conn, config.heads.head_map, config.data.selection)
-    for error in refusals(conn, config, request.model, dataset, validation):
+    earlier = _keep_earlier(conn, config.heads.head_map, config.data.selection)
+    inputs = Inputs(model=request.model, dataset=dataset, validation=validation)
+    for error in refusals(conn, config, inputs, earlier):
         raise error
     job = insert_job(
         conn,
@@ -81,7 +82,7 @@ def submit(conn: Connection, request: JobRequest, *, shard_rows: int, queue: str
         max_gpu_seconds=config.limits.max_gpu_seconds,
         deadline_at=config.limits.ends_at,
         metadata=dict(request.metadata),
-        resolved=_resolved(conn, config, request.model, dataset, validation),
+        resolved=_resolved(config, request.model, dataset, validation, earlier.map_scorer),
         artifact_ttl=request.artifact_ttl,
         webhooks=request.webhooks,
         base_artifact_id=request.base_artifact_id,
@@ -93,10 +94,11 @@ def submit(conn: Connection, request: JobRequest, *, shard_rows: int, queue: str
 
 
 def _resolved(
-    conn: Connection, config: JobConfig, model: ModelInfo, dataset: Dataset, validation: Dataset | None
+    config: JobConfig, model: ModelInfo, dataset: Dataset, validation: Dataset | None, map_scorer: str | None
 ) -> Json:
     """What every "auto" means. The validate step says it again, from the rows that are left for training."""
-    found = resolution_of(conn, config, model, dataset.rows, validation.rows if validation else None).resolution
+    validation_rows = validation.rows if validation else None
+    found = resolution_of(config, model, dataset.rows, validation_rows, map_scorer=map_scorer).resolution
     return {
         "config": config_json(found.config),
         "reasons": found.reasons,
@@ -122,6 +124,41 @@ class Content(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Inputs:
+    """What a job is to work on, as far as it was found. Of what is not known nothing is judged."""
+
+    model: ModelInfo | None
+    dataset: Content | None
+    validation: Content | None = None
+    validation_known: bool = True
+    """Whether the job's is `validation`, or none where that is None."""
+    seed_known: bool = True
+    """Whether the job's is that of its config."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Earlier:
+    """What a job names of earlier results; None where it names none, or one that is not there."""
+
+    head_map: HeadMapRecord | None = None
+    selection: SelectionRecord | None = None
+
+    @property
+    def map_scorer(self) -> str | None:
+        """How the head map was made."""
+        return self.head_map.scorer if self.head_map is not None else None
+
+
+def find_earlier(conn: Connection, config: JobConfig) -> Earlier:
+    """Look up what the config names. Whether that is there and fits, `refusals` says."""
+    head_map, selection = config.heads.head_map, config.data.selection
+    return Earlier(
+        head_map=get_head_map(conn, head_map) if head_map is not None else None,
+        selection=get_selection(conn, selection) if selection is not None else None,
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class FirstResolution:
     """What "auto" means before any row was read, and how the rows will be set apart."""
 
@@ -131,41 +168,41 @@ class FirstResolution:
 
 
 def resolution_of(
-    conn: Connection, config: JobConfig, model: ModelInfo, rows: int, validation_rows: int | None
+    config: JobConfig, model: ModelInfo, rows: int, validation_rows: int | None, *, map_scorer: str | None
 ) -> FirstResolution:
     """Resolve a config that was checked. The validate step does it again, from the rows themselves."""
     held_out = held_out_count(rows, validation_rows, proxy_rows=0)
     train_rows = rows - held_out if validation_rows is None else rows
-    given = get_head_map(conn, config.heads.head_map) if config.heads.head_map is not None else None
-    map_scorer = given.scorer if given is not None else None
     resolution = resolve(config, rows=train_rows, context_length=model.context_length, map_scorer=map_scorer)
     return FirstResolution(resolution=resolution, train_rows=train_rows, held_out=held_out)
 
 
-def refusals(
-    conn: Connection, config: JobConfig, model: ModelInfo, dataset: Content, validation: Content | None
-) -> Iterator[P2DError]:
+def refusals(conn: Connection, config: JobConfig, inputs: Inputs, earlier: Earlier) -> Iterator[P2DError]:
     """Everything about model, datasets and earlier results that forbids the job; writes nothing.
 
     The API also asks before it stores an uploaded file, so that a refused job leaves nothing behind.
     """
+    model, dataset, validation = inputs.model, inputs.dataset, inputs.validation
     deadline = config.limits.ends_at
     if deadline is not None and (left_s := seconds_until(conn, deadline)) < 0:
         text = f"The deadline was {-left_s:.0f} seconds ago."
         fault = ErrorDetail(code="config.deadline", message=text, pointer="/limits/deadline", expected="a time to come")
         yield ConfigError(text, errors=[fault])
     if config.heads.head_map is not None:
-        yield from _head_map_refusals(conn, config, model, config.heads.head_map)
-    try:
-        check_rank(config, head_dim=model.head_dim)
-    except ConfigError as error:
-        yield error
-    try:
-        held_out_count(dataset.rows, validation.rows if validation else None, proxy_rows=least_proxy_rows(config.heads))
-    except DatasetTooSmall as error:
-        yield error
+        yield from _head_map_refusals(config, model, config.heads.head_map, earlier.head_map)
+    if model is not None:
+        try:
+            check_rank(config, head_dim=model.head_dim)
+        except ConfigError as error:
+            yield error
+    if dataset is not None and inputs.validation_known:
+        own, proxy_rows = validation.rows if validation else None, least_proxy_rows(config.heads)
+        try:
+            held_out_count(dataset.rows, own, proxy_rows=proxy_rows)
+        except DatasetTooSmall as error:
+            yield error
     if config.data.selection is not None:
-        yield from _selection_refusals(conn, config, model, dataset, validation)
+        yield from _selection_refusals(conn, config, inputs, config.data.selection, earlier.selection)
 
 
 def find_dataset(conn: Connection, dataset_id: str, pointer: str, *, keep: bool = False) -> Dataset:
@@ -197,29 +234,31 @@ def find_inputs(conn: Connection, job: Job) -> None:
     _keep_earlier(conn, job.config["heads"]["head_map"], job.config["data"]["selection"])
 
 
-def _keep_earlier(conn: Connection, head_map: str | None, selection: str | None) -> None:
+def _keep_earlier(conn: Connection, head_map_id: str | None, selection_id: str | None) -> Earlier:
     """Let nobody delete what a job names, nor the jobs that made it, before that job is committed and seen to need it."""
-    if head_map is not None:
-        found = get_head_map(conn, head_map)
-        if found is not None and found.job_id is not None:
-            keep_job(conn, found.job_id)  # first, because whoever deletes a job locks it before its head map
-        keep_head_map(conn, head_map)
-        if get_head_map(conn, head_map) is None:
-            raise _at("/heads/head_map", HeadMapNotFound(id=head_map))
-    if selection is not None:
-        if (chosen := get_selection(conn, selection)) is not None:
-            keep_job(conn, chosen.job_id)
-        keep_selection(conn, selection)
-        if get_selection(conn, selection) is None:
-            raise _at("/data/selection", SelectionNotFound(id=selection))
+    head_map, selection = None, None
+    if head_map_id is not None:
+        head_map = get_head_map(conn, head_map_id)
+        if head_map is not None and head_map.job_id is not None:
+            keep_job(conn, head_map.job_id)  # first, because whoever deletes a job locks it before its head map
+        if head_map is None or not keep_head_map(conn, head_map_id):
+            raise _at("/heads/head_map", HeadMapNotFound(id=head_map_id))
+    if selection_id is not None:
+        selection = get_selection(conn, selection_id)
+        if selection is not None:
+            keep_job(conn, selection.job_id)
+        if selection is None or not keep_selection(conn, selection_id):
+            raise _at("/data/selection", SelectionNotFound(id=selection_id))
+    return Earlier(head_map=head_map, selection=selection)
 
 
-def _head_map_refusals(conn: Connection, config: JobConfig, model: ModelInfo, head_map_id: str) -> Iterator[P2DError]:
+def _head_map_refusals(
+    config: JobConfig, model: ModelInfo | None, head_map_id: str, head_map: HeadMapRecord | None
+) -> Iterator[P2DError]:
     pointer = "/heads/head_map"
-    head_map = get_head_map(conn, head_map_id)
     if head_map is None:
         yield _at(pointer, HeadMapNotFound(id=head_map_id))
-    elif head_map.model_digest != model.digest:
+    elif model is not None and head_map.model_digest != model.digest:
         text = f"The head map was made with {head_map.base_model!r} of another digest than {model.name!r}."
         yield _at(pointer, HeadMapMismatch(text))
     else:
@@ -230,14 +269,12 @@ def _head_map_refusals(conn: Connection, config: JobConfig, model: ModelInfo, he
 
 
 def _selection_refusals(
-    conn: Connection, config: JobConfig, model: ModelInfo, dataset: Content, validation: Content | None
+    conn: Connection, config: JobConfig, inputs: Inputs, selection_id: str, selection: SelectionRecord | None
 ) -> Iterator[P2DError]:
-    pointer, selection_id = "/data/selection", config.data.selection
-    assert selection_id is not None
-    selection = get_selection(conn, selection_id)
+    pointer = "/data/selection"
     if selection is None:
         yield _at(pointer, SelectionNotFound(id=selection_id))
-    elif reason := _selection_mismatch(conn, config, model, dataset, validation, selection):
+    elif reason := _selection_mismatch(conn, config, inputs, selection):
         yield _at(pointer, SelectionMismatch(f"The selection was made {reason}."))
 
 
@@ -247,24 +284,21 @@ def _at(pointer: str, error: P2DError) -> P2DError:
     return error
 
 
-def _selection_mismatch(
-    conn: Connection,
-    config: JobConfig,
-    model: ModelInfo,
-    dataset: Content,
-    validation: Content | None,
-    selection: SelectionRecord,
-) -> str | None:
-    if selection.model_digest != model.digest:
+def _selection_mismatch(conn: Connection, config: JobConfig, inputs: Inputs, selection: SelectionRecord) -> str | None:
+    model, dataset, validation = inputs.model, inputs.dataset, inputs.validation
+    if model is not None and selection.model_digest != model.digest:
         return "with another base model"
-    if _content(conn, selection.dataset_id) != dataset.content_hash:
+    if dataset is not None and _content(conn, selection.dataset_id) != dataset.content_hash:
         return "over another dataset"
+    if not inputs.validation_known:
+        return None
     if _content(conn, selection.validation_dataset_id) != (validation.content_hash if validation else None):
         return "with another validation dataset"
     maker = get_job(conn, selection.job_id)
     # Without a validation dataset the seed decides which rows are held out: another seed would train on rows that are
     # then used to judge the result.
-    if validation is None and maker and maker.config["training"]["seed"] != config.training.seed:
+    seed = config.training.seed
+    if inputs.seed_known and validation is None and maker and maker.config["training"]["seed"] != seed:
         return "with another seed, which holds other rows out of the dataset"
     return None
 

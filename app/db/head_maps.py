@@ -88,9 +88,13 @@ def get_head_map(conn: Connection, head_map_id: str) -> HeadMapRecord | None:
     return HeadMapRecord(**row._mapping) if row else None
 
 
-def keep_head_map(conn: Connection, head_map_id: str) -> None:
-    """Let nobody delete the head map until the caller's transaction, which is about to refer to it, has ended."""
-    conn.execute(select(head_maps.c.id).where(head_maps.c.id == head_map_id).with_for_update(read=True, key_share=True))
+def keep_head_map(conn: Connection, head_map_id: str) -> bool:
+    """Let nobody delete the head map until the caller's transaction, which is about to refer to it, has ended.
+
+    Returns: whether it is still there.
+    """
+    query = select(head_maps.c.id).where(head_maps.c.id == head_map_id).with_for_update(read=True, key_share=True)
+    return conn.execute(query).first() is not None
 
 
 def head_map_of_job(conn: Connection, job_id: str) -> HeadMapRecord | None:

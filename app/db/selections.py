@@ -99,10 +99,14 @@ def list_selections(
     return [SelectionRecord(**row._mapping) for row in conn.execute(query)]
 
 
-def keep_selection(conn: Connection, selection_id: str) -> None:
-    """Let nobody delete the selection until the caller's transaction, which is about to refer to it, has ended."""
+def keep_selection(conn: Connection, selection_id: str) -> bool:
+    """Let nobody delete the selection until the caller's transaction, which is about to refer to it, has ended.
+
+    Returns: whether it is still there.
+    """
     mine = selections.c.id == selection_id
-    conn.execute(select(selections.c.id).where(mine).with_for_update(read=True, key_share=True))
+    query = select(selections.c.id).where(mine).with_for_update(read=True, key_share=True)
+    return conn.execute(query).first() is not None
 
 
 def lock_selection(conn: Connection, selection_id: str) -> SelectionRecord | None:
