@@ -1,10 +1,10 @@
-"""Errors of who may, and how much: keys, scopes, rates and quotas. A branch of the tree in app.errors."""
+"""Errors of who may, and how much, and of a database that was not made ready for it. A branch of the tree in app.errors."""
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from app.errors import ServiceError
+from app.errors import ServiceError, Unavailable
 from p2d.errors import Fault
 
 
@@ -78,6 +78,18 @@ class StorageFull(TooMuch):
     def __init__(self, *, what: str, used: int, more: int, limit: int) -> None:
         text = f"The project stores {used} {what}; {more} more would be above its {limit}."
         super().__init__(text, what=what, used=used, more=more, limit=limit)
+
+
+class NotMigrated(Unavailable):
+    """The database lacks tables or columns of this version."""
+
+    code, hint = (
+        "database.not_migrated",
+        "Let the operator run `p2d migrate` of this version on P2D_DATABASE_URL; the service then goes on by itself.",
+    )
+
+    def __init__(self, **facts: Any) -> None:
+        super().__init__("The database has not been migrated to this version: run `p2d migrate`.", **facts)
 
 
 class RoleMissing(ServiceError):

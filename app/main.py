@@ -17,6 +17,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.multiprocess import MultiProcessCollector
 
 from app import problems
+from app.access_errors import NotMigrated
 from app.api import (
     artifacts,
     audit,
@@ -55,7 +56,7 @@ from app.core.outlook import Lookout
 from app.core.quotas import JobQuota
 from app.core.wake import Waker
 from app.db.api_keys import any_key
-from app.db.engine import NOBODY, for_project, make_engine
+from app.db.engine import NOBODY, SchemaBehind, for_project, make_engine
 from app.errors import NoKeys
 from app.settings import Settings
 
@@ -158,7 +159,10 @@ def create_app(settings: Settings, *, waker: Wake | None = None, egress: Egress 
 
 
 def may_listen(settings: Settings) -> None:
-    """Raise NoKeys if the API would answer strangers. (Started otherwise, it still answers none: see app.api.door.)"""
+    """Raise NoKeys if the API would answer strangers, NotMigrated if nobody can tell.
+
+    Started otherwise, it still answers none: see app.api.door.
+    """
     if is_loopback(settings.host):
         return
     engine = make_engine(settings.url("database_url"))
@@ -166,6 +170,8 @@ def may_listen(settings: Settings) -> None:
         with engine.connect() as conn:
             if not any_key(conn):
                 raise NoKeys(host=settings.host)
+    except SchemaBehind:
+        raise NotMigrated() from None
     finally:
         engine.dispose()
 

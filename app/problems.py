@@ -26,7 +26,7 @@ import app.dataset_errors as dataset_errors
 import app.errors as service_errors
 import app.result_errors as result_errors
 import app.webhook_errors as webhook_errors
-from app.db.engine import DatabaseUnavailable, PoolTimeout
+from app.db.engine import DatabaseUnavailable, PoolTimeout, SchemaBehind
 from app.db.ids import new_id
 from app.field_faults import expected_and_got
 from p2d.errors import ErrorDetail, P2DError
@@ -132,6 +132,7 @@ STATUS = {
     "service.too_many_streams": 503,
     "service.disk_full": 507,
     "database.unavailable": 503,
+    "database.not_migrated": 503,
     "database.role_missing": 500,
     "store.unavailable": 503,
     "store.object_missing": 500,
@@ -139,7 +140,12 @@ STATUS = {
 }
 """Status of every code of the catalogue. A test holds this table and the error classes together."""
 
-RETRY_AFTER_S = {"service.disk_full": 60, "idempotency.in_flight": 1, "service.too_many_streams": 30}
+RETRY_AFTER_S = {
+    "service.disk_full": 60,
+    "database.not_migrated": 30,
+    "idempotency.in_flight": 1,
+    "service.too_many_streams": 30,
+}
 """Seconds in Retry-After; 5 for every other retryable answer."""
 
 _AUTO = "literal['auto']"
@@ -318,8 +324,9 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(DatabaseUnavailable)
     @app.exception_handler(PoolTimeout)
     def database(request: Request, error: Exception) -> Response:
-        log.error("database.unavailable", request_id=request_id(request), exc_info=error)
-        return answer(request, service_errors.DatabaseUnavailable())
+        found = access_errors.NotMigrated() if isinstance(error, SchemaBehind) else service_errors.DatabaseUnavailable()
+        log.error(found.code, request_id=request_id(request), exc_info=error)
+        return answer(request, found)
 
     @app.exception_handler(ClientDisconnect)
     def gone(request: Request, error: Exception) -> Response:

@@ -434,7 +434,7 @@ class ReadinessView(View):
     status: Literal["ok", "degraded"] = Field(
         description="`degraded`: the broker is away, so jobs start some seconds later."
     )
-    checks: dict[str, Literal["ok", "unavailable"]]
+    checks: dict[str, Literal["ok", "unavailable", "not_migrated"]]
 
 
 class VersionView(View):

@@ -16,11 +16,12 @@ from typing import IO
 
 import structlog
 
+from app.access_errors import NotMigrated
 from app.blobs import BlobStore
 from app.core.garbage import ObjectBook, sweep_garbage
 from app.core.uploads import sweep_uploads
 from app.core.wake import Waker
-from app.db.engine import DatabaseUnavailable, make_engine
+from app.db.engine import DatabaseUnavailable, SchemaBehind, make_engine
 from app.db.ids import new_id
 from app.db.leases import Lease, claim
 from app.errors import StoreUnavailable
@@ -124,7 +125,8 @@ class Worker:
                     warm=warm,
                 )
         except DatabaseUnavailable as error:
-            log.warning("claim.failed", error=type(error).__name__)
+            hint = {"hint": NotMigrated.hint} if isinstance(error, SchemaBehind) else {}
+            log.warning("claim.failed", error=type(error).__name__, **hint)
             return None
 
     def _sweep(self) -> None:

@@ -9,7 +9,7 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel, TypeAdapter
 
-from app.access_errors import InsufficientScope, KeyRefused, TooManyRequests
+from app.access_errors import InsufficientScope, KeyRefused, NotMigrated, TooManyRequests
 from app.api.door import READING
 from app.comparison_schemas import ComparisonBody
 from app.errors import (
@@ -74,7 +74,7 @@ def _shared(path: str, method: str, operation: dict[str, Any]) -> Iterator[type[
     if "{" in path:
         yield RouteNotFound  # an id that is empty or has a slash in it makes another path
     if operation.get("security") != []:
-        yield from (KeyRefused, TooManyRequests, DatabaseUnavailable)
+        yield from (KeyRefused, TooManyRequests, DatabaseUnavailable, NotMigrated)
         if method.upper() not in READING:
             yield InsufficientScope
     taken = _parameters(operation)

@@ -8,9 +8,11 @@ from typing import Literal
 import redis
 from fastapi import APIRouter
 
+from app.access_errors import NotMigrated
 from app.api.context import OpenContext, Services
 from app.api.documentation import errors
-from app.db.engine import DatabaseUnavailable, PoolTimeout, ping
+from app.db.engine import DatabaseUnavailable, PoolTimeout, SchemaBehind
+from app.db.schema import lacking
 from app.errors import StoreUnavailable, Unavailable
 from app.views import HealthView, ReadinessView, VersionView
 
@@ -19,7 +21,7 @@ router = APIRouter(tags=["service"])
 OPEN: dict[str, object] = {"security": []}
 """What /openapi.json says of a route that anybody may ask."""
 
-Check = Literal["ok", "unavailable"]
+Check = Literal["ok", "unavailable", "not_migrated"]
 
 
 @router.get("/healthz", openapi_extra=OPEN)
@@ -28,12 +30,14 @@ def healthz() -> HealthView:
     return HealthView()
 
 
-@router.get("/readyz", openapi_extra=OPEN, responses=errors(Unavailable))
+@router.get("/readyz", openapi_extra=OPEN, responses=errors(Unavailable, NotMigrated))
 def readyz(services: OpenContext) -> ReadinessView:
-    """Database and store answer. Without the broker the service is only slower to start jobs: `degraded`."""
+    """Database, with the tables of this version, and store answer. Without the broker jobs only start later: `degraded`."""
     checks = {"database": _database(services), "store": _store(services), "broker": _broker(services)}
     if "unavailable" in (checks["database"], checks["store"]):
         raise Unavailable("A server behind the service does not answer.", checks=checks)
+    if checks["database"] == "not_migrated":
+        raise NotMigrated(checks=checks)
     return ReadinessView(status="ok" if checks["broker"] == "ok" else "degraded", checks=checks)
 
 
@@ -53,10 +57,12 @@ def product_version() -> str:
 
 def _database(services: Services) -> Check:
     try:
-        ping(services.engine)
+        with services.engine.connect() as conn:
+            return "not_migrated" if lacking(conn) else "ok"
+    except SchemaBehind:
+        return "not_migrated"
     except (DatabaseUnavailable, PoolTimeout):
         return "unavailable"
-    return "ok"
 
 
 def _store(services: Services) -> Check:

@@ -10,12 +10,21 @@ import time
 from typing import Any
 
 from psycopg import Error as PsycopgError
-from sqlalchemy import Connection, Engine, create_engine, event, make_url, text
+from sqlalchemy import Connection, Engine, ExceptionContext, create_engine, event, make_url
 from sqlalchemy.exc import InvalidatePoolError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.pool import ConnectionPoolEntry
 
-__all__ = ["Connection", "DatabaseUnavailable", "Engine", "Json", "PoolTimeout", "for_project", "make_engine", "ping"]
+__all__ = [
+    "Connection",
+    "DatabaseUnavailable",
+    "Engine",
+    "Json",
+    "PoolTimeout",
+    "SchemaBehind",
+    "for_project",
+    "make_engine",
+]
 
 RESTED_S = 1.0
 """A connection that lay idle for so long is tried before it is used."""
@@ -25,6 +34,15 @@ NOBODY = ""
 
 DatabaseUnavailable = OperationalError
 """What any statement raises when PostgreSQL cannot be reached or gave up on it; safe to try again later."""
+
+
+class SchemaBehind(OperationalError):
+    """What a statement raises when the database lacks a table, a column or the role that this code knows; safe to try again
+    once it has been migrated. Whoever waits for a database that is away waits for this too."""
+
+
+MISSING = frozenset({"42P01", "42703"})
+"""PostgreSQL's states of a table and of a column that are not there."""
 
 Json = dict[str, Any]
 """A JSON object as PostgreSQL stores it; its shape is the business of whoever wrote it."""
@@ -55,6 +73,7 @@ def make_engine(
         },
     )
     event.listen(engine, "begin", _speak_for_project)
+    event.listen(engine, "handle_error", _tell_behind)
     _ping_rested(engine)
     return engine
 
@@ -72,8 +91,20 @@ def _speak_for_project(conn: Connection) -> None:
     project_id = conn.get_execution_options().get("p2d_project")
     if project_id is not None:
         # `true`: until the transaction ends, as SET LOCAL; so the pool never hands on somebody's project.
-        speak = "select set_config('role', 'p2d_api', true), set_config('p2d.project', %s, true)"
-        conn.exec_driver_sql(speak, (project_id,))
+        conn.exec_driver_sql(_SPEAK, (project_id,))
+
+
+_SPEAK = "select set_config('role', 'p2d_api', true), set_config('p2d.project', %s, true)"
+
+
+def _tell_behind(context: ExceptionContext) -> None:
+    found = context.original_exception
+    if not isinstance(found, PsycopgError):
+        return
+    # The role is missing: then `set_config` calls its name a wrong value.
+    no_role = found.sqlstate == "22023" and context.statement == _SPEAK
+    if found.sqlstate in MISSING or no_role:
+        raise SchemaBehind(context.statement, context.parameters, found) from found
 
 
 def _ping_rested(engine: Engine) -> None:
@@ -91,9 +122,3 @@ def _ping_rested(engine: Engine) -> None:
 
     event.listen(engine, "checkin", note)
     event.listen(engine, "checkout", ping)
-
-
-def ping(engine: Engine) -> None:
-    """Raise DatabaseUnavailable unless PostgreSQL answers."""
-    with engine.connect() as conn:
-        conn.execute(text("select 1"))

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from structlog.testing import capture_logs
 
+from app.access_errors import NotMigrated
+from app.main import may_listen
 from app.settings import Settings
+from migrations import upgrade
 from tests.app.conftest import Api, serving
+from tests.app.db.test_tables import empty_database
+from tests.conftest import Servers
+from tests.rig import wait_for
 from tests.s3_server import free_ports
+from workers.loop import Worker
 
 
 def test_a_service_with_all_its_servers_is_ready(api: Api) -> None:
@@ -41,6 +50,45 @@ def test_without_a_database_the_service_says_unavailable_and_try_again(api: Api)
             assert answer.headers["retry-after"] == "5"
         assert lonely.http.get("/readyz").json()["facts"]["checks"]["database"] == "unavailable"
         assert lonely.http.get("/healthz").status_code == 200
+
+
+def test_before_the_database_is_migrated_everybody_says_so_and_afterwards_goes_on(
+    api: Api, servers: Servers, tmp_path: Path
+) -> None:
+    home = {"home": tmp_path, "work_dir": tmp_path / "work", "worker_queue": "unmigrated"}
+    empty = {"database_url": empty_database(servers.database_url, "not_migrated_yet"), **home}
+    settings = Settings.model_validate({**api.settings.model_dump(), **empty})
+    worker = Worker(settings)
+    worker.start()
+    with serving(settings) as early, capture_logs() as lines:
+        for path in ("/readyz", "/jobs", "/metrics"):
+            answer = early.http.get(path)
+            assert (answer.status_code, answer.json()["code"]) == (503, "database.not_migrated")
+            assert "p2d migrate" in answer.json()["hint"]
+        assert early.http.get("/readyz").json()["facts"]["checks"]["database"] == "not_migrated"
+        wait_for(lambda: any("p2d migrate" in line.get("hint", "") for line in lines), "the worker's word")
+        with pytest.raises(NotMigrated):
+            may_listen(settings.model_copy(update={"host": "0.0.0.0"}))
+
+        upgrade(early.engine)
+
+        assert early.http.get("/readyz").json()["checks"]["database"] == "ok"
+        job_id = early.job()
+        wait_for(lambda: early.http.get(f"/jobs/{job_id}").json()["status"] == "succeeded", "the job's end")
+    worker.stop()
+    assert worker.join(30)
+
+
+def test_a_database_may_be_ahead_of_the_code_but_not_behind(api: Api) -> None:
+    def change(statement: str) -> int:
+        with api.engine.begin() as conn:
+            conn.exec_driver_sql(statement)
+        return api.http.get("/readyz").status_code
+
+    assert change("alter table jobs add column of_a_later_version text") == 200
+    assert change("alter table jobs rename column name to nobodys") == 503
+    assert api.http.get("/jobs").json()["code"] == "database.not_migrated"
+    assert change("alter table jobs rename column nobodys to name") == 200
 
 
 @pytest.mark.parametrize("module", ["app.main", "workers.loop"])
