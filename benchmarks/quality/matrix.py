@@ -14,6 +14,7 @@ import torch
 from benchmarks.quality.arms import ARMS, Arm
 from benchmarks.quality.cells import Cells, Laboratory, clock
 from benchmarks.quality.measures import Measures
+from benchmarks.quality.plots import draw
 from benchmarks.quality.pools import READERS, PoolSpec, Task, build
 from benchmarks.quality.stages import Stages
 from benchmarks.quality.tables import Found, page
@@ -54,6 +55,7 @@ def run(options: argparse.Namespace, say: Say) -> str:
         said = [*_notes(options), *_crowded(pools), *notes, *_missing(matrix.skipped)]
         text = page(pools, base=before, facts=cells.facts, notes=said)
         (options.out / "quality.md").write_text(text, encoding="utf-8")
+        draw(pools, options.out / "quality.svg")
     return text
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean, stdev
 from typing import Any
 
@@ -29,6 +29,11 @@ class Found:
         return fmean(cell.measured.loss for cell in self.cells if cell.measured)
 
     @property
+    def cost(self) -> float:
+        """Operations of choosing and training, mean over seeds."""
+        return fmean(cell.flops for cell in self.cells)
+
+    @property
     def at_border(self) -> bool:
         """Whether a better rate may lie outside of what was tried."""
         return self.cells[0].rate in (self.arm.weights.rates[0], self.arm.weights.rates[-1])
@@ -51,9 +56,11 @@ def page(pools: dict[str, list[Found]], *, base: dict[str, float], facts: dict[s
     lines = ["# What an adapted model is worth, and what it cost", ""]
     lines += [f"{name}: {value}." for name, value in facts.items()]
     lines += ["", *[f"* {note}" for note in notes], ""]
+    if any(_named(found, REFERENCE) for found in pools.values()):
+        lines += ["![held-out loss of each arm against what it cost](quality.svg)", ""]
     for pool, found in pools.items():
         lines += [f"## {pool}", f"Held-out loss before training {base[pool]:.4f}.", ""]
-        lines += _main(found) + _rows(found) + _heads(found)
+        lines += _main(found) + _costs(found) + _parameters(found) + _rows(found) + _heads(found)
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -92,6 +99,69 @@ def _main(found: Sequence[Found]) -> list[str]:
             )
             + " |"
         )
+    return [*lines, ""]
+
+
+BUDGETS = (0.1, 0.2, 0.35, 0.5, 1.0)
+"""Shares of the reference's operations."""
+UNCHOSEN = ("all", RANDOM)
+
+
+def _costs(found: Sequence[Found]) -> list[str]:
+    """Equal cost: the best arm with chosen rows, and the best without, at each share of the reference's operations."""
+    reference = _named(found, REFERENCE)
+    if reference is None:
+        return []
+    lines = [
+        "### Equal cost, choosing included: the best within a share of the reference's operations",
+        "| at most | rows chosen | held-out loss | rows not chosen | held-out loss | difference (95 %) |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for budget in BUDGETS:
+        within = [one for one in found if one.arm.rows != "oracle" and one.cost <= budget * reference.cost * (1 + 1e-9)]
+        chosen = min((one for one in within if one.arm.rows not in UNCHOSEN), key=lambda one: one.loss, default=None)
+        plain = min((one for one in within if one.arm.rows in UNCHOSEN), key=lambda one: one.loss, default=None)
+        cells = [
+            cell for one in (chosen, plain) for cell in (("", "") if one is None else (one.arm.name, f"{one.loss:.4f}"))
+        ]
+        change = "" if chosen is None or plain is None else _change(chosen, plain)
+        lines.append(f"| {budget:.2f} | {' | '.join(cells)} | {change} |")
+    return [*lines, ""]
+
+
+ALIKE = 1.6
+"""Most that the trained parameters of two arms may differ by to be called equal."""
+
+
+def _parameters(found: Sequence[Found]) -> list[str]:
+    """Equal trained parameters, on all rows: against LoRA on all linear layers, where the group has it."""
+    arms = sorted((one for one in found if "weights" in one.arm.groups), key=lambda one: one.cells[0].parameters)
+    groups: list[list[Found]] = []
+    for one in arms:
+        if groups and one.cells[0].parameters <= ALIKE * groups[-1][0].cells[0].parameters:
+            groups[-1].append(one)
+        else:
+            groups.append([one])
+    if all(len(group) < 2 for group in groups):
+        return []
+    lines = [
+        "### Equal trained parameters, all rows",
+        "| trained | arm | held-out loss | against LoRA on all linear layers (95 %) |",
+        "| --- | --- | --- | --- |",
+    ]
+    for group in groups:
+        lora = next(
+            (
+                one
+                for one in group
+                if one.arm.weights == replace(one.arm.weights, kind="lora", slices=(), variant="lora")
+            ),
+            None,
+        )
+        lines += [
+            f"| {one.cells[0].parameters / 1e6:.2f} M | {one.arm.name} | {one.loss:.4f} | {_change(one, lora)} |"
+            for one in sorted(group, key=lambda one: one.loss)
+        ]
     return [*lines, ""]
 
 

@@ -15,9 +15,10 @@ import torch
 
 from benchmarks.quality.__main__ import _options
 from benchmarks.quality.arms import ARMS, REFERENCE, Arm, Weights
-from benchmarks.quality.cells import Cells, Laboratory
+from benchmarks.quality.cells import Cell, Cells, Laboratory
 from benchmarks.quality.matrix import run
-from benchmarks.quality.measures import Measures
+from benchmarks.quality.measures import Measured, Measures
+from benchmarks.quality.plots import draw
 from benchmarks.quality.pools import MAKERS, Pool, PoolSpec, Task, build
 from benchmarks.quality.stages import Stages
 from benchmarks.quality.tables import Found, page
@@ -184,6 +185,7 @@ def test_a_run_writes_a_page_with_every_arm_and_a_second_run_computes_nothing(
     for arm in ARMS:
         assert (f"| {arm.name} |" in first) == ("all rows, 1" in arm.name)
     assert {cell["arm"] for cell in stored["cells"].values()} == {arm.name for arm in ARMS if "all rows, 1" in arm.name}
+    assert not (tmp_path / "results/quality.svg").exists()  # nothing to compare with
 
 
 def test_processes_that_share_the_work_compute_what_one_does(tmp_path: Path) -> None:
@@ -255,3 +257,36 @@ def test_a_page_names_what_there_was_no_time_for(tiny: BaseModel, tmp_path: Path
     assert made.best(reference, seeds=3) == []
     assert made.skipped == [f"{REFERENCE}, gsm8k, 8 rows, clean, seed 0, rate 0.004"]
     assert page({}, base={}, facts={}, notes=made.skipped).endswith("rate 0.004\n")
+
+
+def found(name: str, parameters: int, flops: float, nll: float, **arm: Any) -> Found:
+    """An arm with one cell: four rows of ten tokens, of this loss a token."""
+    measured = Measured([10 * nll] * 4, [10] * 4, token_accuracy=0.5, metric=None, other_loss=None, other_kl=None)
+    weights = arm.pop("weights", Weights(kind="lora", rank=8))
+    cell = Cell("pool", name, 0, 1e-3, False, nll, 4, 0.0, 0, parameters, 1.0, flops, [], measured, 1.0, 1)
+    return Found(Arm(name=name, weights=weights, **arm), [cell])
+
+
+def test_the_tables_compare_at_equal_cost_and_at_equal_parameters(tmp_path: Path) -> None:
+    weights = frozenset({"weights"})
+    arms = [
+        found(REFERENCE, 2_000_000, 100.0, 0.90, groups=weights),
+        found("half of the time", 2_000_000, 50.0, 0.95, epochs=1),
+        found("a third, chosen", 2_000_000, 35.0, 0.85, rows="alignment"),
+        found("a tenth, chosen", 2_000_000, 12.0, 0.99, rows="alignment"),
+        found("what nobody has", 2_000_000, 10.0, 0.80, rows="oracle"),
+        found("in the heads", 1_500_000, 90.0, 0.92, groups=weights, weights=EVERY[1]),
+        found("small", 300_000, 90.0, 0.94, groups=weights, weights=Weights(kind="lora", rank=1)),
+    ]
+
+    text = page({"pool": arms}, base={"pool": 1.4}, facts={}, notes=[])
+    draw({"pool": arms}, tmp_path / "quality.svg")
+
+    assert "| 0.10 |  |  |  |  |  |" in text
+    assert "| 0.20 | a tenth, chosen | 0.9900 |  |  |  |" in text
+    assert "| 0.35 | a third, chosen | 0.8500 |  |  |  |" in text
+    assert "| 0.50 | a third, chosen | 0.8500 | half of the time | 0.9500 | -0.1000 (-0.1000 to -0.1000) |" in text
+    assert f"| 1.00 | a third, chosen | 0.8500 | {REFERENCE} | 0.9000 | -0.0500" in text
+    assert "| 1.50 M | in the heads | 0.9200 | +0.0200 (+0.0200 to +0.0200) |" in text
+    assert "| 0.30 M | small | 0.9400 |  |" in text
+    assert "<svg" in (tmp_path / "quality.svg").read_text()
