@@ -1,6 +1,7 @@
 """How much a project may have: unfinished jobs, stored bytes, rows. Checked before anything is added, for the caller's project.
 
-Two uploads in the same moment may both be the last that fits: a quota of bytes holds back, it does not count money.
+Checked where it is recorded, under a lock of the project: of two things in one moment of which one fits, one is recorded. Nothing
+is locked while bytes come in or are stored.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class JobQuota:
             if left > 0 and time.monotonic() < until:
                 self._known[project_id] = until, left - 1
                 return
-        lock_project(conn, project_id)
+        lock_project(conn)
         if (made := open_jobs(conn)) >= self._limit:
             raise TooManyJobs(limit=self._limit)
         # Less what may be on its way unseen: jobs of requests that took of the share before.
@@ -53,7 +54,8 @@ class JobQuota:
 
 
 def allow_storage(conn: Connection, settings: Settings, *, size_bytes: int, rows: int = 0) -> None:
-    """Raise StorageFull if the project may not store so much more."""
+    """Raise StorageFull if the project may not store so much more. Others of it wait until the caller's transaction has ended."""
+    lock_project(conn)
     if (used := stored_bytes(conn)) + size_bytes > settings.quota_bytes:
         raise StorageFull(what="bytes", used=used, more=size_bytes, limit=settings.quota_bytes)
     if rows and (used := stored_rows(conn)) + rows > settings.quota_rows:

@@ -10,6 +10,7 @@ from sqlalchemy import ColumnElement, and_, bindparam, false, func, insert, or_,
 from app.db.engine import Connection, Json
 from app.db.ids import new_id
 from app.db.objects import hold_objects
+from app.db.projects import lock_project
 from app.db.tables import artifacts, datasets, jobs
 
 
@@ -85,9 +86,10 @@ def get_dataset(conn: Connection, dataset_id: str, *, keep: bool = False) -> Dat
 def same_dataset(conn: Connection, content_hash: str) -> Dataset | None:
     """The dataset that already holds this content, or None.
 
-    Locks the content until the caller's transaction ends, so that two uploads of one content make one dataset.
+    Locks the project until the caller's transaction ends, so that two uploads of one content make one dataset. A lock of the
+    content would be a second one, beside that of the quotas: two requests might take them in turn and wait for each other.
     """
-    conn.execute(select(func.pg_advisory_xact_lock(func.hashtextextended(content_hash, 0))))
+    lock_project(conn)
     query = select(datasets).where(datasets.c.content_hash == content_hash, datasets.c.deleted_at.is_(None))
     row = conn.execute(query.order_by(datasets.c.id).limit(1)).first()
     return Dataset(**row._mapping) if row else None

@@ -7,7 +7,7 @@ from sqlalchemy.dialects.postgresql import insert
 
 from app.db.engine import Connection
 from app.db.ids import new_id
-from app.db.tables import DEFAULT_PROJECT, projects
+from app.db.tables import DEFAULT_PROJECT, SPOKEN_FOR, projects
 
 __all__ = ["DEFAULT_PROJECT", "find_project", "lock_project", "open_project"]
 
@@ -18,9 +18,9 @@ def open_project(conn: Connection, name: str) -> str:
     return str(conn.execute(select(projects.c.id).where(projects.c.name == name)).scalar_one())
 
 
-def lock_project(conn: Connection, project_id: str) -> None:
-    """Wait for whoever did the same, and hold others up, until the caller's transaction ends."""
-    conn.execute(select(func.pg_advisory_xact_lock(func.hashtextextended(project_id, 0))))
+def lock_project(conn: Connection) -> None:
+    """Wait for whoever did the same for the project that is spoken for, and hold others up, until the transaction ends."""
+    conn.execute(select(func.pg_advisory_xact_lock(func.hashtextextended(SPOKEN_FOR, 0))))
 
 
 def find_project(conn: Connection, name: str) -> str | None:

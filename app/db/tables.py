@@ -47,10 +47,13 @@ def _time(name: str) -> Column[object]:
     return Column(name, DateTime(timezone=True))
 
 
+SPOKEN_FOR = func.coalesce(func.nullif(func.current_setting("p2d.project", True), ""), DEFAULT_PROJECT)
+"""The project that the transaction speaks for (`app.db.engine.for_project`)."""
+
+
 def _project(**options: Any) -> Column[str]:
-    # PostgreSQL fills it in: the project that the transaction speaks for (app.db.engine.for_project).
-    spoken_for = func.coalesce(func.nullif(func.current_setting("p2d.project", True), ""), DEFAULT_PROJECT)
-    return Column("project_id", Text, ForeignKey("projects.id"), nullable=False, server_default=spoken_for, **options)
+    # PostgreSQL fills it in.
+    return Column("project_id", Text, ForeignKey("projects.id"), nullable=False, server_default=SPOKEN_FOR, **options)
 
 
 projects = Table(

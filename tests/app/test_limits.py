@@ -126,6 +126,28 @@ def test_rows_above_the_quota_are_refused_until_others_are_deleted(lab: Api) -> 
     assert lab.upload(rows(60, start=500)).status_code == 201
 
 
+def test_datasets_of_one_moment_are_together_no_more_rows_than_the_quota(lab: Api) -> None:
+    lab.dataset(140)
+    files = [rows(25, start=1000 * number) for number in range(1, 13)]
+    with ThreadPoolExecutor(12) as pool:
+        answers = list(pool.map(lab.upload, files))
+
+    made = [answer for answer in answers if answer.is_success]
+    assert len(made) == 2
+    for answer in answers:
+        if answer not in made:
+            refused(answer, 429, "limit.storage")
+    assert lab.http.get("/usage").json()["rows"] == 190
+
+
+def test_uploads_begun_in_one_moment_are_together_no_more_bytes_than_the_quota(lab: Api) -> None:
+    with ThreadPoolExecutor(12) as pool:
+        answers = list(pool.map(lambda _: lab.http.post("/uploads", json={"size_bytes": 12_000}), range(12)))
+
+    assert sum(answer.is_success for answer in answers) == 3
+    assert lab.http.get("/usage").json()["stored_bytes"] == 36_000
+
+
 def test_bytes_above_the_quota_are_refused_before_they_are_sent(lab: Api) -> None:
     begun = lab.http.post("/uploads", json={"size_bytes": 39_000})
     assert begun.status_code == 201
