@@ -71,18 +71,50 @@ def estimate_seconds(
 ) -> dict[str, float]:
     """Seconds of every step of an `adapt` job, validation aside; a resolved config is needed."""
     flops = estimate_flops(info, config, train=train, guide=guide)
-    flops["evaluate"] = forward(info, _work(evaluation).times(2)) + _baseline_steps(info, config, train)
+    flops["evaluate"] = evaluation_cost(info, config, train=train, evaluation=evaluation).total(config)
     if config.data.scorer == "icl":
         written = _written(info, config, train)
         flops["respond"] = ICL_SHARE * (flops["respond"] - written) + written * EFFICIENCY / DECODE_EFFICIENCY
     seconds = {step: count / (speed.flop_per_s * EFFICIENCY) for step, count in flops.items()}
-    answer = evaluation.answer_tokens / max(1, evaluation.rows) * min(evaluation.rows, 200)
-    token = forward(info, Work(tokens=1, pairs=evaluation.longest, logits=1))
-    # Most rows write until the limit, a little over the longest reference: twice the mean.
-    seconds["evaluate"] += 2 * 2 * answer * token / (speed.flop_per_s * DECODE_EFFICIENCY)
     seconds["heads"] += LOAD_S + info.parameters * 2 / LOAD_BYTES_PER_S
     seconds |= {"select": 0.5 + train.rows * 2e-5, "package": 0.5}
     return {step: round(s, 1) for step, s in seconds.items()}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluationCost:
+    """What each part of an evaluation costs, in operations that run at EFFICIENCY; its progress goes by it."""
+
+    loss: float
+    """Of all rows, once."""
+    generation: float
+    """Of all answers, once."""
+    full_step: float
+    """One timed step of full fine-tuning."""
+    lora_step: float
+    control: float
+    """Training one control; its loss comes on top."""
+
+    def total(self, config: JobConfig) -> float:
+        """Of all parts: losses and answers before and after, the baselines, the controls."""
+        steps = BASELINE_STEPS * (self.full_step + self.lora_step)
+        return 2 * (self.loss + self.generation) + steps + len(config.controls) * (self.control + self.loss)
+
+
+def evaluation_cost(info: ModelInfo, config: JobConfig, *, train: RowCounts, evaluation: RowCounts) -> EvaluationCost:
+    """The parts of an evaluation; a resolved config is needed."""
+    answer = evaluation.answer_tokens / max(1, evaluation.rows) * min(evaluation.rows, 200)
+    token = forward(info, Work(tokens=1, pairs=evaluation.longest, logits=1))
+    batch = _work(train).times(min(1.0, config.training.batch_size / train.rows))
+    share = top_count(_ratio(config), train.rows) / train.rows
+    return EvaluationCost(
+        loss=forward(info, _work(evaluation)),
+        # Most rows write until the limit, a little over the longest reference: twice the mean.
+        generation=2 * answer * token * EFFICIENCY / DECODE_EFFICIENCY,
+        full_step=full_fine_tuning(info, batch),
+        lora_step=lora_training(info, batch),
+        control=_train(info, config, _work(train).times(share), rows=share * train.rows),
+    )
 
 
 def estimate_flops(info: ModelInfo, config: JobConfig, *, train: RowCounts, guide: RowCounts) -> dict[str, float]:
@@ -176,8 +208,3 @@ def _written(info: ModelInfo, config: JobConfig, train: RowCounts) -> float:
         return 0.0
     token = forward(info, Work(tokens=1, pairs=data.n_demos * row[0], logits=1))
     return pool_count(data, train.rows) / data.n_demos * data.n_queries * row[1] * token
-
-
-def _baseline_steps(info: ModelInfo, config: JobConfig, train: RowCounts) -> float:
-    work = _work(train).times(min(1.0, config.training.batch_size / train.rows) * BASELINE_STEPS)
-    return full_fine_tuning(info, work) + lora_training(info, work)

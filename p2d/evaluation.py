@@ -8,9 +8,10 @@ Legend: R row, B batch.
 
 from __future__ import annotations
 
+import itertools
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,11 +20,13 @@ import numpy as np
 import numpy.typing as npt
 
 from p2d.adapters import Adapter
-from p2d.baselines import MEASURED_STEPS, Baseline, project_full_fine_tuning, project_lora
+from p2d.baselines import Baseline, project_full_fine_tuning, project_lora
 from p2d.batches import answer_nlls
 from p2d.config import Control, JobConfig, Projection
+from p2d.course import Course
 from p2d.errors import Diverged
-from p2d.generation import answer_limit, task_metric
+from p2d.estimate import BASELINE_STEPS, EvaluationCost
+from p2d.generation import GENERATE_ROWS, answer_limit, task_metric
 from p2d.memory_guard import memory_guard
 from p2d.models import BaseModel
 from p2d.pipeline import Progress, no_progress
@@ -60,13 +63,25 @@ class RowLosses:
         return float(self.nll_R.sum() / self.tokens_R.sum())
 
 
-def row_losses(base: BaseModel, rendered: Sequence[RenderedRow]) -> RowLosses:
-    """Answer loss of every row under the weights as they stand. Raises Diverged if one is not finite."""
+def _nothing(share: float) -> None:
+    """For callers that do not watch."""
+
+
+def row_losses(
+    base: BaseModel, rendered: Sequence[RenderedRow], *, at: Callable[[float], None] = _nothing
+) -> RowLosses:
+    """Answer loss of every row under the weights as they stand. Raises Diverged if one is not finite.
+
+    Args: at: told which share of the rows is done.
+    """
+    done = 0
     nll_R, tokens_R = np.zeros(len(rendered)), np.zeros(len(rendered))
     with memory_guard("evaluating"):
         for indices, nll_B, tokens_B in answer_nlls(base, rendered):
             nll_R[indices] = nll_B.double().cpu().numpy()
             tokens_R[indices] = tokens_B.cpu().numpy()
+            done += len(indices)
+            at(done / len(rendered))
     if not np.isfinite(nll_R).all():
         raise Diverged("The loss of a held-out row is not finite.")
     return RowLosses(nll_R, tokens_R)
@@ -138,30 +153,32 @@ class Judge:
     kept: Sequence[Row]
     heads: Sequence[Head]
     config: JobConfig
+    cost: EvaluationCost
     progress: Progress = no_progress
     parts: dict[str, float] = field(default_factory=dict)
     """Seconds by name."""
     losses: dict[str, RowLosses] = field(default_factory=dict)
     """Of each evaluation row: `before`, `after`, and by the name of each control."""
     tokens: int = 0
-    _done: int = 0
-    _total: int = 0
+    _course: Course = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._course = Course(self.progress, self.cost.total(self.config))
 
     def evaluate(self, adapter: Adapter) -> Evaluation:
         """Measure everything. Raises AdapterMismatch, Diverged, whatever `progress` raises."""
         rendered = [self.base.renderer.render(row) for row in self.rows]
         asked = self.rows[:METRIC_ROWS]
-        self._total = 2 + 2 * answer_limit(rendered[: len(asked)]) + 2 * MEASURED_STEPS + len(self.config.controls)
         with self._part("loss"):
             before = self._losses(rendered)
         with self._part("generation"):
-            metric_before = task_metric(self.base, asked, metric=METRIC, on_token=self._tick)
+            metric_before = self._metric(asked, rendered)
         previous = adapter.apply(self.base)
         try:
             with self._part("loss"):
                 after = self._losses(rendered)
             with self._part("generation"):
-                metric_after = task_metric(self.base, asked, metric=METRIC, on_token=self._tick)
+                metric_after = self._metric(asked, rendered)
         finally:
             adapter.revert(self.base, previous)
         self.losses |= {"before": before, "after": after}
@@ -169,7 +186,7 @@ class Judge:
             controls = tuple(self._control(name, rendered, after) for name in self.config.controls)
         with self._part("timing the baselines"):
             full, lora = self._baselines()
-        return Evaluation(
+        evaluation = Evaluation(
             rows=len(rendered),
             loss_before=before.mean,
             loss_after=after.mean,
@@ -182,6 +199,8 @@ class Judge:
             lora=lora,
             controls=controls,
         )
+        self._course.end()
+        return evaluation
 
     def row_losses(self) -> dict[str, Any]:
         """row_losses.json: nats of every evaluation row's answer, under `before`, `after` and each control, no text.
@@ -198,14 +217,16 @@ class Judge:
         }
 
     def _losses(self, rendered: Sequence[RenderedRow]) -> RowLosses:
-        losses = row_losses(self.base, rendered)
+        with self._course.part(self.cost.loss) as at:
+            losses = row_losses(self.base, rendered, at=at)
         self.tokens += sum(self.base.renderer.length(row) for row in rendered)
-        self._tick()
         return losses
 
-    def _tick(self) -> None:
-        self._done = min(self._done + 1, self._total)  # answers of several batches tick more often than was foreseen
-        self.progress(self._done, self._total, {})
+    def _metric(self, asked: Sequence[Row], rendered: Sequence[RenderedRow]) -> float:
+        batches = -(-len(asked) // GENERATE_ROWS)
+        with self._course.part(self.cost.generation) as at:
+            tick = _ticks(batches * answer_limit(rendered[: len(asked)]), at)
+            return task_metric(self.base, asked, metric=METRIC, on_token=tick)
 
     @contextmanager
     def _part(self, name: str) -> Iterator[None]:
@@ -221,14 +242,15 @@ class Judge:
         else:
             kept = RowView(self.train, rng.sample(range(len(self.train)), len(self.kept)))
         render = self.base.renderer.render
-        result = train(
-            self.base,
-            RenderedRows(self.base.renderer, kept),
-            [render(row) for row in self.guide],
-            heads,
-            self.config,
-            lambda done, total, metrics: self.progress(self._done, self._total, {}),
-        )
+        with self._course.part(self.cost.control) as at:
+            result = train(
+                self.base,
+                RenderedRows(self.base.renderer, kept),
+                [render(row) for row in self.guide],
+                heads,
+                self.config,
+                lambda done, total, metrics: at(done / total),
+            )
         with HeadSlices(self.base, heads, self._slices()) as slices:
             slices.load_masters(result.state)
             losses = self._losses(rendered)
@@ -253,10 +275,17 @@ class Judge:
     def _baselines(self) -> tuple[Baseline, Baseline]:
         settings = self.config.training
         rendered = RenderedRows(self.base.renderer, self.train)
-        return (
-            project_full_fine_tuning(self.base, rendered, settings, on_step=self._tick),
-            project_lora(self.base, rendered, settings, on_step=self._tick),
-        )
+        with self._course.part(BASELINE_STEPS * self.cost.full_step) as at:
+            full = project_full_fine_tuning(self.base, rendered, settings, on_step=_ticks(BASELINE_STEPS, at))
+        with self._course.part(BASELINE_STEPS * self.cost.lora_step) as at:
+            lora = project_lora(self.base, rendered, settings, on_step=_ticks(BASELINE_STEPS, at))
+        return full, lora
+
+
+def _ticks(total: int, at: Callable[[float], None]) -> Callable[[], None]:
+    """Tells the share that is done when called `total` times."""
+    counted = itertools.count(1)
+    return lambda: at(next(counted) / total)
 
 
 def random_heads(base: BaseModel, config: JobConfig, parameters: int, rng: random.Random) -> list[Head]:

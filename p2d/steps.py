@@ -345,6 +345,7 @@ def _write_cost(meter: _Meter, base: BaseModel, *, tokens: int, rows: int, flops
 def evaluate(call: StepCall, progress: Progress, models: ModelCache, on_checkpoint: OnCheckpoint) -> None:
     """Judge the adapter on rows that chose nothing, and price the alternatives."""
     from p2d.adapters import load_adapter
+    from p2d.estimate import evaluation_cost
     from p2d.evaluation import Judge
     from p2d.selection import load_kept
 
@@ -358,6 +359,7 @@ def evaluate(call: StepCall, progress: Progress, models: ModelCache, on_checkpoi
         kept=load_kept(call.inputs / "selection.jsonl"),
         heads=_chosen_heads(call, plan),
         config=plan.config,
+        cost=evaluation_cost(plan.model, plan.config, train=plan.train, evaluation=plan.evaluation),
         progress=progress,
     )
     evaluation = judge.evaluate(load_adapter(call.inputs))
