@@ -240,6 +240,15 @@ class DatasetView(View):
     deduplicated: bool = Field(default=False, description="The same content was there already; this is that dataset.")
 
 
+class KnownDatasetView(DatasetView):
+    """The dataset that has the content which came, as an earlier file made it."""
+
+    received_sha256: str | None = Field(
+        description="Sha256 of the bytes that came now, where `raw_sha256` is of those that made the dataset: in another format or "
+        "packed otherwise they differ. Null for rows written out, and where an upload was complete before."
+    )
+
+
 class PartView(View):
     """One part of an upload that is there."""
 

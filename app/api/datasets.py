@@ -55,7 +55,7 @@ from app.errors import (
 )
 from app.key_schemas import DerivedJobView, DerivedView, ReceiptView
 from app.schemas import DatasetBody, Mapping, Moment, RowsBody, Sha256, SourceBody, Text
-from app.views import DatasetStatsView, DatasetView, Page, ReportView, RowView
+from app.views import DatasetStatsView, DatasetView, KnownDatasetView, Page, ReportView, RowView
 from p2d.columns import ACCEPTED, mapped
 from p2d.errors import DatasetEmpty, DatasetError, DatasetTooLarge, ErrorDetail, MappingInvalid
 from p2d.formats import Format
@@ -238,7 +238,7 @@ def _make(services: Services, once: Once, candidate: Candidate) -> Response:
         dataset, new = record(conn, candidate, blob, services.settings)
         if new:
             note_dataset(services, conn, dataset)
-        return answer_dataset(conn, once, dataset, new=new)
+        return answer_made(conn, once, dataset) if new else answer_known(conn, once, dataset, candidate.raw_sha256)
 
 
 def note_dataset(services: Services, conn: Connection, dataset: Dataset) -> None:
@@ -246,12 +246,22 @@ def note_dataset(services: Services, conn: Connection, dataset: Dataset) -> None
     services.note(conn, "dataset.create", dataset.id, {"sha256": dataset.sha256, "rows": dataset.rows})
 
 
-def answer_dataset(conn: Connection, once: Once, dataset: Dataset, *, new: bool) -> Response:
-    """Answer a request to make a dataset, and keep the answer: 200 where the content was there already."""
-    view = DatasetView.model_validate(dataset).model_copy(update={"deduplicated": not new}).model_dump(mode="json")
-    status_code, headers = 201 if new else 200, {"Location": f"/datasets/{dataset.id}"}
-    once.keep(conn, status_code, headers, view)
-    return JSONResponse(view, status_code=status_code, headers=headers)
+def answer_made(conn: Connection, once: Once, dataset: Dataset) -> Response:
+    """Answer a request that made a dataset, and keep the answer."""
+    return _answer(conn, once, 201, DatasetView.model_validate(dataset))
+
+
+def answer_known(conn: Connection, once: Once, dataset: Dataset, received_sha256: str | None) -> Response:
+    """Answer a request to make a dataset whose content was there already, and keep the answer."""
+    view = DatasetView.model_validate(dataset).model_dump()
+    told = {"deduplicated": True, "received_sha256": received_sha256}
+    return _answer(conn, once, 200, KnownDatasetView.model_validate({**view, **told}))
+
+
+def _answer(conn: Connection, once: Once, status_code: int, view: DatasetView) -> Response:
+    body, headers = view.model_dump(mode="json"), {"Location": f"/datasets/{view.id}"}
+    once.keep(conn, status_code, headers, body)
+    return JSONResponse(body, status_code=status_code, headers=headers)
 
 
 def _find(services: Services, dataset_id: str) -> Dataset:

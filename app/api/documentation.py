@@ -39,7 +39,7 @@ from app.schemas import (
     StoredPartBody,
     UploadBody,
 )
-from app.views import DatasetView, Problem
+from app.views import KnownDatasetView, Problem
 from app.webhook_schemas import MessageView, WebhookBody, WebhookPatch
 from p2d.errors import DatasetTooLarge, P2DError
 
@@ -208,7 +208,7 @@ DATASET_BODY = {
 }
 
 DATASET_KNOWN: dict[int | str, dict[str, Any]] = {
-    200: {"description": "The same content was there already.", "model": DatasetView}
+    200: {"description": "The same content was there already.", "model": KnownDatasetView}
 }
 """What a request to make a dataset may be answered beside 201."""
 

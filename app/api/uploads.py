@@ -15,7 +15,7 @@ from fastapi.responses import JSONResponse
 from app.access_errors import StorageFull
 from app.api.bodies import ReceivedFile, read_json, receive_bytes, receive_json
 from app.api.context import Context, Cursor, IdempotencyKey, Limit, Link, Services, UploadId, page_after, page_of
-from app.api.datasets import DATASET_ERRORS, answer_dataset, note_dataset
+from app.api.datasets import DATASET_ERRORS, answer_known, answer_made, note_dataset
 from app.api.documentation import COMPLETE_BODY, DATASET_KNOWN, PART_BODY, UPLOAD_BODY, errors
 from app.api.idempotency import Once
 from app.api.receipts import receipt
@@ -223,19 +223,19 @@ def _complete(services: Services, upload_id: str, body: CompleteBody, key: str |
         if locked is None:
             raise UploadNotFound(id=upload_id)
         if locked.dataset_id is not None:  # a twin was faster
-            return answer_dataset(conn, once, _dataset(conn, locked.dataset_id), new=False)
+            return answer_known(conn, once, _dataset(conn, locked.dataset_id), sha256)
         dataset, new = record(conn, candidate, blob, services.settings)
         finish_upload(conn, upload_id, dataset.id)
         if new:
             note_dataset(services, conn, dataset)
-        return answer_dataset(conn, once, dataset, new=new)
+        return answer_made(conn, once, dataset) if new else answer_known(conn, once, dataset, sha256)
 
 
 def _completed(services: Services, once: Once, dataset_id: str) -> Response:
     with services.engine.begin() as conn:
         if (replay := once.take(conn)) is not None:
             return replay
-        return answer_dataset(conn, once, _dataset(conn, dataset_id), new=False)
+        return answer_known(conn, once, _dataset(conn, dataset_id), None)
 
 
 def _dataset(conn: Connection, dataset_id: str) -> Dataset:

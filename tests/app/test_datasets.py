@@ -40,10 +40,12 @@ def test_the_same_content_in_another_format_is_the_same_dataset(api: Api) -> Non
     for line in rows(20, start=300).splitlines():
         writer.writerow(json.loads(line).values())
 
-    again = api.upload(text.getvalue().encode(), "sums.csv")
+    content = text.getvalue().encode()
+    again = api.upload(content, "sums.csv")
 
     assert again.status_code == 200
-    assert again.json() == {**first, "deduplicated": True}
+    came = hashlib.sha256(content).hexdigest()
+    assert again.json() == {**first, "deduplicated": True, "received_sha256": came}
 
 
 def test_a_compressed_file_is_the_same_dataset_and_says_how_it_came(api: Api) -> None:
@@ -71,6 +73,7 @@ def test_a_dataset_says_the_sha256_of_the_bytes_that_made_it(api: Api) -> None:
     assert dataset["raw_sha256"] == hashlib.sha256(packed).hexdigest()
     assert api.http.get(f"/datasets/{dataset['id']}/report").json()["raw_sha256"] == dataset["raw_sha256"]
     assert (again["deduplicated"], again["raw_sha256"]) == (True, dataset["raw_sha256"])
+    assert again["received_sha256"] == hashlib.sha256(plain).hexdigest() != dataset["raw_sha256"]
     assert (written_out.status_code, written_out.json()["raw_sha256"]) == (201, None)
     assert of_job["raw_sha256"] == hashlib.sha256(rows(60, start=6400)).hexdigest()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from typing import Any
 
@@ -35,7 +36,8 @@ def test_a_job_takes_rows_and_a_source_which_become_ordinary_datasets(fetching: 
     report = fetching.http.get(f"/datasets/{job['validation_dataset_id']}/report").json()
     assert (dataset["name"], dataset["rows"]) == ("rows", 40)
     assert (report["rows"], report["source"]["url"]) == (12, "https://data.example/held-out.jsonl")
-    assert fetching.upload(rows(40)).json() == {**dataset, "deduplicated": True}
+    again = fetching.upload(rows(40)).json()
+    assert again == {**dataset, "deduplicated": True, "received_sha256": hashlib.sha256(rows(40)).hexdigest()}
     assert fetching.uploading() == []
 
 

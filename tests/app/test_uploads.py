@@ -153,6 +153,7 @@ def test_completing_again_gives_the_same_dataset(api: Api) -> None:
 
     assert sorted(answer.status_code for answer in answers) == [200, 200, 200, 200, 201]
     assert len({answer.json()["id"] for answer in answers}) == 1
+    assert answers[-1].json()["received_sha256"] is None  # nothing was looked at again
     assert api.count("datasets") == before + 1
 
 
