@@ -59,10 +59,17 @@ def _worth(evaluation: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         f"on {evaluation['metric_rows']} rows",
     )
     for control in evaluation.get("controls") or []:
-        yield (
-            f"control {control['control']}",
-            f"held-out loss {control['loss']:.4f} at {control['trained_parameters']:,} parameters",
-        )
+        yield f"control {control['control']}", _beside(control)
+
+
+def _beside(control: Mapping[str, Any]) -> str:
+    """A control, and whether the job did better."""
+    change = control["against_job"]
+    said = "better" if change["high"] < 0 else "WORSE" if change["low"] > 0 else "no clear difference"
+    return (
+        f"held-out loss {control['loss']:.4f} at {control['trained_parameters']:,} parameters on {control['rows']:,} rows; "
+        f"this job: {said}, {change['difference']:+.4f} (95 % interval {change['low']:+.4f} to {change['high']:+.4f})"
+    )
 
 
 def _seconds(cost: Mapping[str, Any]) -> Table:

@@ -282,7 +282,10 @@ class JobBody(Body):
         default={}, description="Columns of what is sent along or named, but for a dataset with a mapping of its own."
     )
     controls: list[Control] = Field(
-        default=[], max_length=2, description="Arms trained beside the job's own, at equal size."
+        default=[],
+        max_length=3,
+        description="What is trained beside the job's own and judged on the same rows: `random_heads` and `random_data` at equal "
+        "size; `lora`, LoRA on all linear layers and all rows, which costs what that costs.",
     )
     limits: LimitsBody = LimitsBody()
     reuse: Reuse = Field(

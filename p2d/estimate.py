@@ -93,12 +93,15 @@ class EvaluationCost:
     """One timed step of full fine-tuning."""
     lora_step: float
     control: float
-    """Training one control; its loss comes on top."""
+    """Training one control of the job's own size; its loss comes on top."""
+    lora: float
+    """Training LoRA on all rows; its loss comes on top."""
 
     def total(self, config: JobConfig) -> float:
         """Of all parts: losses and answers before and after, the baselines, the controls."""
         steps = BASELINE_STEPS * (self.full_step + self.lora_step)
-        return 2 * (self.loss + self.generation) + steps + len(config.controls) * (self.control + self.loss)
+        controls = sum(self.lora if name == "lora" else self.control for name in config.controls)
+        return 2 * (self.loss + self.generation) + steps + controls + len(config.controls) * self.loss
 
 
 def evaluation_cost(info: ModelInfo, config: JobConfig, *, train: RowCounts, evaluation: RowCounts) -> EvaluationCost:
@@ -114,6 +117,7 @@ def evaluation_cost(info: ModelInfo, config: JobConfig, *, train: RowCounts, eva
         full_step=full_fine_tuning(info, batch),
         lora_step=lora_training(info, batch),
         control=_train(info, config, _work(train).times(share), rows=share * train.rows),
+        lora=lora_training(info, _work(train).times(config.training.epochs + _trial_epochs(config, train.rows))),
     )
 
 
@@ -153,8 +157,10 @@ def _train(info: ModelInfo, config: JobConfig, kept: Work, *, rows: float) -> fl
 
 def _search_epochs(config: JobConfig, rows: float) -> float:
     """Passes over the selected rows that the learning-rate search amounts to."""
-    if config.training.learning_rate != "auto":
-        return 0.0
+    return _trial_epochs(config, rows) if config.training.learning_rate == "auto" else 0.0
+
+
+def _trial_epochs(config: JobConfig, rows: float) -> float:
     steps = max(1.0, rows / config.training.batch_size * config.training.epochs)
     return TRIALS * max(4.0, min(16.0, steps / 8)) / steps * config.training.epochs
 

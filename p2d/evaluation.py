@@ -12,8 +12,8 @@ import itertools
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,7 @@ from p2d.course import Course
 from p2d.errors import Diverged
 from p2d.estimate import BASELINE_STEPS, EvaluationCost
 from p2d.generation import GENERATE_ROWS, answer_limit, task_metric
+from p2d.lora_control import lora_control
 from p2d.memory_guard import memory_guard
 from p2d.models import BaseModel
 from p2d.pipeline import Progress, no_progress
@@ -112,13 +113,16 @@ def paired_bootstrap(before: RowLosses, after: RowLosses, *, seed: int, draws: i
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Arm:
-    """A control: the same training with random heads or random rows, at the same size."""
+    """A control: the same training with random heads or random rows, at the same size; or LoRA on all linear layers and rows."""
 
     control: Control
     heads: int
+    """0 for LoRA, which knows no heads."""
     rows: int
     trained_parameters: int
     learning_rate: float
+    seconds: float
+    """Of its training, the search for its rate included."""
     loss: float
     against_job: Change
     """The job's loss minus the control's; below 0 = the job's choice was worth something."""
@@ -235,6 +239,8 @@ class Judge:
         self.parts[name] = self.parts.get(name, 0.0) + time.perf_counter() - started
 
     def _control(self, name: Control, rendered: Sequence[RenderedRow], job: RowLosses) -> Arm:
+        if name == "lora":
+            return self._lora(rendered, job)
         rng = random.Random(f"{self.config.training.seed}:{name}")  # noqa: S311 - not a secret
         heads, kept = self.heads, self.kept
         if name == "random_heads":
@@ -261,6 +267,23 @@ class Judge:
             rows=len(kept),
             trained_parameters=result.n_parameters,
             learning_rate=result.learning_rate,
+            seconds=result.seconds,
+            loss=losses.mean,
+            against_job=paired_bootstrap(losses, job, seed=self.config.training.seed),
+        )
+
+    def _lora(self, rendered: Sequence[RenderedRow], job: RowLosses) -> Arm:
+        rows, guide = (RenderedRows(self.base.renderer, rows) for rows in (self.train, self.guide))
+        with ExitStack() as stack:
+            with self._course.part(self.cost.lora) as at:
+                trained = stack.enter_context(lora_control(self.base, rows, guide, self.config, at))
+            losses = self._losses(rendered)
+        self.losses["lora"] = losses
+        return Arm(
+            control="lora",
+            heads=0,
+            rows=len(rows),
+            **asdict(trained),
             loss=losses.mean,
             against_job=paired_bootstrap(losses, job, seed=self.config.training.seed),
         )

@@ -1,4 +1,4 @@
-"""Find the learning rate for head slices by a short search on held-out rows; its cost counts in the training step.
+"""Find the learning rate for what is trained by a short search on held-out rows; its cost counts in the training step.
 
 Head slices want a far higher rate than full fine-tuning, and the best one depends on which slices are trained and how
 many, so no constant serves. The training loop itself is `p2d.training`.
@@ -15,10 +15,9 @@ from p2d.config import JobConfig
 from p2d.errors import Diverged, EngineError
 from p2d.memory_guard import memory_guard
 from p2d.models import BaseModel
-from p2d.optimization import Schedule, SliceTrainer
+from p2d.optimization import Schedule, SliceTrainer, Trainable
 from p2d.pipeline import Progress
 from p2d.rendering import RenderedRow
-from p2d.slices import HeadSlices
 
 FIRST_RATE = 2e-3
 """Where the search begins for whole slices: it or its double is best of 1e-3 to 8e-3 on SmolLM2-135M (docs/LOG.md)."""
@@ -99,30 +98,32 @@ def search_steps(steps: int) -> int:
 
 def find_learning_rate(
     base: BaseModel,
-    slices: HeadSlices,
+    trained: Trainable,
     rows: Sequence[RenderedRow],
     guide: Sequence[RenderedRow],
     config: JobConfig,
     steps: int,
     progress: Progress,
     *,
+    first: float | None = None,
     known: Searched | None = None,
-    on_trial: Callable[[Searched], None],
+    on_trial: Callable[[Searched], None] = lambda searched: None,
 ) -> Found:
     """Try the first rate and its double; walk on in the better direction while it helps, MAX_TRIALS at most.
 
     Each trial starts at the base, takes the first `trial_steps` of the run's own rows under a whole schedule, and is judged
-    by the loss on held-out rows. The slices are back at the base afterwards.
+    by the loss on held-out rows. What is trained is back at its start afterwards.
 
-    Args:   known: trials of an earlier attempt at this very search, which are not made again.
+    Args:   first: rate to begin with; None = that of head slices of the job's rank.
+            known: trials of an earlier attempt at this very search, which are not made again.
             on_trial: told of all trials so far after each.
     Raises: EngineError without held-out rows; Diverged if every rate down to MIN_RATE diverges.
     """
     if not guide:
         raise EngineError("The learning rate cannot be searched without held-out rows.")
     judges = list(guide)[: judged_rows(len(rows), len(guide))]
-    search = _Search(base, slices, rows, judges, config, steps, progress, known, on_trial)
-    rate, factor = first_rate(config.training.rank), 2.0
+    search = _Search(base, trained, rows, judges, config, steps, progress, known, on_trial)
+    rate, factor = first or first_rate(config.training.rank), 2.0
     best = search.trial(rate)
     if (other := search.trial(rate * 2)) < best * (1 - MARGIN):
         best, rate = other, rate * 2
@@ -146,7 +147,7 @@ class _Search:
     def __init__(
         self,
         base: BaseModel,
-        slices: HeadSlices,
+        trained: Trainable,
         rows: Sequence[RenderedRow],
         guide: Sequence[RenderedRow],
         config: JobConfig,
@@ -155,9 +156,9 @@ class _Search:
         known: Searched | None,
         on_trial: Callable[[Searched], None],
     ) -> None:
-        self._base, self._slices, self._rows, self._guide = base, slices, rows, guide
+        self._base, self._trained, self._rows, self._guide = base, trained, rows, guide
         self._config, self._steps, self._progress = config.training, trial_steps(steps), progress
-        self._start = slices.masters()
+        self._start = trained.masters()
         self._done = 0
         self._known, self._on_trial = known or Searched([], 0, TOKEN_BUDGET), on_trial
         self.token_budget, self.tokens = self._known.token_budget, self._known.tokens
@@ -178,7 +179,7 @@ class _Search:
     def _try(self, learning_rate: float) -> Trial:
         batch_size, seed = self._config.batch_size, str(self._config.seed)
         trainer = SliceTrainer(
-            self._base, self._slices, self._rows, batch_size=batch_size, seed=seed, token_budget=self.token_budget
+            self._base, self._trained, self._rows, batch_size=batch_size, seed=seed, token_budget=self.token_budget
         )
         loss: float | None
         try:
@@ -194,5 +195,5 @@ class _Search:
             loss = None
         finally:
             self.token_budget = trainer.token_budget
-            self._slices.load_masters(self._start)
+            self._trained.load_masters(self._start)
         return Trial(learning_rate, loss, trainer.step)

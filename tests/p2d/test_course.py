@@ -75,7 +75,7 @@ def test_the_end_is_told_only_by_the_end() -> None:
     assert clock.said[-1] == (2, 1)
 
 
-@pytest.mark.parametrize("controls", [(), ("random_heads", "random_data")])
+@pytest.mark.parametrize("controls", [(), ("random_heads", "random_data"), ("lora",)])
 def test_an_evaluation_gives_its_timed_steps_and_its_controls_the_part_of_progress_that_they_cost(
     tiny: BaseModel, tmp_path: Path, controls: tuple[Control, ...]
 ) -> None:

@@ -231,6 +231,26 @@ def test_controls_are_trained_at_the_same_size(tiny_dir: Path, files: Path, tmp_
     assert abs(heads["trained_parameters"] - rows["trained_parameters"]) <= one_head
 
 
+def test_lora_on_all_rows_is_trained_as_a_control_and_the_job_is_held_against_it(
+    tiny_dir: Path, files: Path, tmp_path: Path
+) -> None:
+    config, outs = a_config(controls=("lora",)), [tmp_path / name for name in ("one", "two")]
+
+    one, two = (adapt(model=tiny_dir, data=files / "train.jsonl", out=out, config=config, device="cpu") for out in outs)
+
+    evaluation = one.report["evaluation"]
+    (lora,) = evaluation["controls"]
+    assert (lora["control"], lora["heads"], lora["rows"]) == ("lora", 0, one.report["rows"]["train"]["rows"])
+    assert lora["trained_parameters"] == evaluation["lora"]["trained_parameters"]
+    assert lora["loss"] < evaluation["loss_before"]
+    assert lora["against_job"]["difference"] == pytest.approx(evaluation["loss_after"] - lora["loss"])
+    losses, again = (json.loads(out.file("row_losses.json").read_text()) for out in (one, two))
+    assert losses["lora"] == again["lora"]
+    assert len(losses["lora"]) == evaluation["rows"]
+    alone = adapt(model=tiny_dir, data=files / "train.jsonl", out=tmp_path / "alone", config=a_config(), device="cpu")
+    assert json.loads(alone.file("row_losses.json").read_text())["after"] == losses["after"]
+
+
 @pytest.mark.parametrize("scorers", [("random", "random"), ("shift", "alignment")])
 def test_every_scorer_may_meet_every_other(
     scorers: tuple[str, str], tiny_dir: Path, files: Path, tmp_path: Path

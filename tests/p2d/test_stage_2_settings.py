@@ -168,7 +168,7 @@ def test_every_field_of_a_wrong_type_is_named_before_any_value_is_judged() -> No
         "/training/epochs": "Expected a whole number, got float 2.5.",
         "/training/learning_rate": "Expected a number or 'auto', got str '1e-3'.",
         "/training/batch_size": "Expected a whole number, got NoneType.",
-        "/controls": "Expected a tuple of 'random_heads' or 'random_data', got str 'random_data'.",
+        "/controls": "Expected a tuple of 'random_heads' or 'random_data' or 'lora', got str 'random_data'.",
         "/limits": "Expected Limits, got dict.",
     }
     check(JobConfig(data=DataConfig(ratio=1), training=TrainingConfig(learning_rate=1)))  # a whole number is a number
