@@ -89,7 +89,7 @@ STATUS = {
     "limit.jobs": 429,
     "limit.streams": 429,
     "limit.storage": 429,
-    "limit.webhooks": 403,
+    "limit.webhooks": 429,
     "key.not_found": 404,
     "webhook.not_found": 404,
     "webhook.refused": 422,

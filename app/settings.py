@@ -56,11 +56,11 @@ class Settings(BaseSettings):
     quota_jobs: int = Field(default=1000, ge=1)
     """Jobs of one project that have not ended; more are refused with 429."""
     quota_bytes: int = Field(default=100 * 1024 * MiB, ge=1)
-    """Bytes of one project's datasets, open uploads and jobs' files; more are refused with 403. Running jobs may exceed it."""
+    """Bytes of one project's datasets, open uploads and jobs' files; more are refused with 429. Running jobs may exceed it."""
     quota_rows: int = Field(default=100_000_000, ge=1)
-    """Rows of one project's datasets; more are refused with 403."""
+    """Rows of one project's datasets; more are refused with 429."""
     quota_webhooks: int = Field(default=20, ge=1)
-    """Webhooks of one project; more are refused with 403."""
+    """Webhooks of one project; more are refused with 429."""
 
     max_upload_bytes: int = Field(default=1024 * MiB, ge=1)
     """Largest dataset file, in bytes. A larger upload is cut off with 413."""

@@ -423,7 +423,7 @@ def test_a_project_has_so_many_webhooks_and_no_more(api: Api, hook: Hook, receiv
             break
         more.append(answer.json()["id"])
 
-    assert (answer.status_code, answer.json()["code"]) == (403, "limit.webhooks")
+    assert (answer.status_code, answer.json()["code"]) == (429, "limit.webhooks")
     usage = api.http.get("/usage").json()
     assert (usage["webhooks"], usage["webhooks_quota"]) == (TOO_MUCH, TOO_MUCH)
     listed = [one["id"] for one in api.http.get("/webhooks").json()["data"]]
