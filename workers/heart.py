@@ -61,6 +61,8 @@ class Heart:
                 with self._engine.begin() as conn:
                     pulse = lifecycle.renew(conn, self._lease, lease_s=self._lease_s)
                 self.heed(pulse)
+                with self._engine.begin() as conn:  # apart: it waits for the job's lock, which a lease must not
+                    lifecycle.look_ahead(conn, self._lease)
             except LeaseLost:
                 # After the attempt's own last write the lease is rightly gone.
                 if not self._stopped.is_set():

@@ -12,6 +12,7 @@ from app.core import lifecycle
 from app.core.wake import Waker
 from app.db.engine import Engine
 from app.db.idempotency import forget_keys
+from app.db.jobs import forget_passed_etas
 from app.db.leases import expired_leases, ready_by_queue, stale_jobs, try_advisory_lock
 from app.errors import LeaseLost
 
@@ -39,6 +40,8 @@ def reconcile(engine: Engine, waker: Waker, *, max_crashes: int) -> None:
         for job_id in stale_jobs(guard):
             with engine.begin() as conn:
                 lifecycle.settle_job(conn, job_id)
+        with engine.begin() as conn:
+            forget_passed_etas(conn)
         with engine.begin() as conn:
             forget_keys(conn, older_than_h=KEYS_KEPT_H)
         ready = ready_by_queue(guard)

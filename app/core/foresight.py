@@ -6,6 +6,7 @@ if they came together: a busy machine is late with all of them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
@@ -16,6 +17,12 @@ from p2d.plans import RowCounts
 
 PACE_FROM = 0.05
 """Share of a job after which its own pace says more about its middle than the errors of other jobs."""
+
+SILENCE_S = 10.0
+"""Least upper end of an interval: a running job is looked at anew with each heartbeat, and had not ended at the last."""
+
+LEAST_SHARE = 1e-4
+"""Share of a job below which what is left of it makes its interval no wider."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,14 +55,33 @@ def estimate_json(seconds: Mapping[str, float], errors: Mapping[str, Error], row
     }
 
 
+def share_done(work: Work, estimate: Json | None) -> float:
+    """What is done of all, 0 to 1: each step counts for the seconds that such a step took when its estimate said so."""
+    errors = _errors(estimate)
+    whole = stretched(work.whole, errors).p50
+    return 1 - stretched(work.left, errors).p50 / whole if whole else 0.0
+
+
 def time_left(work: Work, estimate: Json) -> Interval:
-    """Seconds that a job still takes."""
-    errors = {step: Error(**error) for step, error in estimate.get("errors", {}).items()}
+    """Seconds that a job still takes, from now on: nothing of it is ever past.
+
+    The middle goes by the pace so far. Around it lies what is known of errors. Half of an error is taken to be the whole
+    job's, so it shrinks as what is left does; half to be that of parts that go wrong each on its own, so it shrinks with the
+    root: else the interval would be narrow just when a last long part goes wrong. The halves are a guess.
+    """
+    errors, share = _errors(estimate), share_done(work, estimate)
     left = stretched(work.left, errors)
-    if work.share <= PACE_FROM or left.p50 <= 0:
-        return left
-    middle = work.left_s
-    return Interval(p10=middle * left.p10 / left.p50, p50=middle, p90=middle * left.p90 / left.p50)
+    pace = work.spent_s / (stretched(work.whole, errors).p50 - left.p50) if share > PACE_FROM else 1.0
+    middle = pace * stretched(work.paced, errors).p50 + work.own_s
+    if left.p50 <= 0:
+        return Interval(p10=0.0, p50=0.0, p90=SILENCE_S)
+    wider = (1 + 1 / math.sqrt(max(1 - share, LEAST_SHARE))) / 2
+    slower, faster = (left.p90 / left.p50 - 1) * wider, (left.p50 / left.p10 - 1) * wider
+    return Interval(p10=middle / (1 + faster), p50=middle, p90=max(middle * (1 + slower), SILENCE_S))
+
+
+def _errors(estimate: Json | None) -> dict[str, Error]:
+    return {step: Error(**error) for step, error in (estimate or {}).get("errors", {}).items()}
 
 
 _QUANTILES = ("p10", "p50", "p90")

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-from app.core.foresight import estimate_json, time_left
+from app.core.foresight import estimate_json, share_done, time_left
 from app.core.webhooks import tell_webhooks
 from app.db import attempts, jobs, leases, steps
 from app.db.artifacts import Artifact, NewArtifact, expire_artifacts, insert_artifacts
@@ -48,6 +48,9 @@ NEXT: Mapping[Status, frozenset[Status]] = {
     "failed": frozenset({"queued"}),
 }
 """The state table: which status may follow which. Out of a final one leads only a retry."""
+
+LOOK_EVERY_S = 5.0
+"""Fewest seconds between an event about progress and one that says nothing but when the job will have ended."""
 
 PROGRESS_EVERY_S = 1.0
 """At most one `job.progress` event of a job in this time."""
@@ -125,6 +128,11 @@ def begin_step(conn: Connection, lease: Lease) -> Job:
 def renew(conn: Connection, lease: Lease, *, lease_s: float) -> Pulse:
     """Show a sign of life and hear whether to stop. Raises LeaseLost."""
     return leases.heartbeat(conn, lease, lease_s=lease_s)
+
+
+def look_ahead(conn: Connection, lease: Lease) -> None:
+    """Tell anew when the job will have ended, though its step says nothing: silence is late too. Raises LeaseLost."""
+    _tell_progress(conn, _hold(conn, lease), lease, every_s=LOOK_EVERY_S)
 
 
 def record_progress(conn: Connection, lease: Lease, done: int, total: int, metrics: Mapping[str, float]) -> Pulse:
@@ -433,7 +441,7 @@ def _tell_progress(conn: Connection, job: Job, lease: Lease, *, every_s: float) 
     work = steps.work_of(conn, job.id)
     left = time_left(work, job.estimate) if job.estimate else None
     left_s = None if left is None else (left.p10, left.p50, left.p90)
-    if not jobs.note_progress(conn, job.id, min(work.share, UNFINISHED_PROGRESS), left_s, every_s):
+    if not jobs.note_progress(conn, job.id, min(share_done(work, job.estimate), UNFINISHED_PROGRESS), left_s, every_s):
         return
     now = jobs.get_job(conn, job.id)
     assert now is not None

@@ -356,6 +356,13 @@ def note_progress(
     return bool(conn.execute(query).scalar_one())
 
 
+def forget_passed_etas(conn: Connection) -> None:
+    """Take away intervals that are past: nobody works on the job, or they would have been told anew."""
+    passed = select(jobs.c.id).where(jobs.c.status.in_(["queued", "running"]), jobs.c.eta_p90_at < func.now())
+    query = update(jobs).where(jobs.c.id.in_(passed.with_for_update(skip_locked=True)))
+    conn.execute(query.values(dict(_NO_ETA)))
+
+
 def finish_job(conn: Connection, job_id: str, status: Status, **values: Any) -> Job:
     """Write a final status and its time."""
     return update_job(conn, job_id, status=status, finished_at=func.now(), **_NO_ETA, **values)

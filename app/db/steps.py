@@ -205,38 +205,39 @@ def set_weights(conn: Connection, job_id: str, seconds: Mapping[str, float]) -> 
 class Work:
     """How far a job is, in estimated seconds of its steps, and what it took so far."""
 
-    total_s: float
+    whole: Mapping[str, float]
+    """Estimated seconds of all, done or not, by step."""
     left: Mapping[str, float]
-    """Estimated seconds still to work, by step."""
+    """Estimated seconds still to work."""
+    paced: Mapping[str, float]
+    """Of those, the part that goes by the pace of the whole job. All of a step that waits; the further a running one is,
+    the less of it."""
+    own_s: float
+    """Seconds of the rest: it goes by the running steps' own pace, which was measured."""
     spent_s: float
     """Measured seconds of the steps that are done or running."""
 
-    @property
-    def done_s(self) -> float:
-        """Estimated seconds of what is done."""
-        return self.total_s - sum(self.left.values())
-
-    @property
-    def share(self) -> float:
-        """What is done of all, 0 to 1."""
-        return self.done_s / self.total_s if self.total_s else 0.0
-
-    @property
-    def left_s(self) -> float:
-        """Seconds still to work, if all goes on at the pace so far; something must be done already."""
-        return sum(self.left.values()) * self.spent_s / self.done_s
-
 
 def work_of(conn: Connection, job_id: str) -> Work:
-    """Add up the steps of a job."""
-    done = case((steps.c.status == "done", 1.0), else_=steps.c.progress)
-    spent = case((steps.c.status == "done", steps.c.seconds), (steps.c.status == "running", _seconds()), else_=0.0)
-    sums = [func.coalesce(func.sum(part), 0.0) for part in (steps.c.weight, steps.c.weight * (1 - done), spent)]
+    """Add up the steps of a job.
+
+    A running step that took `e` seconds for a share `q` of its `w` estimated ones would take `(1 - q) * w` more at the job's
+    pace, and `(1 - q) / q * e` at its own. The second counts for a share `q`, the first for the rest.
+    """
+    ready = case((steps.c.status == "done", 1.0), else_=steps.c.progress)
+    running = steps.c.status == "running"
+    spent = case((steps.c.status == "done", steps.c.seconds), (running, _seconds()), else_=0.0)
+    left = steps.c.weight * (1 - ready)
+    paced = case((running, left * (1 - ready)), else_=left)
+    own = case((running, (1 - ready) * _seconds()), else_=0.0)
+    sums = [func.coalesce(func.sum(part), 0.0) for part in (steps.c.weight, left, paced, own, spent)]
     rows = conn.execute(select(steps.c.step, *sums).where(steps.c.job_id == job_id).group_by(steps.c.step)).all()
     return Work(
-        total_s=sum(row[1] for row in rows),
+        whole={row[0]: row[1] for row in rows},
         left={row[0]: row[2] for row in rows},
-        spent_s=float(sum(row[3] for row in rows)),
+        paced={row[0]: row[3] for row in rows},
+        own_s=float(sum(row[4] for row in rows)),
+        spent_s=float(sum(row[5] for row in rows)),
     )
 
 
