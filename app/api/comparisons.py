@@ -22,6 +22,7 @@ from app.api.context import (
     page_of,
 )
 from app.api.documentation import COMPARISON_BODY, errors
+from app.api.etags import IfMatch, IfNoneMatch, require_match, send_view
 from app.api.idempotency import Once
 from app.comparison_schemas import ComparedJobView, ComparisonBody, ComparisonSummary, ComparisonView
 from app.core.comparing import Compared, compared, read_facts
@@ -108,16 +109,17 @@ def get_comparison_html(comparison_id: ComparisonId, services: Context) -> Respo
     return Response(page, media_type="text/html", headers=headers)
 
 
-@router.get("/comparisons/{id}", responses=errors(ComparisonNotFound, StoreUnavailable))
-def get_one_comparison(comparison_id: ComparisonId, services: Context) -> ComparisonView:
+@router.get("/comparisons/{id}", response_model=ComparisonView, responses=errors(ComparisonNotFound, StoreUnavailable))
+def get_one_comparison(comparison_id: ComparisonId, services: Context, if_none_match: IfNoneMatch = None) -> Response:
     """Configuration, heads, rows, held-out losses, curves, seconds and cost of the jobs, as far as each has got."""
-    record, views, _, found = _compute(services, comparison_id)
-    return _view(record, views, found)
+    return send_view(_view(services, comparison_id), if_none_match)
 
 
-@router.delete("/comparisons/{id}", status_code=204, responses=errors(ComparisonNotFound))
-def remove_comparison(comparison_id: ComparisonId, services: Context) -> None:
-    """Forget a comparison; its jobs stay."""
+@router.delete("/comparisons/{id}", status_code=204, responses=errors(ComparisonNotFound, StoreUnavailable))
+def remove_comparison(comparison_id: ComparisonId, services: Context, if_match: IfMatch = None) -> None:
+    """Forget a comparison; its jobs stay. With If-Match only if none of them has got further since it was read."""
+    # Without a lock: its files would be read under it, and what changes it is its jobs.
+    require_match(if_match, lambda: _view(services, comparison_id))
     with services.engine.begin() as conn:
         if not delete_comparison(conn, comparison_id):
             raise ComparisonNotFound(id=comparison_id)
@@ -178,6 +180,7 @@ def _job(one: Compared, missing: list[str]) -> ComparedJobView:
     return ComparedJobView(id=one.id, name=one.job.name, status=one.job.status, missing=missing)
 
 
-def _view(record: ComparisonRecord, jobs: list[ComparedJobView], found: Comparison) -> ComparisonView:
+def _view(services: Services, comparison_id: str) -> ComparisonView:
+    record, jobs, _, found = _compute(services, comparison_id)
     fields: dict[str, Any] = asdict(found) | {"jobs": jobs}
     return ComparisonView.model_validate({**asdict(record), **fields})

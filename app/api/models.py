@@ -6,12 +6,13 @@ import re
 from dataclasses import asdict
 from typing import Annotated
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Request, Response
 from fastapi import Path as PathParameter
 
 from app.api.bodies import read_json, receive_json
-from app.api.context import Context, IdempotencyKey
+from app.api.context import Context, IdempotencyKey, Services
 from app.api.documentation import MODEL_CHECK_BODY, errors
+from app.api.etags import IfNoneMatch, send_view
 from app.problems import problem_body
 from app.schemas import ModelCheckBody
 from app.views import ModelView, Page
@@ -44,11 +45,17 @@ async def check_model(request: Request, services: Context, key: IdempotencyKey) 
         return _view(body.name, error)
 
 
-@router.get("/models/{ref}", responses=errors(ModelNotFound))
+@router.get("/models/{ref}", response_model=ModelView, responses=errors(ModelNotFound))
 def get_one_model(
-    ref: Annotated[str, PathParameter(max_length=128, description="Name or digest.")], services: Context
-) -> ModelView:
+    ref: Annotated[str, PathParameter(max_length=128, description="Name or digest.")],
+    services: Context,
+    if_none_match: IfNoneMatch = None,
+) -> Response:
     """One installed model, by its name or by its digest, as jobs and head maps tell it."""
+    return send_view(_find(services, ref), if_none_match)
+
+
+def _find(services: Services, ref: str) -> ModelView:
     models_dir = services.settings.models_dir
     if _DIGEST.fullmatch(ref):
         for name, model in list_models(models_dir):

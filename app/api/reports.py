@@ -6,11 +6,12 @@ import contextlib
 from collections.abc import Iterator
 from typing import Annotated
 
-from fastapi import APIRouter, Query
+from fastapi import APIRouter, Query, Response
 
 from app.api.content import STORED
 from app.api.context import Context, Cursor, Limit, Link, ReportId, Services, page_after, page_of
 from app.api.documentation import errors
+from app.api.etags import IfMatch, IfNoneMatch, require_match, send_view
 from app.api.receipts import receipt
 from app.api.stored_lines import page_of_lines
 from app.blobs import Blob
@@ -47,10 +48,10 @@ def get_reports(services: Context, link: Link, limit: Limit = 20, cursor: Cursor
     return link(Page[ReportView].model_validate(page_of([*map(_view, found)], [one.id for one in found], limit)))
 
 
-@router.get("/reports/{id}", responses=errors(ReportNotFound))
-def get_one_report(report_id: ReportId, services: Context) -> ReportView:
+@router.get("/reports/{id}", response_model=ReportView, responses=errors(ReportNotFound))
+def get_one_report(report_id: ReportId, services: Context, if_none_match: IfNoneMatch = None) -> Response:
     """What was wrong with a file, counted by code. A file that was refused is not stored; its report is, for some days."""
-    return _view(_find(services, report_id))
+    return send_view(_view(_find(services, report_id)), if_none_match)
 
 
 @router.get("/reports/{id}/errors", responses=errors(ReportNotFound, *STORED))
@@ -64,8 +65,10 @@ def get_report_errors(
 
 
 @router.delete("/reports/{id}", responses=errors(ReportNotFound))
-def delete_one_report(report_id: ReportId, services: Context) -> ReceiptView:
+def delete_one_report(report_id: ReportId, services: Context, if_match: IfMatch = None) -> ReceiptView:
     """Delete a report before its time."""
+    # Without a lock: a report is deleted or as it was made.
+    require_match(if_match, lambda: _view(_find(services, report_id)))
     with services.engine.begin() as conn:
         report = get_report(conn, report_id)
         if report is None or not delete_report(conn, report_id):

@@ -17,6 +17,7 @@ from app.api.bodies import ReceivedFile, read_json, receive_bytes, receive_json
 from app.api.context import Context, Cursor, IdempotencyKey, Limit, Link, Services, UploadId, page_after, page_of
 from app.api.datasets import DATASET_ERRORS, answer_known, answer_made, note_dataset
 from app.api.documentation import COMPLETE_BODY, DATASET_KNOWN, PART_BODY, UPLOAD_BODY, errors
+from app.api.etags import IfMatch, IfNoneMatch, require_match, send_view
 from app.api.idempotency import Once
 from app.api.receipts import receipt
 from app.api.reports import reporting
@@ -98,11 +99,11 @@ def get_uploads(
     return link(Page[UploadSummary].model_validate(page_of(views, [one.id for one in found], limit)))
 
 
-@router.get("/uploads/{id}", responses=errors(UploadNotFound))
-def get_one_upload(upload_id: UploadId, services: Context) -> UploadView:
+@router.get("/uploads/{id}", response_model=UploadView, responses=errors(UploadNotFound))
+def get_one_upload(upload_id: UploadId, services: Context, if_none_match: IfNoneMatch = None) -> Response:
     """An upload and the parts that are there."""
     with services.engine.connect() as conn:
-        return _view(conn, _find(conn, upload_id))
+        return send_view(_view(conn, _find(conn, upload_id)), if_none_match)
 
 
 @router.put(
@@ -154,11 +155,14 @@ async def complete_upload(request: Request, upload_id: UploadId, services: Conte
 
 
 @router.delete("/uploads/{id}", responses=errors(UploadNotFound))
-def delete_one_upload(upload_id: UploadId, services: Context) -> ReceiptView:
+def delete_one_upload(upload_id: UploadId, services: Context, if_match: IfMatch = None) -> ReceiptView:
     """Give an upload up; its parts are removed soon. A dataset that it became stays."""
     with services.engine.begin() as conn:
-        if not delete_upload(conn, upload_id):
+        upload = lock_upload(conn, upload_id)
+        if upload is None:
             raise UploadNotFound(id=upload_id)
+        require_match(if_match, lambda: _view(conn, upload))
+        delete_upload(conn, upload_id)
         parts = all_parts(conn, upload_id)
         return receipt(services, conn, "upload", upload_id, [part.sha256 for part in parts])
 

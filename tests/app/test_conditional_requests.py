@@ -11,7 +11,7 @@ from app.core.keys import make_key
 from app.db.ids import new_id
 from app.db.projects import DEFAULT_PROJECT
 from app.settings import Settings
-from tests.app.conftest import Api, described, serving
+from tests.app.conftest import MODEL, Api, described, serving
 
 WRONG = '"0123456789abcdef0123456789abcdef"'
 CHANGED = {"artifacts": {"artifact_ttl": 3600}, "webhooks": {"description": "moved"}}
@@ -46,10 +46,17 @@ def make(api: Api) -> Callable[[str], str]:
     def a_webhook() -> str:
         return str(api.http.post("/webhooks", json={"url": "https://hooks.example/p2d"}).json()["id"])
 
+    def a_comparison() -> str:
+        jobs = [api.job(reuse="never") for _ in range(2)]
+        return str(api.http.post("/comparisons", json={"job_ids": jobs}).json()["id"])
+
     def make(room: str) -> str:
         makers: dict[str, Callable[[], str]] = {
             "datasets": lambda: api.dataset(start=1000 * (1 + len(used))),
             "keys": a_key,
+            "uploads": lambda: api.http.post("/uploads", json={"size_bytes": 9}).json()["id"],
+            "comparisons": a_comparison,
+            "reports": lambda: api.upload(b"{").json()["report"].rpartition("/")[2],
             "webhooks": a_webhook,
         }
         thing = makers[room]() if room in makers else of_a_job(room)
@@ -59,7 +66,7 @@ def make(api: Api) -> Callable[[str], str]:
     return make
 
 
-ROOMS = ("datasets", "head-maps", "selections", "artifacts", "webhooks", "keys")
+ROOMS = ("datasets", "head-maps", "selections", "artifacts", "webhooks", "keys", "uploads", "comparisons", "reports")
 
 
 @pytest.mark.parametrize("room", ROOMS)
@@ -99,8 +106,16 @@ def changed_tag(api: Api, path: str, change: Any, etag: str) -> str:
 
 @pytest.mark.parametrize("room", ROOMS)
 def test_what_is_not_there_matches_nothing(api: Api, room: str) -> None:
-    prefix = {"datasets": "ds", "head-maps": "hm", "selections": "sel", "artifacts": "art", "webhooks": "wh"}
-    path = f"/{room}/{new_id(prefix.get(room, 'key'))}"
+    prefix = {
+        "datasets": "ds",
+        "head-maps": "hm",
+        "selections": "sel",
+        "artifacts": "art",
+        "webhooks": "wh",
+        "keys": "key",
+    }
+    prefix |= {"uploads": "upl", "comparisons": "cmp", "reports": "rep"}
+    path = f"/{room}/{new_id(prefix[room])}"
 
     assert api.http.get(path, headers={"If-None-Match": "*"}).status_code == 404
     assert api.http.delete(path, headers={"If-Match": "*"}).status_code == 404
@@ -111,6 +126,13 @@ def test_a_selection_at_another_ratio_has_another_etag(api: Api, make: Callable[
     whole = api.http.get(path).headers["ETag"]
 
     assert api.http.get(path, params={"ratio": 0.5}, headers={"If-None-Match": whole}).status_code == 200
+
+
+def test_a_model_that_is_still_installed_is_not_sent_again(api: Api) -> None:
+    seen = api.http.get(f"/models/{MODEL}")
+
+    assert api.http.get(f"/models/{MODEL}", headers={"If-None-Match": seen.headers["ETag"]}).status_code == 304
+    assert api.http.get(f"/models/{MODEL}", headers={"If-None-Match": WRONG}).json() == seen.json()
 
 
 def test_what_can_be_read_on_condition_is_changed_and_deleted_on_condition() -> None:
