@@ -11,12 +11,13 @@ from app.api.context import Admin, Context, Cursor, Limit, Link, page_after, pag
 from app.api.documentation import errors
 from app.db.audit import list_entries
 from app.key_schemas import AuditView
+from app.schemas import Text
 from app.views import Page
 
 router = APIRouter(tags=["audit"])
 
 Object = Annotated[
-    str | None, Query(alias="object", max_length=64, description="Only what was done to the thing of this id.")
+    Text | None, Query(alias="object", max_length=64, description="Only what was done to the thing of this id.")
 ]
 
 

@@ -31,6 +31,7 @@ from app.errors import HeadMapMismatch, HeadMapNotFound, IdempotencyInFlight, Id
 from app.key_schemas import ReceiptView
 from app.result_errors import HeadMapInUse, HeadMapInvalid
 from app.result_schemas import HeadMapBody, HeadMapDiffView, HeadMapSummary, HeadMapView
+from app.schemas import Text
 from app.views import JobView, Page
 from p2d.config import DEFAULT_RATIO
 from p2d.head_map_diff import compare
@@ -40,10 +41,10 @@ router = APIRouter(tags=["head maps"])
 
 Ratio = Annotated[float, Query(gt=0, le=1, allow_inf_nan=False, description="Share of heads that is outlined.")]
 KeptRatio = Annotated[float, Query(gt=0, le=1, allow_inf_nan=False, description="Share of heads that each map keeps.")]
-With = Annotated[str, Query(alias="with", max_length=64, description="Id of the head map to compare with.")]
-OfModel = Annotated[str | None, Query(max_length=128, description="Only those of this base model, by its name.")]
-OfDataset = Annotated[str | None, Query(max_length=64, description="Only those over this dataset, by its id.")]
-OfScorer = Annotated[str | None, Query(max_length=64, description="Only those of this scorer.")]
+With = Annotated[Text, Query(alias="with", max_length=64, description="Id of the head map to compare with.")]
+OfModel = Annotated[Text | None, Query(max_length=128, description="Only those of this base model, by its name.")]
+OfDataset = Annotated[Text | None, Query(max_length=64, description="Only those over this dataset, by its id.")]
+OfScorer = Annotated[Text | None, Query(max_length=64, description="Only those of this scorer.")]
 
 _IMPORTED: dict[int | str, dict[str, Any]] = {
     201: {"model": HeadMapSummary, "description": "The head map was imported."},
