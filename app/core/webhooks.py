@@ -33,6 +33,7 @@ from app.db.engine import Connection, Json
 from app.db.ids import new_id
 from app.db.jobs import Job, Status
 from app.db.measures import count_try
+from app.db.projects import lock_project
 from app.db.usage import webhooks_made
 from app.db.webhooks import (
     Heard,
@@ -114,6 +115,7 @@ def make_webhook(
 ) -> Webhook:
     """Record a webhook of the caller's project. Raises WebhookRefused, TooManyWebhooks, PepperMissing."""
     check_url(settings, url)
+    lock_project(conn)  # until the commit: who counts next sees this one
     if (made := webhooks_made(conn)) >= settings.quota_webhooks:
         raise TooManyWebhooks(limit=settings.quota_webhooks)
     pepper = open_pepper(settings, in_use=made > 0 or any_key(conn))

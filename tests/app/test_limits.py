@@ -23,7 +23,8 @@ LIMITS = {"project_streams": 2, "rate_per_minute": 40, "quota_jobs": 2, "quota_b
 
 @pytest.fixture(scope="module")
 def limited(module_settings: Settings) -> Iterator[Api]:
-    with serving(Settings.model_validate({**module_settings.model_dump(), **LIMITS})) as api:
+    more = {**LIMITS, "webhook_hosts": ("hooks.example",)}
+    with serving(Settings.model_validate({**module_settings.model_dump(), **more})) as api:
         yield api
 
 
@@ -146,6 +147,21 @@ def test_uploads_begun_in_one_moment_are_together_no_more_bytes_than_the_quota(l
 
     assert sum(answer.is_success for answer in answers) == 3
     assert lab.http.get("/usage").json()["stored_bytes"] == 36_000
+
+
+def test_webhooks_made_in_one_moment_are_together_no_more_than_the_quota(lab: Api) -> None:
+    admin = {"Authorization": f"Bearer {key(lab.engine, lab.settings, 'many webhooks', 'admin')}"}
+
+    def make(number: int) -> httpx.Response:
+        return lab.http.post("/webhooks", json={"url": f"https://hooks.example/{number}"}, headers=admin)
+
+    with ThreadPoolExecutor(12) as pool:
+        answers = list(pool.map(make, range(30)))
+
+    assert sum(answer.is_success for answer in answers) == lab.settings.quota_webhooks == 20
+    for answer in answers:
+        if not answer.is_success:
+            refused(answer, 429, "limit.webhooks")
 
 
 def test_bytes_above_the_quota_are_refused_before_they_are_sent(lab: Api) -> None:
