@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from p2d.batches import TOKEN_BUDGET, Batch, answer_nll, pack, packed_batches
 from p2d.config import TrainingConfig
+from p2d.device import backward
 from p2d.flops import LORA_RANK
 from p2d.memory_guard import memory_guard
 from p2d.models import BaseModel
@@ -181,7 +182,7 @@ def _timed(
         started = _now(base.device)
         with memory_guard("timing a baseline"):
             for indices in work.batches[index]:
-                _loss(base, pack(base.renderer, rendered, indices)).backward()
+                backward(_loss(base, pack(base.renderer, rendered, indices)))
         middle = _now(base.device)
         with memory_guard("timing a baseline"):
             update()

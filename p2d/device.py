@@ -7,6 +7,7 @@ import resource
 import sys
 
 import torch
+from torch import Tensor
 
 from p2d.config import Precision
 from p2d.errors import ConfigError
@@ -34,15 +35,23 @@ def pick_device(name: str = "auto") -> torch.device:
     return device
 
 
-def repeat_exactly(device: torch.device) -> None:
-    """Let a GPU compute the same bits again: what is resumed must end as if never interrupted. A CPU does with the same threads.
+def backward(loss: Tensor) -> None:
+    """`loss.backward()`, to the same bits each time on a GPU too: what is resumed must end as if never interrupted.
 
-    Without it, the backward pass of SDPA's flash kernel adds up rows of more than one block in any order.
+    By itself SDPA's flash kernel adds up rows of more than one of its blocks in any order. Only here, because elsewhere torch's
+    deterministic ways wait for the device: they look at every index before they write to it.
     """
-    if device.type == "cuda":
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        # Else every new tensor is filled, with a launch of its own: a guard against bugs of another kind.
-        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    if loss.device.type != "cuda":
+        loss.backward()
+        return
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    # Else every new tensor would be filled, with a launch of its own: a guard against bugs of another kind.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        loss.backward()
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
 def pick_dtype(precision: Precision, device: torch.device) -> torch.dtype:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from p2d.batches import TOKEN_BUDGET, answer_nll, mean_answer_nll, pack, packed_batches
 from p2d.config import DEFAULT_RATIO, HEAD_SCORERS, JobConfig, Projection, proxy_count, proxy_guide_rows
+from p2d.device import backward
 from p2d.errors import DatasetTooSmall, Diverged, EngineError
 from p2d.head_maps import HeadMap, ProxyFacts, reproducibility
 from p2d.memory_guard import memory_guard
@@ -133,7 +134,7 @@ class _Guide:
             with memory_guard("scoring heads"):
                 nll_B, _ = answer_nll(self.base, batch)
                 part = nll_B.sum() / self.answer_tokens
-                part.backward()
+                backward(part)
             loss += float(part.detach())
             self.work.tick(batch.tokens, {})
         gradients = slices.gradients()

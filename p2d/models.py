@@ -24,7 +24,7 @@ from p2d.arch import ARCHS
 from p2d.arch.spec import ArchSpec, unit_view
 from p2d.attention import use_attention
 from p2d.config import Precision, Projection
-from p2d.device import pick_device, pick_dtype, repeat_exactly
+from p2d.device import pick_device, pick_dtype
 from p2d.errors import ModelError, ModelNotFound
 from p2d.files import sha256_of
 from p2d.memory_guard import memory_guard
@@ -92,7 +92,6 @@ def load_base_model(directory: Path, *, precision: Precision = "auto", device: s
     info = read_model_info(directory)
     spec: ArchSpec = load(ARCHS, info.model_type, what="model family", pointer="/base_model")
     where = pick_device(device)
-    repeat_exactly(where)
     dtype = pick_dtype(precision, where)
     renderer = load_renderer(directory)
     failed = f"The model {info.name!r} cannot be loaded"

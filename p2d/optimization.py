@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from p2d.batches import TOKEN_BUDGET, answer_nll, pack, packed_batches
+from p2d.device import backward
 from p2d.errors import Diverged, OutOfMemory
 from p2d.memory_guard import memory_guard
 from p2d.models import BaseModel
@@ -164,7 +165,7 @@ class SliceTrainer:
                 with memory_guard("training"):
                     nll_B, _ = answer_nll(self._base, pack(self._base.renderer, rows, batch))
                     loss = nll_B.sum() / answer_tokens
-                    loss.backward()
+                    backward(loss)
                     total += float(loss.detach())
             except OutOfMemory:
                 if len(batch) == 1:

@@ -30,6 +30,7 @@ from p2d import flops
 from p2d.arch.spec import HEAD_WISE, group_of, n_units, unit_rows
 from p2d.batches import answer_nll, collate, token_budget_batches
 from p2d.config import FAST_ANSWER_TOKENS, Projection, alignment_layers, alignment_projections
+from p2d.device import backward
 from p2d.errors import Diverged
 from p2d.model_info import ModelInfo
 from p2d.models import BaseModel
@@ -163,7 +164,7 @@ def _backward_passes(
     for indices in token_budget_batches(lengths, budget):
         with torch.enable_grad(), tap_gradients(base, places, sink_of(indices)):
             nll_B, tokens_B = answer_nll(base, collate(base.renderer, rendered, indices))
-            (nll_B / tokens_B).sum().backward()
+            backward((nll_B / tokens_B).sum())
         yield indices, nll_B.detach().double().cpu().numpy()
 
 

@@ -101,6 +101,23 @@ def test_training_takes_the_cpu_s_steps_and_leaves_the_base_alone(
     assert all(torch.equal(after[name], before[name]) for name in before)
 
 
+def test_long_rows_train_to_the_same_bits_twice_in_bf16(directory: Path) -> None:
+    device = load_base_model(directory, precision="bf16", device="cuda")
+    rows = [
+        device.renderer.render(Row("q" * 150, "a" * (200 + 5 * n), n)) for n in range(16)
+    ]  # several blocks of flash
+
+    def masters() -> dict[str, torch.Tensor]:
+        with HeadSlices(device, all_heads(device), ("q", "k", "v", "o")) as slices:
+            trainer = SliceTrainer(device, slices, rows, batch_size=8, seed="0")
+            for _ in range(4):
+                trainer.advance(Schedule(5e-3, 4))
+            return slices.masters()
+
+    one, other = masters(), masters()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
 def test_a_step_that_does_not_fit_is_done_in_smaller_parts_to_the_same_loss(both: tuple[BaseModel, BaseModel]) -> None:
     _, device = both
     rows = [device.renderer.render(Row("q" * 150, "a" * (100 + n), n)) for n in range(32)]
