@@ -182,7 +182,7 @@ def gc(
 @cli.command()
 def submit(
     data: Data,
-    base_model: Annotated[str, typer.Option(help="A model that the service has installed.")],
+    base_model: Annotated[str, typer.Option(help="An installed model, or art_...: one that the project has merged.")],
     validation: Validation = "",
     kind: Kind = "adapt",
     recipe: Recipe = "default",
@@ -445,6 +445,8 @@ def _follow(client: Client, job: Job) -> None:
     if job.status == "failed":
         error = job.error or {}
         raise JobFailure(f"The job failed: {error.get('detail')} {error.get('hint', '')}")
+    if job.status == "succeeded" and job.kind != "export":
+        out.print(headline(client.report(job.id)), markup=False)
     out.print(f"{job.id} {job.status}. `p2d download {job.id} --out DIR` fetches its files.")
 
 

@@ -62,13 +62,17 @@ def _worth(evaluation: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield f"control {control['control']}", _beside(control)
 
 
+_SHOUTED = {"worse": "WORSE"}
+"""A verdict that nobody is to overlook."""
+
+
 def _beside(control: Mapping[str, Any]) -> str:
     """A control, and whether the job did better."""
-    change = control["against_job"]
-    said = "better" if change["high"] < 0 else "WORSE" if change["low"] > 0 else "no clear difference"
+    change, verdict = control["against_job"], control["verdict"]
+    interval = f"{change['difference']:+.4f} (95 % interval {change['low']:+.4f} to {change['high']:+.4f})"
     return (
         f"held-out loss {control['loss']:.4f} at {control['trained_parameters']:,} parameters on {control['rows']:,} rows; "
-        f"this job: {said}, {change['difference']:+.4f} (95 % interval {change['low']:+.4f} to {change['high']:+.4f})"
+        f"this job: {_SHOUTED.get(verdict, verdict)}, {interval}"
     )
 
 
@@ -118,6 +122,9 @@ def headline(report: Mapping[str, Any]) -> str:
     if report.get("evaluation"):
         evaluation = report["evaluation"]
         parts.append(f"held-out loss {evaluation['loss_before']:.4f} -> {evaluation['loss_after']:.4f}")
+        for control in evaluation.get("controls") or []:
+            verdict = _SHOUTED.get(control["verdict"], control["verdict"])
+            parts.append(f"control {control['control']} {control['loss']:.4f}: {verdict}")
     cost = report["cost"]
     reused_s = cost["counted_s"] - cost["spent_s"]
     parts.append(

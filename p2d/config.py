@@ -384,6 +384,16 @@ def _contradictions(config: JobConfig) -> Iterator[ErrorDetail]:
             message=f"The head scorer {head_scorer!r} sees q, k and v alone; training.slices has none of them.",
             pointer="/heads/scorer",
         )
+    if len(set(config.controls)) < len(config.controls):
+        yield ErrorDetail(
+            code="config.controls", message="A control is named twice; one of each is trained.", pointer="/controls"
+        )
+    if config.controls and config.kind != "adapt":
+        yield ErrorDetail(
+            code="config.controls",
+            message=f"Controls are trained beside an adapter; a job of kind {config.kind!r} trains none.",
+            pointer="/controls",
+        )
     scorer = _data_scorer(config)
     metric = DataConfig().metric
     if data.metric != metric and scorer != "icl":

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -88,6 +88,9 @@ def row_losses(
     return RowLosses(nll_R, tokens_R)
 
 
+Verdict = Literal["better", "worse", "no clear difference"]
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Change:
     """Difference of the mean loss between two sets of weights on the same rows; below 0 = better."""
@@ -96,6 +99,11 @@ class Change:
     low: float
     high: float
     """Ends of the 95 % interval."""
+
+    @property
+    def verdict(self) -> Verdict:
+        """Of the later weights: whether the interval leaves out 0."""
+        return "better" if self.high < 0 else "worse" if self.low > 0 else "no clear difference"
 
 
 def paired_bootstrap(before: RowLosses, after: RowLosses, *, seed: int, draws: int = 10_000) -> Change:
@@ -126,6 +134,8 @@ class Arm:
     loss: float
     against_job: Change
     """The job's loss minus the control's; below 0 = the job's choice was worth something."""
+    verdict: Verdict
+    """Of the job, by whether that interval holds 0."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -268,8 +278,7 @@ class Judge:
             trained_parameters=result.n_parameters,
             learning_rate=result.learning_rate,
             seconds=result.seconds,
-            loss=losses.mean,
-            against_job=paired_bootstrap(losses, job, seed=self.config.training.seed),
+            **self._held_against(losses, job),
         )
 
     def _lora(self, rendered: Sequence[RenderedRow], job: RowLosses) -> Arm:
@@ -284,9 +293,12 @@ class Judge:
             heads=0,
             rows=len(rows),
             **asdict(trained),
-            loss=losses.mean,
-            against_job=paired_bootstrap(losses, job, seed=self.config.training.seed),
+            **self._held_against(losses, job),
         )
+
+    def _held_against(self, control: RowLosses, job: RowLosses) -> dict[str, Any]:
+        change = paired_bootstrap(control, job, seed=self.config.training.seed)
+        return {"loss": control.mean, "against_job": change, "verdict": change.verdict}
 
     def _parameters(self, heads: Sequence[Head]) -> int:
         return HeadSlices(self.base, heads, self._slices()).n_parameters

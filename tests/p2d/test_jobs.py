@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from app.report import headline
 from p2d import Result, adapt, identify_heads, select_data
 from p2d.adapters import load_adapter, merge
 from p2d.config import Control, DataConfig, HeadsConfig, JobConfig, TrainingConfig
@@ -243,6 +244,8 @@ def test_lora_on_all_rows_is_trained_as_a_control_and_the_job_is_held_against_it
     assert (lora["control"], lora["heads"], lora["rows"]) == ("lora", 0, one.report["rows"]["train"]["rows"])
     assert lora["trained_parameters"] == evaluation["lora"]["trained_parameters"]
     assert lora["loss"] < evaluation["loss_before"]
+    assert lora["verdict"] in ("better", "worse", "no clear difference")
+    assert f"control lora {lora['loss']:.4f}: " in headline(one.report)
     assert lora["against_job"]["difference"] == pytest.approx(evaluation["loss_after"] - lora["loss"])
     losses, again = (json.loads(out.file("row_losses.json").read_text()) for out in (one, two))
     assert losses["lora"] == again["lora"]

@@ -47,6 +47,14 @@ def test_the_recipes_own_scorer_counts_where_none_is_named() -> None:
     ]
 
 
+def test_controls_are_named_once_and_beside_an_adapter() -> None:
+    check(JobConfig(controls=("lora", "random_data")))
+    twice = JobConfig(controls=("lora", "lora"))
+    alone = JobConfig(kind="select_data", controls=("lora",))
+    for wrong in (twice, alone):
+        assert list(refused(wrong)) == [("config.controls", "/controls")]
+
+
 def test_fast_mode_is_refused_for_all_but_the_combination_that_was_measured() -> None:
     def fast(scorer: str = "auto", **other: Any) -> JobConfig:
         return JobConfig(data=DataConfig(scorer=scorer, mode="fast"), **other)
