@@ -122,9 +122,7 @@ def headline(report: Mapping[str, Any]) -> str:
     if report.get("evaluation"):
         evaluation = report["evaluation"]
         parts.append(f"held-out loss {evaluation['loss_before']:.4f} -> {evaluation['loss_after']:.4f}")
-        for control in evaluation.get("controls") or []:
-            verdict = _SHOUTED.get(control["verdict"], control["verdict"])
-            parts.append(f"control {control['control']} {control['loss']:.4f}: {verdict}")
+        parts += verdicts(report)
     cost = report["cost"]
     reused_s = cost["counted_s"] - cost["spent_s"]
     parts.append(
@@ -133,6 +131,15 @@ def headline(report: Mapping[str, Any]) -> str:
     if cost["not_known"]:
         parts.append(f"not counted: {', '.join(cost['not_known'])}, given as files")
     return ", ".join(parts)
+
+
+def verdicts(report: Mapping[str, Any]) -> list[str]:
+    """Each control of a job, and whether the job did better."""
+    controls = (report.get("evaluation") or {}).get("controls") or []
+    return [
+        f"control {one['control']} {one['loss']:.4f}: {_SHOUTED.get(one['verdict'], one['verdict'])}"
+        for one in controls
+    ]
 
 
 _COMPARED = {

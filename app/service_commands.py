@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from app.progress import stage_name, time_left
-from app.report import headline, side_by_side
+from app.report import side_by_side, verdicts
 from p2d.client import Artifact, Client, Job
 
 out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 140)
@@ -75,8 +75,8 @@ def show(
             typer.echo(json.dumps(job.raw, indent=2, ensure_ascii=False))
             return
         files = client.artifacts(job_id)
-        report = client.report(job_id) if job.status == "succeeded" and job.kind != "export" else None
-    for line in [*_told(job), *([headline(report)] if report else [])]:
+        report = client.report(job_id) if job.status == "succeeded" and job.kind == "adapt" else None
+    for line in [*_told(job), *verdicts(report or {})]:
         out.print(line, markup=False)
     if files:
         out.print(_files(files))
