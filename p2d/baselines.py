@@ -112,7 +112,7 @@ def project_lora(
 ) -> Baseline:
     """Time peft's LoRA on all linear layers."""
     work = _workload(base, rendered, settings)
-    with lora_layers(base, r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules="all-linear") as layers:
+    with lora_layers(base, settings.seed, r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules="all-linear") as layers:
         weights = list(layers.values())
         optimizer = torch.optim.AdamW(weights, lr=1e-4, fused=True)
 
@@ -125,15 +125,18 @@ def project_lora(
 
 
 @contextmanager
-def lora_layers(base: BaseModel, **config: Any) -> Iterator[dict[str, nn.Parameter]]:
+def lora_layers(base: BaseModel, seed: int, **config: Any) -> Iterator[dict[str, nn.Parameter]]:
     """Within the block the model has peft's LoRA layers of this `LoraConfig`, without dropout; their weights by name.
 
-    Whatever the block does to them, the base weights are those from before, and the layers are gone afterwards.
+    Whatever the block does to them, the base weights are those from before, and the layers are gone afterwards. Their first
+    factors are drawn by the seed, whatever random state the process is in, which is left as it was.
     """
     from peft import LoraConfig, get_peft_model  # a second to import, and only here
 
-    with warnings.catch_warnings():
+    drawn_on = [base.device] if base.device.type == "cuda" else []
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=drawn_on):
         warnings.simplefilter("ignore")
+        torch.manual_seed(seed)
         # In the base's own type, not peft's default fp32: the casts to and fro would make LoRA look dearer than it is.
         wrapped = get_peft_model(
             base.module, LoraConfig(lora_dropout=0.0, task_type="CAUSAL_LM", **config), autocast_adapter_dtype=False

@@ -6,25 +6,20 @@ By the same optimizer, schedule, batches and epochs as the job's own training, a
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 
-import torch
-from torch import nn
-
 from p2d.baselines import lora_layers
-from p2d.batches import mean_answer_nll
 from p2d.config import JobConfig
 from p2d.flops import LORA_RANK
 from p2d.learning_rates import find_learning_rate, search_steps, watched_rows
 from p2d.masters import Masters
-from p2d.memory_guard import memory_guard
 from p2d.models import BaseModel
 from p2d.optimization import Schedule, SliceTrainer, steps_per_epoch
 from p2d.rendering import RenderedRow
+from p2d.training import Run, watch_epoch
 
 FIRST_RATE = 2e-3
 """Where the search begins: of 5e-4 to 8e-3 the best was 1e-3 on 160 GSM8K rows, 4e-3 to 8e-3 on fewer (docs/LOG.md)."""
@@ -59,7 +54,8 @@ def lora_control(
     steps = per_epoch * settings.epochs
     total = search_steps(steps) + steps
     watch = list(guide)[: watched_rows(len(rows), len(guide))]
-    with _adapters(base, settings.seed) as adapters, Masters(adapters).trained() as masters:
+    lora = lora_layers(base, settings.seed, r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules="all-linear")
+    with lora as adapters, Masters(adapters).trained() as masters:
         found = find_learning_rate(
             *(base, masters, rows, guide, config, steps, lambda done, _, __: at(done / total)), first=FIRST_RATE
         )
@@ -69,30 +65,15 @@ def lora_control(
             seed=str(settings.seed),
             token_budget=found.token_budget,
         )
-        schedule, best, kept = Schedule(found.learning_rate, steps), math.inf, masters.masters()
+        schedule, run = Schedule(found.learning_rate, steps), Run(found.learning_rate, found.trials, found.tokens)
         while trainer.step < steps:
-            trainer.advance(schedule)
+            log = trainer.advance(schedule)
             if trainer.step % per_epoch == 0:
-                with memory_guard("looking at held-out rows"):
-                    loss = mean_answer_nll(base, watch, token_budget=trainer.token_budget)
-                if loss <= best:
-                    best, kept = loss, masters.masters()
+                watch_epoch(base, trainer, watch, run, epoch=log.epoch)
             at((search_steps(steps) + trainer.step) / total)
-        masters.load_masters(kept)
+        masters.load_masters(run.kept)
         yield LoraControl(
             learning_rate=found.learning_rate,
             trained_parameters=sum(parameter.numel() for parameter in masters.parameters()),
             seconds=time.perf_counter() - started,
         )
-
-
-@contextmanager
-def _adapters(base: BaseModel, seed: int) -> Iterator[dict[str, nn.Parameter]]:
-    """peft's layers, their first factors drawn by the seed, whatever random state the process is in."""
-    devices = [base.device] if base.device.type == "cuda" else []
-    with ExitStack() as stack:
-        with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(seed)
-            layers = lora_layers(base, r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules="all-linear")
-            adapters = stack.enter_context(layers)
-        yield adapters

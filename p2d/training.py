@@ -69,7 +69,7 @@ class TrainingResult:
 
 
 @dataclass(slots=True)
-class _Run:
+class Run:
     """Where a training run stands; all of it goes into every checkpoint."""
 
     learning_rate: float
@@ -122,7 +122,7 @@ def train(
     ):
         trainer = SliceTrainer(base, slices, rows, batch_size=settings.batch_size, seed=str(settings.seed))
         run = _resumed(resume_from, identity, trainer)
-        if not isinstance(run, _Run):
+        if not isinstance(run, Run):
             if settings.learning_rate == "auto":
                 found = find_learning_rate(
                     *(base, slices, rows, guide, config, steps, _shifted(progress, 0, steps + searching)),
@@ -131,7 +131,7 @@ def train(
                 )
                 run = _begun(found, trainer)
             else:
-                run = _Run(settings.learning_rate, [], 0)
+                run = Run(settings.learning_rate, [], 0)
             _save(checkpoint_dir, on_checkpoint, identity, trainer, run)
         resumed_step, searched_s = trainer.step, time.perf_counter() - started
         schedule = Schedule(run.learning_rate, steps)
@@ -141,7 +141,7 @@ def train(
             run.add(log)
             epoch_ends = trainer.step % per_epoch == 0
             if epoch_ends:
-                _watch(base, trainer, watch, run, epoch=log.epoch)
+                watch_epoch(base, trainer, watch, run, epoch=log.epoch)
             if trainer.step < steps and (epoch_ends or time.monotonic() - saved > CHECKPOINT_S):
                 _save(checkpoint_dir, on_checkpoint, identity, trainer, run)
                 saved = time.monotonic()
@@ -180,10 +180,10 @@ def run_identity(
     return digest.hexdigest()
 
 
-def _begun(found: Found, trainer: SliceTrainer) -> _Run:
+def _begun(found: Found, trainer: SliceTrainer) -> Run:
     """The run at the rate that was found, with what of the memory's budget the search has left."""
     trainer.token_budget = found.token_budget
-    return _Run(found.learning_rate, found.trials, found.tokens, _border_warning(found))
+    return Run(found.learning_rate, found.trials, found.tokens, _border_warning(found))
 
 
 def _border_warning(found: Found) -> list[str]:
@@ -203,7 +203,7 @@ def _memory_warning(token_budget: int) -> list[str]:
     ]
 
 
-def _watch(base: BaseModel, trainer: SliceTrainer, watch: Sequence[RenderedRow], run: _Run, *, epoch: int) -> None:
+def watch_epoch(base: BaseModel, trainer: SliceTrainer, watch: Sequence[RenderedRow], run: Run, *, epoch: int) -> None:
     """Look at held-out rows after an epoch and keep its slices unless an earlier epoch did better."""
     if watch:
         with memory_guard("looking at held-out rows"):
@@ -212,7 +212,7 @@ def _watch(base: BaseModel, trainer: SliceTrainer, watch: Sequence[RenderedRow],
         run.kept_epoch, run.kept = epoch, trainer.slices.masters()
 
 
-def _metrics(log: StepLog, run: _Run) -> dict[str, float]:
+def _metrics(log: StepLog, run: Run) -> dict[str, float]:
     metrics = {
         "loss": log.loss,
         "learning_rate": log.learning_rate,
@@ -227,7 +227,7 @@ def _shifted(progress: Progress, offset: int, total: int) -> Progress:
 
 
 def _save(
-    parent: Path | None, announce: Callable[[Path], None], identity: str, trainer: SliceTrainer, run: _Run
+    parent: Path | None, announce: Callable[[Path], None], identity: str, trainer: SliceTrainer, run: Run
 ) -> None:
     if parent is None:
         return
@@ -252,7 +252,7 @@ def _save_search(parent: Path | None, announce: Callable[[Path], None], identity
         announce(save_checkpoint(parent, Checkpoint(0, {}, facts)))
 
 
-def _resumed(directory: Path | None, identity: str, trainer: SliceTrainer) -> _Run | Searched | None:
+def _resumed(directory: Path | None, identity: str, trainer: SliceTrainer) -> Run | Searched | None:
     """Where an earlier attempt of this very run stood, loaded into the trainer, or how far its search; None = start over."""
     checkpoint = load_checkpoint(directory) if directory is not None else None
     if checkpoint is None or checkpoint.facts["identity"] != identity:
@@ -263,7 +263,7 @@ def _resumed(directory: Path | None, identity: str, trainer: SliceTrainer) -> _R
         return Searched(trials, facts["tokens"], facts["token_budget"])
     trainer.load_state(checkpoint.step, checkpoint.tensors)
     trainer.token_budget = facts["token_budget"]  # other micro-batches would sum in another order
-    return _Run(
+    return Run(
         learning_rate=facts["learning_rate"],
         trials=trials,
         tokens=facts["tokens"],

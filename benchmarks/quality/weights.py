@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import nn
 
 from benchmarks.quality.arms import Weights
@@ -40,9 +39,9 @@ def _lora(base: BaseModel, weights: Weights, seed: int) -> Iterator[dict[str, nn
     if weights.slices:
         targets = sorted({base.spec.path(0, name).rpartition(".")[2] for name in weights.slices})
     assert weights.rank is not None
-    torch.manual_seed(seed)  # where peft draws its first factors from
     with lora_layers(
         base,
+        seed,
         r=weights.rank,
         lora_alpha=2 * weights.rank,
         target_modules=targets,

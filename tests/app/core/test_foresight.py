@@ -12,7 +12,7 @@ from app.core import lifecycle
 from app.core.foresight import SILENCE_S, Interval, estimate_json, share_done, stretched, time_left
 from app.core.lifecycle import StepFacts
 from app.db.estimates import DEFAULT, FEWEST, Error, past_errors
-from app.db.leases import claim
+from app.db.leases import Lease, claim
 from app.db.steps import Work, work_of
 from app.db.tables import jobs, steps
 from app.settings import Settings
@@ -38,6 +38,17 @@ def finish(rig: Rig, facts: StepFacts) -> None:
         assert lease is not None
         lifecycle.begin_step(conn, lease)
         lifecycle.finish_step(conn, lease, [], facts)
+
+
+def begin_heads(rig: Rig, *, package_s: float) -> tuple[str, Lease]:
+    """A job whose heads, of ten seconds, have just been begun."""
+    job_id = rig.submit(kind="identify_heads")
+    finish(rig, StepFacts(estimate_s={"heads": 10.0, "package": package_s}))
+    with rig.db.begin() as conn:
+        lease = claim(conn, queue=rig.settings.worker_queue, worker="worker-1", lease_s=60)
+        assert lease is not None
+        lifecycle.begin_step(conn, lease)
+    return job_id, lease
 
 
 def finish_one(rig: Rig, *, took_s: float) -> str:
@@ -145,12 +156,7 @@ def test_most_intervals_of_a_job_hold_its_end_also_where_its_last_step_was_fores
 
 
 def test_the_ledger_tells_what_is_left_and_how_long_the_running_step_took(rig: Rig) -> None:
-    job_id = rig.submit(kind="identify_heads")
-    finish(rig, StepFacts(estimate_s={"heads": 10.0, "package": 2.0}))
-    with rig.db.begin() as conn:
-        lease = claim(conn, queue=rig.settings.worker_queue, worker="worker-1", lease_s=60)
-        assert lease is not None
-        lifecycle.begin_step(conn, lease)
+    job_id, lease = begin_heads(rig, package_s=2.0)
     with rig.db.begin() as conn:
         ten_s_ago = text("update steps set started_at = now() - interval '10 s', progress = 0.25 where id = :id")
         conn.execute(ten_s_ago, {"id": lease.step_id})
@@ -165,12 +171,7 @@ def test_the_ledger_tells_what_is_left_and_how_long_the_running_step_took(rig: R
 
 
 def test_a_step_that_says_nothing_is_foreseen_anew_and_a_job_that_nobody_works_on_not_at_all(rig: Rig) -> None:
-    job_id = rig.submit(kind="identify_heads")
-    finish(rig, StepFacts(estimate_s={"heads": 10.0, "package": 0.1}))
-    with rig.db.begin() as conn:
-        lease = claim(conn, queue=rig.settings.worker_queue, worker="worker-1", lease_s=60)
-        assert lease is not None
-        lifecycle.begin_step(conn, lease)
+    job_id, lease = begin_heads(rig, package_s=0.1)
 
     def pass_by() -> None:
         with rig.db.begin() as conn:
