@@ -56,6 +56,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--share", type=float, default=0.5, help="of bad rows in it; 0 = clean pools only")
     parser.add_argument("--arm", default="", help="only arms whose name holds this")
+    parser.add_argument("--core", action="store_true", help="only the arms that tell most")
     parser.add_argument("--pool", default="", help="only pools whose name holds this, such as clean or gsm8k")
     parser.add_argument("--max-tokens", type=int, default=220, help="longer rows of a task are left out")
     parser.add_argument("--validation", type=int, default=32)

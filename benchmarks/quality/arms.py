@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -79,8 +80,17 @@ WEIGHTS = frozenset({"weights"})
 
 def _lora(rows: str, ratio: float, **more: Any) -> Arm:
     """LoRA on all linear layers, on a part of the rows."""
+    return Arm(name=f"LoRA rank 8, {_part(rows, ratio, more)}", weights=LORA_8, rows=rows, ratio=ratio, **more)
+
+
+def _low_rank(rows: str, ratio: float, **more: Any) -> Arm:
+    """A low rank inside every head, on a part of the rows."""
+    return Arm(name=f"rank 8 in all heads, {_part(rows, ratio, more)}", weights=RANK_8, rows=rows, ratio=ratio, **more)
+
+
+def _part(rows: str, ratio: float, more: Mapping[str, Any]) -> str:
     fast = ", fast" if more.get("mode") == "fast" else ""
-    return Arm(name=f"LoRA rank 8, {ratio:.0%} {rows} rows{fast}", weights=LORA_8, rows=rows, ratio=ratio, **more)
+    return f"{ratio:.0%} {rows} rows{fast}" + (", 1 epoch" if more.get("epochs") == 1 else "")
 
 
 def _heads(heads: str, ratio: float, weights: Weights, **more: Any) -> Arm:
@@ -98,21 +108,24 @@ ARMS = (
     Arm(name=REFERENCE, weights=LORA_8, groups=CORE | WEIGHTS),
     # What people do who want it cheaper, without choosing anything.
     Arm(name="LoRA rank 8, all rows, 1 epoch", weights=LORA_8, epochs=1, groups=CORE),
-    # Rows, 10 to 50 % of them, by every way of choosing, for the weights that are best on all rows.
-    *(_lora(rows, 0.25, groups=CORE) for rows in ("random", "oracle", "alignment", "alignment_likelihood")),
+    # More rows seen once, or fewer rows seen more often, by every way of choosing.
+    *(_lora(rows, 0.50, epochs=1, groups=CORE) for rows in ("random", "oracle")),
+    _lora("alignment_likelihood", 0.50, epochs=1, mode="fast", groups=CORE),
+    *(_lora(rows, 0.25, groups=CORE) for rows in ("random", "oracle")),
     _lora("alignment_likelihood", 0.25, mode="fast", groups=CORE),
-    *(_lora(rows, 0.10, groups=CORE) for rows in ("random", "oracle", "alignment")),
-    _lora("alignment_likelihood", 0.10, mode="fast", groups=CORE),
-    *(_lora(rows, 0.50) for rows in ("random", "oracle", "alignment")),
-    Arm(name="rank 8 in all heads, all rows", weights=RANK_8, groups=CORE | WEIGHTS),
     *(
-        Arm(
-            name=f"rank 8 in all heads, 25% {rows} rows",
-            weights=RANK_8,
-            rows=rows,
-            ratio=0.25,
-            groups=ROWS | (CORE if rows in ("random", "alignment") else frozenset()),
-        )
+        _low_rank(rows, 0.50, epochs=1, mode=mode, groups=CORE)
+        for rows, mode in (("random", "faithful"), ("alignment_likelihood", "fast"))
+    ),
+    *(_lora(rows, 0.10, groups=CORE) for rows in ("random", "oracle")),
+    _lora("alignment_likelihood", 0.10, mode="fast", groups=CORE),
+    _lora("alignment", 0.25, groups=CORE),
+    _lora("alignment_likelihood", 0.25),
+    _lora("alignment", 0.10),
+    *(_lora(rows, 0.50) for rows in ("random", "oracle", "alignment")),
+    Arm(name="rank 8 in all heads, all rows", weights=RANK_8, groups=WEIGHTS),
+    *(
+        _low_rank(rows, 0.25, groups=ROWS)
         for rows in (
             "random",
             "oracle",

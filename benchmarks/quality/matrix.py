@@ -79,7 +79,8 @@ class Matrix:
         torch.set_num_threads(options.threads)
         self.base = load_base_model(options.model, precision=options.precision, device=options.device)
         self._tasks = _tasks(options, self.base)
-        self.arms = [replace(arm, epochs=arm.epochs or options.epochs) for arm in ARMS if options.arm in arm.name]
+        wanted = [arm for arm in ARMS if options.arm in arm.name and ("core" in arm.groups or not options.core)]
+        self.arms = [replace(arm, epochs=arm.epochs or options.epochs) for arm in wanted]
         self.specs = [spec for spec in _specs(options, self._tasks) if options.pool in spec.name]
 
     @property

@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks.quality.arms import Arm
 from benchmarks.quality.pools import Pool
-from p2d.config import DATA_SCORERS, DataConfig, HeadsConfig, JobConfig, TrainingConfig, top_count
+from p2d.config import DATA_SCORERS, DataConfig, HeadsConfig, JobConfig, TrainingConfig, pool_count, top_count
 from p2d.estimate import estimate_flops
 from p2d.evaluation import random_heads
 from p2d.head_maps import Head, HeadMap
@@ -81,7 +81,8 @@ class Stages:
             return _drawn(self.pool.clean, count, seed), []
         config = self._config(arm, seed)
         # In fast mode the ratio decides how many rows are looked at, and the seed which; groups of `icl` are drawn by it, too.
-        drawn = (arm.ratio, seed) if arm.mode == "fast" else seed if arm.rows == "icl" else None
+        looked_at = pool_count(config.data, len(every))
+        drawn = (looked_at, seed) if looked_at < len(every) or arm.rows == "icl" else None
         key = repr((arm.rows, arm.mode, drawn, arm.weights.slices))
         if key not in self._responses:
             scorer: Any = load(DATA_SCORERS, arm.rows, what="data scorer", pointer="/data/scorer")
