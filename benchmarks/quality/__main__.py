@@ -78,7 +78,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _junk(text: str) -> tuple[str, ...]:
-    kinds = tuple(text.split("+"))
+    kinds = tuple(dict.fromkeys(text.split("+")))
     if unknown := [kind for kind in kinds if kind not in JUNK]:
         raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(JUNK)}")
     return kinds

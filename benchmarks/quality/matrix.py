@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from benchmarks.quality.pools import READERS, PoolSpec, Task, build
 from benchmarks.quality.stages import Stages
 from benchmarks.quality.tables import Found, page
 from benchmarks.workbench import machine
+from p2d.config import DEFAULT_RATIO, MIN_ROWS, top_count
 from p2d.models import BaseModel, load_base_model
 from p2d.rows import Row
 
@@ -52,7 +53,7 @@ def run(options: argparse.Namespace, say: Say) -> str:
             f"{one.arm.name} diverged on {spec.name} at every rate that was tried."
             for one in _diverged(found, laboratory)
         ]
-        said = [*_notes(options), *_crowded(pools), *notes, *_missing(matrix.skipped)]
+        said = [*_notes(options), *matrix.doubts(), *_crowded(pools), *notes, *_missing(matrix.skipped)]
         text = page(pools, base=before, facts=cells.facts, notes=said)
         (options.out / "quality.md").write_text(text, encoding="utf-8")
         draw(pools, options.out / "quality.svg")
@@ -78,7 +79,13 @@ class Matrix:
         options = self.options
         torch.set_num_threads(options.threads)
         self.base = load_base_model(options.model, precision=options.precision, device=options.device)
-        self._tasks = _tasks(options, self.base)
+        self._tasks = read_tasks(
+            options.task,
+            self.base,
+            validation=options.validation,
+            held_out=options.held_out,
+            max_tokens=options.max_tokens,
+        )
         wanted = [arm for arm in ARMS if options.arm in arm.name and ("core" in arm.groups or not options.core)]
         self.arms = [replace(arm, epochs=arm.epochs or options.epochs) for arm in wanted]
         self.specs = [spec for spec in _specs(options, self._tasks) if options.pool in spec.name]
@@ -92,6 +99,21 @@ class Matrix:
             "Model": f"{base.info.name}, {base.dtype}".replace("torch.", ""),
             "Machine": f"{machine()}, {options.threads} threads, {device}, processes at a time: {options.workers}",
         }
+
+    def doubts(self) -> list[str]:
+        """What is wrong with tasks and pools as they are."""
+        leaks = [
+            f"{task.leaked} training rows of {name} were left out: they stand among its validation or held-out rows, too."
+            for name, task in self._tasks.items()
+            if task.leaked
+        ]
+        small = [
+            f"{spec.name}: 10% of it is {top_count(DEFAULT_RATIO, spec.rows)} rows. Below about {MIN_ROWS} the number of rows "
+            "counts more than which they are, so this pool says little of small ratios."
+            for spec in self.specs
+            if top_count(DEFAULT_RATIO, spec.rows) < MIN_ROWS
+        ]
+        return leaks + small
 
     @property
     def skipped(self) -> list[str]:
@@ -162,14 +184,17 @@ def _missing(skipped: list[str]) -> list[str]:
     return [f"No time was left for {len(skipped)} cells; the first: {skipped[0]}."] if skipped else []
 
 
-def _tasks(options: argparse.Namespace, base: BaseModel) -> dict[str, Task]:
+def read_tasks(
+    given: Sequence[str], base: BaseModel, *, validation: int, held_out: int, max_tokens: int
+) -> dict[str, Task]:
+    """Tasks of `NAME=DIR`, their training rows of at most `max_tokens` tokens. Raises ValueError for an unknown name."""
     tasks = {}
-    for given in options.task:
-        name, equals, folder = given.partition("=")
+    for one in given:
+        name, equals, folder = one.partition("=")
         if not equals or name not in READERS:
-            raise ValueError(f"--task {given}: expected NAME=DIR with one of {', '.join(READERS)}")
-        read = READERS[name](Path(folder), validation=options.validation, held_out=options.held_out)
-        short = tuple(row for row in read.train if _length(base, row) <= options.max_tokens)
+            raise ValueError(f"--task {one}: expected NAME=DIR with one of {', '.join(READERS)}")
+        read = READERS[name](Path(folder), validation=validation, held_out=held_out)
+        short = tuple(row for row in read.train if _length(base, row) <= max_tokens)
         tasks[name] = replace(read, train=short)
     return tasks
 

@@ -28,6 +28,8 @@ class Task:
     """What scorers are guided by and rates are chosen on."""
     held_out: tuple[Row, ...]
     """What arms are judged on, and nothing else."""
+    leaked: int = 0
+    """Training rows that were left out because they stand among validation or held-out rows, too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,13 +56,19 @@ class Pool:
 
     spec: PoolSpec
     rows: tuple[Row, ...]
-    bad: frozenset[int]
-    """Indices of the rows that are known to be bad."""
+    bad_by_kind: Mapping[Junk, frozenset[int]]
+    """Indices of the rows that are known to be bad, and how."""
+
+    @property
+    def bad(self) -> frozenset[int]:
+        """All of them."""
+        return frozenset().union(*self.bad_by_kind.values())
 
     @property
     def clean(self) -> list[int]:
         """Indices of the others."""
-        return [index for index in range(len(self.rows)) if index not in self.bad]
+        bad = self.bad
+        return [index for index in range(len(self.rows)) if index not in bad]
 
 
 def gsm8k(folder: Path, *, validation: int, held_out: int) -> Task:
@@ -92,7 +100,8 @@ def build(spec: PoolSpec, task: Task, other: Task | None) -> Pool:
     for place, index in enumerate(bad):
         kind = spec.junk[place % len(spec.junk)]
         rows[index] = MAKERS[kind](rows, index, task, other, rng)
-    return Pool(spec, tuple(rows), frozenset(bad))
+    kinds = {kind: frozenset(bad[place :: len(spec.junk)]) for place, kind in enumerate(spec.junk)}
+    return Pool(spec, tuple(rows), kinds)
 
 
 def _another_answer(rows: Sequence[Row], index: int, task: Task, _: Task | None, rng: random.Random) -> Row:
@@ -142,7 +151,8 @@ def _task(name: str, train: list[Row], test: list[Row], validation: int, held_ou
         raise ValueError(f"{name} has {len(test)} test rows; {validation + held_out} are wanted")
     seen = {(row.prompt, row.answer) for row in test}
     unseen = tuple(row for row in train if (row.prompt, row.answer) not in seen)
-    return Task(name, unseen, tuple(test[:validation]), tuple(test[validation : validation + held_out]))
+    leaked = len(train) - len(unseen)
+    return Task(name, unseen, tuple(test[:validation]), tuple(test[validation : validation + held_out]), leaked)
 
 
 def _read(folder: Path, name: str, mapping: Mapping[str, str]) -> list[Row]:

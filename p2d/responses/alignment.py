@@ -90,12 +90,12 @@ def align(given: ResponseInput, layers: range, projections: Sequence[Projection]
     total, done = len(guide) + len(rows), 0
 
     mean = MeanGradient()
-    for indices, _ in _backward_passes(base, guide, places, lambda _: mean.add):
+    for indices, _ in backward_passes(base, guide, places, lambda _: mean.add):
         done += len(indices)
         given.progress(done, total, {})
     products = RowProducts(base, mean.gradient, layers, rows=len(rows))
     nll_R = np.zeros(len(rows))
-    for indices, nll_B in _backward_passes(base, rows, places, products.of_rows):
+    for indices, nll_B in backward_passes(base, rows, places, products.of_rows):
         nll_R[indices] = nll_B
         done += len(indices)
         given.progress(done, total, {})
@@ -155,7 +155,7 @@ def _sides(base: BaseModel, name: Projection, x_BTI: Tensor, g_BTO: Tensor) -> t
     return torch.stack([g_BTO[..., rows.start : rows.stop] for rows in own], dim=2), x_BTI
 
 
-def _backward_passes(
+def backward_passes(
     base: BaseModel, rendered: Sequence[RenderedRow], places: Sequence[Place], sink_of: Callable[[list[int]], Sink]
 ) -> Iterator[tuple[list[int], Floats]]:
     """Forward and backward over all rows in batches of similar length; yields each batch's rows and their nats."""

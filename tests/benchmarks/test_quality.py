@@ -188,6 +188,19 @@ def test_a_run_writes_a_page_with_every_arm_and_a_second_run_computes_nothing(
     assert not (tmp_path / "results/quality.svg").exists()  # nothing to compare with
 
 
+def test_a_page_names_rows_that_leak_and_pools_too_small_to_judge_a_tenth(tmp_path: Path) -> None:
+    options = options_of(tmp_path, arm="all rows, 1 epoch", share=0.0)
+    rows = [*some_rows(17), some_rows(1, first=50)[0], some_rows(1, first=55)[0]]
+    write_rows(tmp_path / "train.jsonl", rows)
+
+    page_of_run = run(options, lambda line: None)
+
+    assert "2 training rows of gsm8k were left out" in page_of_run
+    assert "gsm8k, 16 rows, clean: 10% of it is 2 rows" in page_of_run
+    write_rows(tmp_path / "train.jsonl", some_rows(17))
+    assert "were left out" not in run(options, lambda line: None)
+
+
 def test_processes_that_share_the_work_compute_what_one_does(tmp_path: Path) -> None:
     options = options_of(tmp_path, arm="10% random rows", share=0.0)
     run(options, lambda line: None)
