@@ -34,7 +34,10 @@ def _results(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         f"two half-proxies share {again['top_k_overlap']} of their top {again['k']} heads (chance {again['chance']:.1f}), "
         f"rank correlation {again['rank_correlation']:.2f}",
     )
-    yield "rows kept", f"{selection['kept']} of {selection['rows']} by {selection['scorer']}"
+    kept = f"{selection['kept']} of {selection['rows']} by {selection['scorer']}"
+    if repeating := selection.get("repeating"):  # reports of earlier versions know of none
+        kept += f"; {repeating} nearly repeat a better one and stood behind"
+    yield "rows kept", kept
     share = f"{heads['trained_share']:.2%} of the model"
     if training["rank"] is not None:
         share += f", factors of rank {training['rank']} updates"

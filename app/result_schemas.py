@@ -202,7 +202,10 @@ class PlacedRowView(View):
     line: int = Field(description="Line of the user's file.")
     score: float | None = Field(description="Null where the row was not scored.")
     quality: float | None = Field(description="Null where the row was not scored, or the scorer has none.")
-    rank: int = Field(description="0 = best; rows that were not scored come last.")
+    rank: int = Field(description="0 = best; last come rows that repeat a better one, then those that were not scored.")
+    repeats: int | None = Field(
+        description="The better-scored row that it nearly repeats, and so ranks behind all that repeat none."
+    )
     kept: bool
 
 
@@ -228,7 +231,7 @@ class RowReasonView(PlacedRowView):
     scored: int = Field(description="Rows of the selection that were scored.")
     response_rank: int | None = Field(description="0 = best; where the formula is of ranks.")
     quality_rank: int | None
-    border: float | None = Field(description="Lowest score that is kept.")
+    border: float | None = Field(description="Score of the last row that is kept.")
     nearest_kept: PlacedRowView | None = Field(description="In rank, the row itself left out.")
     nearest_dropped: PlacedRowView | None
     not_known: list[str] = Field(

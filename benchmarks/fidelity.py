@@ -135,8 +135,8 @@ def measure(
         part, seconds = _respond(base, texts, guide, fast)
         pool.fast_s.append(seconds)
         pool.fast_flops.append(part.flops)
-        picked = select_rows([whole.shard], heads, options.ratio)
-        quick = select_rows([part.shard], heads, options.ratio)
+        picked = select_rows([whole.shard], heads, options.ratio, texts)
+        quick = select_rows([part.shard], heads, options.ratio, texts)
         _compare(pool, picked, quick)
         say(
             f"seed {seed}: {quick.scored} of {len(rows)} rows scored fast, rank correlation {pool.rank_correlation[-1]:.3f}"

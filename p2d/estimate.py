@@ -52,6 +52,9 @@ LOAD_S = 8.0
 LOAD_BYTES_PER_S = 5e8
 """Reading weights. A guess for an ordinary disk."""
 
+COMPARE_ROW_S, COMPARE_TOKEN_S = 5e-5, 8e-7
+"""Looking for a better row that a row repeats. Measured on one CPU core, rows of 8 to 1,250 words (docs/LOG.md)."""
+
 TRIALS = 4.0
 """Learning-rate search in trials, held-out looks counted as part of one. See `p2d.learning_rates`."""
 
@@ -77,7 +80,11 @@ def estimate_seconds(
         flops["respond"] = ICL_SHARE * (flops["respond"] - written) + written * EFFICIENCY / DECODE_EFFICIENCY
     seconds = {step: count / (speed.flop_per_s * EFFICIENCY) for step, count in flops.items()}
     seconds["heads"] += LOAD_S + info.parameters * 2 / LOAD_BYTES_PER_S
-    seconds |= {"select": 0.5 + train.rows * 2e-5, "package": 0.5}
+    compared = pool_count(config.data, train.rows) / train.rows
+    seconds["select"] = (
+        0.5 + train.rows * 2e-5 + compared * (train.rows * COMPARE_ROW_S + train.tokens * COMPARE_TOKEN_S)
+    )
+    seconds["package"] = 0.5
     return {step: round(s, 1) for step, s in seconds.items()}
 
 

@@ -3,6 +3,10 @@
 score of a row = sum over the chosen heads of the row's responses, combined with the row's quality as the scorer says;
 the top `ceil(ratio * rows)` are kept, ties by row order. Another head set or ratio costs no model pass.
 
+A row that nearly repeats a better-scored one (`p2d.near_duplicates`) ranks behind all scored rows that do not: nothing is left
+out, but what a model has seen once is kept only where nothing new is left. Not so with scores by `random`, which are a control:
+chosen for nothing, by score or by text.
+
 Two things a cheap scoring may leave out, and what then holds:
 - for each chosen head in a layer that was not scored, the mean of all scored heads stands in;
 - a row that was not scored (fast mode's pool) has no score, ranks behind all that have one, and is never kept.
@@ -22,12 +26,17 @@ import numpy.typing as npt
 
 from p2d.config import top_count
 from p2d.errors import ConfigError, EngineError, ErrorDetail
+from p2d.near_duplicates import repetitions
 from p2d.response_matrix import Combine, ResponseShard
 from p2d.row_files import RowFile, line_starts
 from p2d.row_keys import RowKeys
 from p2d.rows import Row, stored_row, turns_json
 
 Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+
+CONTROL = "random"
+"""The data scorer of which nothing is chosen by text either."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,8 +47,10 @@ class Selection:
     """NaN where the row was not scored."""
     quality_R: Floats | None
     """The same."""
-    rank_R: npt.NDArray[np.int64]
-    """0 = best; rows that were not scored come last, in row order."""
+    rank_R: Ints
+    """0 = best; behind all others those that repeat a better row, then rows that were not scored, in row order."""
+    repeats_R: Ints
+    """The better-scored row that a row nearly repeats, -1 where there is none; that one repeats none."""
     kept: int
     scored: int
     """Rows that were scored."""
@@ -65,6 +76,10 @@ class SelectionSummary:
     scored: int
     """Rows that were scored; fewer than `rows` in fast mode, where the others could not be kept."""
     kept: int
+    repeating: int
+    """Scored rows that nearly repeat a better one, and so rank behind those that do not."""
+    kept_repeating: int
+    """Those among the kept: more than 0 only where all other scored rows are kept."""
     scorer: str
     combine: Combine
     heads: int
@@ -77,25 +92,27 @@ class SelectionSummary:
     """What a user should know of the selection."""
 
 
-def select_rows(shards: Iterable[ResponseShard], heads: Sequence[tuple[int, int]], ratio: float) -> Selection:
-    """Score every scored row by what the chosen heads respond, and keep the best.
+def select_rows(
+    shards: Iterable[ResponseShard], heads: Sequence[tuple[int, int]], ratio: float, rows: Sequence[Row]
+) -> Selection:
+    """Score every scored row by what the chosen heads respond, and keep the best that do not repeat a better one.
 
     Args:    shards: all of one matrix, in row order; each is asked for once and let go. heads: (layer, head) pairs.
-             ratio: share of all rows kept, (0, 1].
+             ratio: share of all rows kept, (0, 1]. rows: those of the matrix.
     Raises:  EngineError if a score is not finite; ConfigError (`config.invalid`) if no row has one.
     """
     sums: list[Floats] = []
     qualities: list[npt.NDArray[np.float32]] = []
     places: list[npt.NDArray[np.int64]] = []
-    rows, columns, shard = 0, np.zeros(0, dtype=np.intp), None
+    columns, shard = np.zeros(0, dtype=np.intp), None
     for shard in shards:
         columns = _columns(shard, heads)
         sums.append(_summed(shard, columns, missing=len(heads) - len(columns)))
         places.append(shard.row_R)
         if shard.quality_R is not None:
             qualities.append(shard.quality_R)
-        rows = shard.span.stop
     assert shard is not None
+    assert shard.span.stop == len(rows), "the matrix is of other rows"
     place_R = np.concatenate(places)
     quality = np.concatenate(qualities).astype(np.float64) if qualities else None
     score = combine(np.concatenate(sums), quality, shard.combine)
@@ -107,12 +124,17 @@ def select_rows(shards: Iterable[ResponseShard], heads: Sequence[tuple[int, int]
             f"{shard.scorer!r} could score no row: each fills the model's context without room for another beside it."
         )
         raise ConfigError(text, errors=[ErrorDetail(code="config.scorer", message=text, pointer="/data/scorer")])
-    score_R = _spread(score, place_R, rows)
+    score_R = _spread(score, place_R, len(rows))
+    repeats_R = np.full(len(rows), -1, dtype=np.int64)
+    if shard.scorer != CONTROL:
+        best_first = place_R[np.argsort(-score, kind="stable")]
+        repeats_R[best_first] = repetitions(rows, best_first)
     return Selection(
         score_R=score_R,
-        quality_R=None if quality is None else _spread(quality, place_R, rows),
-        rank_R=ranks(-score_R),  # NaN sorts behind every number
-        kept=min(top_count(ratio, rows), len(place_R)),
+        quality_R=None if quality is None else _spread(quality, place_R, len(rows)),
+        rank_R=_places(np.lexsort((-score_R, _class(score_R, repeats_R)))),
+        repeats_R=repeats_R,
+        kept=min(top_count(ratio, len(rows)), len(place_R)),
         scored=len(place_R),
         scorer=shard.scorer,
         combine=shard.combine,
@@ -156,38 +178,62 @@ def combine(response_R: Floats, quality_R: Floats | None, how: Combine) -> Float
     return worst - (ranks(-response_R) + ranks(-quality_R)) / 2
 
 
-def ranks(values_R: Floats) -> npt.NDArray[np.int64]:
+def ranks(values_R: Floats) -> Ints:
     """Rank of each value, 0 = smallest; ties by row order."""
-    rank_R = np.empty(len(values_R), dtype=np.int64)
-    rank_R[np.argsort(values_R, kind="stable")] = np.arange(len(values_R))
-    return rank_R
+    return _places(np.argsort(values_R, kind="stable"))
+
+
+def _places(order_R: npt.NDArray[np.intp]) -> Ints:
+    """The place of each row in an order of rows."""
+    place_R = np.empty(len(order_R), dtype=np.int64)
+    place_R[order_R] = np.arange(len(order_R))
+    return place_R
+
+
+def _class(score_R: Floats, repeats_R: Ints) -> npt.NDArray[np.int8]:
+    """What ranks before any score: 0 = scored, 1 = scored but a repetition, 2 = not scored."""
+    return np.where(np.isnan(score_R), 2, repeats_R >= 0).astype(np.int8)
 
 
 def summarise(selection: Selection) -> SelectionSummary:
     """The facts of a selection for the report."""
-    kept = selection.score_R[selection.rank_R < selection.kept]
+    kept_R = selection.rank_R < selection.kept
     return SelectionSummary(
         rows=len(selection.score_R),
         scored=selection.scored,
         kept=selection.kept,
+        repeating=int((selection.repeats_R >= 0).sum()),
+        kept_repeating=int((selection.repeats_R[kept_R] >= 0).sum()),
         scorer=selection.scorer,
         combine=selection.combine,
         heads=selection.heads,
         heads_scored=selection.heads_scored,
         score_quantiles=[float(q) for q in np.nanquantile(selection.score_R, [0, 0.25, 0.5, 0.75, 1])],
-        kept_score_min=float(kept.min()),
-        warnings=_tie_warning(selection.score_R, kept),
+        kept_score_min=float(selection.score_R[kept_R].min()),
+        warnings=_tie_warning(selection, kept_R) + _repetition_warning(selection, kept_R),
     )
 
 
-def _tie_warning(score_R: Floats, kept: Floats) -> list[str]:
-    last = kept.min()
-    tied, chosen = int((score_R == last).sum()), int((kept == last).sum())
+def _tie_warning(selection: Selection, kept_R: npt.NDArray[np.bool_]) -> list[str]:
+    class_R = _class(selection.score_R, selection.repeats_R)
+    last = int(np.flatnonzero(selection.rank_R == selection.kept - 1)[0])
+    equal_R = (selection.score_R == selection.score_R[last]) & (class_R == class_R[last])
+    tied, chosen = int(equal_R.sum()), int((equal_R & kept_R).sum())
     if tied == chosen:
         return []
     return [
         f"{tied} rows share the score at which the selection ends. The {chosen} of them that stand first in the data were kept: "
         "that part of the choice says nothing about the rows."
+    ]
+
+
+def _repetition_warning(selection: Selection, kept_R: npt.NDArray[np.bool_]) -> list[str]:
+    repeated = int((selection.repeats_R[kept_R] >= 0).sum())
+    if not repeated or selection.kept == selection.scored:
+        return []
+    return [
+        f"{repeated} of the {selection.kept} kept rows nearly repeat a better one: there were not enough others. A smaller ratio "
+        "leaves them out."
     ]
 
 
@@ -207,6 +253,8 @@ class SelectedRow:
     rank: int
     """0 = best."""
     kept: bool
+    repeats: int | None = None
+    """The better-scored row that it nearly repeats; not in files that are older than this."""
     prompt: str | None = None
     """Only of kept rows, as is `answer`."""
     answer: str | None = None
@@ -233,6 +281,8 @@ def write_selection(path: Path, selection: Selection, rows: Sequence[Row]) -> No
                 "rank": int(selection.rank_R[index]),
                 "kept": kept,
             }
+            if selection.repeats_R[index] >= 0:
+                line["repeats"] = int(selection.repeats_R[index])
             if kept:
                 line |= {"prompt": row.prompt, "answer": row.answer, **turns_json(row.before)}
             file.write(json.dumps(line, ensure_ascii=False, separators=(",", ":"), allow_nan=False) + "\n")

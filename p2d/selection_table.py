@@ -1,6 +1,6 @@
 """A whole selection.jsonl as arrays: every row's score, rank and place in the file, for views that need no model. No torch.
 
-A ratio is a view: it keeps the best rows by rank, whatever the selection itself kept. 48 bytes a row; no row text.
+A ratio is a view: it keeps the best rows by rank, whatever the selection itself kept. 52 bytes a row; no row text.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ class SelectionTable:
     quality_R: Floats
     rank_R: Ints
     """0 = best."""
+    repeats_R: npt.NDArray[np.int32]
+    """The better-scored row that a row nearly repeats; -1 where there is none, or the file is older than this."""
     start_R: Ints
     """Byte of selection.jsonl at which the row's line begins."""
     row_by_rank: Ints
@@ -64,7 +66,7 @@ class SelectionTable:
 
 def read_table(lines: Iterable[bytes]) -> SelectionTable:
     """The table of a selection.jsonl, from its lines in order, each without its newline."""
-    line_no, rank, start = array("q"), array("q"), array("q")
+    line_no, rank, start, repeats = array("q"), array("q"), array("q"), array("i")
     score, quality = array("d"), array("d")
     kept = place = 0
     for line in lines:
@@ -73,6 +75,7 @@ def read_table(lines: Iterable[bytes]) -> SelectionTable:
         rank.append(row["rank"])
         score.append(np.nan if row["score"] is None else row["score"])
         quality.append(np.nan if row["quality"] is None else row["quality"])
+        repeats.append(row.get("repeats", -1))
         start.append(place)
         kept += row["kept"]
         place += len(line) + 1
@@ -83,6 +86,7 @@ def read_table(lines: Iterable[bytes]) -> SelectionTable:
         score_R=score_R,
         quality_R=np.asarray(quality, dtype=np.float64),
         rank_R=rank_R,
+        repeats_R=np.asarray(repeats, dtype=np.int32),
         start_R=np.asarray(start, dtype=np.int64),
         row_by_rank=np.argsort(rank_R),
         kept=kept,

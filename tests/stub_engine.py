@@ -194,7 +194,8 @@ def _select(call: StepCall) -> None:
             score = -index / 8 * heads
             scored = {"row": index, "line": row.line, "score": score, "quality": None, "rank": index}
             text = {"prompt": row.prompt, "answer": row.answer} if index < kept else {}
-            file.write(json.dumps(scored | {"kept": index < kept} | text) + "\n")
+            repeats = {"repeats": 0} if index >= max(kept, len(rows) - 2) else {}
+            file.write(json.dumps(scored | {"kept": index < kept} | repeats | text) + "\n")
     summary = {"rows": len(rows), "kept": kept, "scorer": "stub", "combine": "sum", "heads": 1}
     write_json(call.out / "selection_summary.json", summary)
 

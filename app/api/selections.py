@@ -137,6 +137,8 @@ def get_selection_rows(
 ) -> Page[dict[str, JsonValue]]:
     """The rows: line, score, rank and whether each is kept; the text of rows that are kept and that the selection itself keeps.
 
+    A row that nearly repeats a better-scored one names it in `repeats`, and ranks behind all that repeat none.
+
     `/rows/{row}` and `/export` have the text of the others.
     """
     found = _find(services, selection_id)
@@ -267,6 +269,7 @@ def _placed(table: SelectionTable, row: int, kept: int) -> PlacedRowView:
         score=float(table.score_R[row]) if scored else None,
         quality=quality if quality == quality else None,
         rank=int(table.rank_R[row]),
+        repeats=int(table.repeats_R[row]) if table.repeats_R[row] >= 0 else None,
         kept=bool(table.rank_R[row] < kept),
     )
 

@@ -10,7 +10,7 @@ from app.db.selections import SelectionRecord
 from p2d.selection_table import SelectionTable, read_table
 
 KEPT_ROWS = 2_000_000
-"""Rows of all tables that are kept: some 100 MB. The newest is kept whatever its size."""
+"""Rows of all tables that are kept: some 105 MB. The newest is kept whatever its size."""
 
 
 class SelectionTables:

@@ -112,6 +112,7 @@ def test_every_row_is_explained_by_figures_that_add_up(api: Api, made: dict[str,
         assert {name: reason[name] for name in ("row", "line", "score", "rank", "kept")} == {
             name: row[name] for name in ("row", "line", "score", "rank", "kept")
         }
+        assert reason["repeats"] == row.get("repeats")
         assert reason["formula"] == "score = response"
         assert sum(head["response"] for head in reason["heads"]) == reason["response"] == row["score"]
         assert len(reason["heads"]) == 4  # half of eight
@@ -123,6 +124,8 @@ def test_every_row_is_explained_by_figures_that_add_up(api: Api, made: dict[str,
             abs(at["rank"] - row["rank"]) for at in all_rows(api, made["id"], limit=100) if at["kept"] != row["kept"]
         )
         assert (row["score"] >= reason["border"]) == row["kept"]
+    last = max(row["row"] for row in all_rows(api, made["id"], limit=100))
+    assert api.http.get(f"/selections/{made['id']}/rows/{last}").json()["repeats"] == 0  # so says the stub
 
 
 def test_a_row_alone_or_all_rows_have_no_neighbours(api: Api, made: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ from p2d.selection_table import SelectionTable, read_table
 
 LAYERS, HEADS, ROWS = 6, 4, 60
 CHOSEN = [(1, 2), (5, 3), (4, 0), (3, 1), (5, 0)]
+TEXTS = [Row(f"p{i}", f"a{i}", i + 10) for i in range(ROWS)]
 
 
 def shards(combine: Combine, seed: int, *, layers: range = range(LAYERS), pool: bool = False) -> list[ResponseShard]:
@@ -40,7 +41,7 @@ def shards(combine: Combine, seed: int, *, layers: range = range(LAYERS), pool: 
 
 def table_of(folder: Path, made: list[ResponseShard], ratio: float = 0.2) -> SelectionTable:
     path = folder / "selection.jsonl"
-    write_selection(path, select_rows(made, CHOSEN, ratio), [Row(f"p{i}", f"a{i}", i + 10) for i in range(ROWS)])
+    write_selection(path, select_rows(made, CHOSEN, ratio, TEXTS), TEXTS)
     return read_table(path.read_bytes().removesuffix(b"\n").split(b"\n"))
 
 
@@ -104,7 +105,7 @@ def test_a_ratio_keeps_the_rows_that_a_selection_of_it_keeps(
     ratio: float, pool: bool, tmp_path: Path, seed: int
 ) -> None:
     made = shards("response", seed, pool=pool)
-    anew = select_rows(made, CHOSEN, ratio)
+    anew = select_rows(made, CHOSEN, ratio, TEXTS)
 
     table = table_of(tmp_path, made, ratio=0.2)
 

@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 
 from p2d.config import DATA_SCORERS, DataConfig, HeadsConfig, JobConfig, TrainingConfig
+from p2d.files import read_json
 from p2d.models import BaseModel
 from p2d.pipeline import ModelCache, StepCall, run_step
 from p2d.registry import load
 from p2d.response_matrix import load_shard, read_shards, save_shard
 from p2d.responses import ResponseInput
-from p2d.rows import write_rows
+from p2d.rows import Row, write_rows
 from p2d.selection import read_selection, select_rows
 from tests.factories import some_rows
 
@@ -53,7 +54,7 @@ def test_ten_head_sets_and_ratios_run_no_model_pass(tiny: BaseModel, tmp_path: P
         for _ in range(10):
             heads = [(int(cell) // 6, int(cell) % 6) for cell in rng.permutation(18)[:4]]
             for ratio in (0.1, 0.3):
-                kept.add(tuple(select_rows(read_shards(paths), heads, ratio).kept_rows))
+                kept.add(tuple(select_rows(read_shards(paths), heads, ratio, ROWS).kept_rows))
 
         assert len(passes) == after_scoring
     assert len(kept) > 2 or scorer == "information"  # the head sets do differ
@@ -68,7 +69,7 @@ def test_a_matrix_grows_by_a_shard_and_keeps_half_precision(tmp_path: Path, tiny
         save_shard(paths[-1], respond(given).shard)
         first = paths[0].read_bytes()
 
-        selection = select_rows(read_shards(paths), [(2, 0)], 0.5)
+        selection = select_rows(read_shards(paths), [(2, 0)], 0.5, ROWS[: span.stop])
 
         assert len(selection.score_R) == span.stop
         assert paths[0].read_bytes() == first
@@ -109,3 +110,29 @@ def test_another_head_map_needs_no_model(tiny_dir: Path, tmp_path: Path) -> None
 
     assert passes == []
     assert [line.score for line in read_selection(inputs / "selection.jsonl")] != first
+
+
+def test_the_step_keeps_one_of_the_rows_that_are_alike(tiny_dir: Path, tmp_path: Path) -> None:
+    inputs, models = tmp_path / "inputs", ModelCache()
+    inputs.mkdir()
+    said = "The {} of them are kept in a drawer of the old desk behind the door of the very last room upstairs"
+    alike = [Row(said.format("keys"), said.format(f"{n} spare keys"), 1) for n in range(20)]
+    write_rows(inputs / "dataset.jsonl", [*some_rows(20), *alike])
+    config = JobConfig(
+        kind="select_data", heads=HeadsConfig(scorer="shift", ratio=0.2, proxy_rows=8), data=DataConfig(ratio=0.5)
+    )
+    for step in ("validate", "heads", "respond", "select"):
+        out = tmp_path / step
+        run_step(
+            StepCall(step=step, config=config, model_dir=tiny_dir, inputs=inputs, out=out, device="cpu"), models=models
+        )
+        for path in out.iterdir():
+            path.replace(inputs / path.name)
+
+    lines, summary = list(read_selection(inputs / "selection.jsonl")), read_json(inputs / "selection_summary.json")
+
+    again = [line for line in lines if line.repeats is not None]
+    kept = [line for line in lines if line.kept and line.prompt == said.format("keys")]
+    assert summary["repeating"] == len(again) > 0
+    assert {line.repeats for line in again} == {line.row for line in kept}
+    assert len(kept) == 1
