@@ -7,10 +7,12 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+from rich.console import Console
 
-from app.report import headline
+from app.report import headline, summary
 from p2d import Result, adapt, identify_heads, select_data
 from p2d.adapters import load_adapter, merge
 from p2d.config import Control, DataConfig, HeadsConfig, JobConfig, TrainingConfig
@@ -58,6 +60,14 @@ def whole(tiny_dir: Path, files: Path, tmp_path_factory: pytest.TempPathFactory)
     )
 
 
+def shown(report: Mapping[str, Any]) -> str:
+    """What `p2d show` prints of a report."""
+    console = Console(width=500)
+    with console.capture() as capture:
+        console.print(summary(report))
+    return capture.get()
+
+
 @pytest.mark.parametrize("recipe", ["default", "paper"])
 def test_a_recipe_adapts_the_model_and_reports(recipe: str, tiny_dir: Path, files: Path, tmp_path: Path) -> None:
     chats = [replace(row, before=EARLIER[row.line % 4]) for row in some_rows(24)]
@@ -80,7 +90,12 @@ def test_a_recipe_adapts_the_model_and_reports(recipe: str, tiny_dir: Path, file
     assert report["evaluation"]["loss_after"] < report["evaluation"]["loss_before"]
     assert report["heads"]["kept"] == 4  # ceil(0.2 * 18)
     assert report["heads"]["trained_parameters"] == report["training"]["n_parameters"]
-    assert report["selection"]["kept"] == 8
+    assert (report["selection"]["kept"], report["selection"]["repeating"]) == (8, 0)
+    assert "stood behind" not in shown(report)
+    repeating = {**report, "selection": {**report["selection"], "repeating": 3}}
+    assert "; 3 nearly repeat a better one and stood behind" in shown(repeating)
+    del repeating["selection"]["repeating"]  # as in reports of earlier versions
+    assert "stood behind" not in shown(repeating)
     assert sum(row.kept for row in read_selection(tmp_path / "selection.jsonl")) == 8
     assert report["cost"]["aer"] > 0
     assert report["cost"]["aer_flop"] > report["cost"]["counted_flops"] / report["cost"]["lora_flops"] / 2 > 0
