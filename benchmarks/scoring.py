@@ -17,7 +17,7 @@ import json
 import random
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
@@ -37,8 +37,9 @@ from p2d.config import Projection, alignment_layers
 from p2d.models import BaseModel, load_base_model
 from p2d.rendering import RenderedRow
 from p2d.responses.alignment import MeanGradient, Place, backward_passes, gradient_squares
+from p2d.responses.alignment_likelihood import plausibility
 from p2d.rows import Row
-from p2d.selection import combine
+from p2d.selection import combine, ranks
 
 ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "docs" / "results"
@@ -67,18 +68,18 @@ class Form:
 
 
 def forms(n_layers: int) -> list[Form]:
-    """From all to least; the second is the product's."""
-    upper, third = alignment_layers(n_layers), n_layers // 3
+    """From all to least."""
     return [
         Form("v and o, all layers", range(n_layers), V_O),
-        Form("v, upper third", upper, ("v",)),
         Form("v, all layers", range(n_layers), ("v",)),
-        Form("o, upper third", upper, ("o",)),
-        Form("v, middle third", range(third, 2 * third), ("v",)),
+        Form(PRODUCT, alignment_layers(n_layers), ("v",)),
         Form("v, last 4 layers", range(max(0, n_layers - 4), n_layers), ("v",)),
         Form("v, last layer", range(n_layers - 1, n_layers), ("v",)),
     ]
 
+
+PRODUCT = "v, upper third"
+"""What `alignment` reads."""
 
 GUIDES: dict[str, tuple[str, ...]] = {
     "8 clean rows": ("clean 8",),
@@ -88,10 +89,17 @@ GUIDES: dict[str, tuple[str, ...]] = {
     "128 rows, half bad": ("clean 8", "clean 16", "clean 32", "clean 64", "bad 16", "bad 64"),
 }
 """A mean gradient is a sum: each guide is made of parts that are passed once. `clean 16` = clean rows 8 to 15."""
-HALF_BAD = "128 rows, half bad"
-TRIMMED = "128 rows, half bad, its better half"
 POOL = "the pool itself"
-POOL_TRIMMED = "the pool's better half"
+
+
+@dataclass(frozen=True, slots=True)
+class Guide:
+    """What rows of the task say of it."""
+
+    mean: Gradients
+    """Sum of their gradients: a mean but for its length."""
+    likelihood_G: Floats
+    """Nats per answer token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,51 +144,39 @@ class Study:
 
     def findings(self) -> list[Finding]:
         """Every form with every guide, and the likelihood alone."""
-        rows = self.parts()
-        parts = {name: self.mean(some) for name, some in rows.items()}
-        guides = {name: added(parts[part] for part in some) for name, some in GUIDES.items()}
-        half_bad = [row for part in GUIDES[HALF_BAD] for row in rows[part]]
-        guides[TRIMMED] = self._trimmed(half_bad, guides[HALF_BAD])
-        guides[POOL] = self.mean(self.rendered)
-        guides[POOL_TRIMMED] = self._trimmed(self.rendered, guides[POOL])
-        products = Products(self.base, guides, len(self.rendered))
-        likelihood_R = _likelihood(self.passed(self.rendered, products), self.rendered)
+        parts = {name: self.guide(rows) for name, rows in self.parts().items()}
+        guides = {name: added([parts[part] for part in some]) for name, some in GUIDES.items()}
+        guides[POOL] = self.guide(self.rendered)
+        products = Products(self.base, {name: guide.mean for name, guide in guides.items()}, len(self.rendered))
+        nll_R = self.passed(self.rendered, products)
+        likelihood_R = -nll_R / [len(row.answer_ids) for row in self.rendered]
         found = [self._judged("", "likelihood", likelihood_R, self._share(None, 0))]
-        for guide in guides:
+        for name, guide in guides.items():
+            plausible_R = plausibility(likelihood_R, guide.likelihood_G)
             for form in forms(self.base.info.n_layers):
-                score_R, share = products.cosine(guide, form), self._share(form, self._guide_rows(guide))
-                found.append(self._judged(guide, form.name, score_R, share))
-                joined_R = _joined(score_R, likelihood_R)
-                found.append(self._judged(guide, f"{form.name} + likelihood", joined_R, share))
+                cosine_R, share = products.cosine(name, form), self._share(form, len(guide.likelihood_G))
+                scores = {"": cosine_R, " + plausibility, worse rank": combine(cosine_R, plausible_R, "worse_rank")}
+                if form.name == PRODUCT:
+                    scores[" + likelihood, worse rank"] = combine(cosine_R, likelihood_R, "worse_rank")
+                    scores[" + likelihood, mean of ranks"] = -(ranks(-cosine_R) + ranks(-likelihood_R)) / 2
+                found += [self._judged(name, form.name + how, score_R, share) for how, score_R in scores.items()]
         return found
 
     def parts(self) -> dict[str, list[RenderedRow]]:
         """Rendered rows of each part of a guide."""
         return {name: [self.base.renderer.render(row) for row in rows] for name, rows in guide_parts(self.task).items()}
 
-    def mean(self, rows: list[RenderedRow]) -> Gradients:
-        """Sum of the rows' gradients: a mean but for its length."""
-        mean = MeanGradient()
-        for _ in backward_passes(self.base, rows, self._places, lambda _: mean.add):
-            pass
+    def guide(self, rows: list[RenderedRow]) -> Guide:
+        """What some rows say of the task."""
+        mean, likelihood_G = MeanGradient(), np.zeros(len(rows))
+        for indices, nll_B in backward_passes(self.base, rows, self._places, lambda _: mean.add):
+            likelihood_G[indices] = -nll_B / [len(rows[index].answer_ids) for index in indices]
         self.say(f"{self.pool.spec.task}: the gradient of {len(rows)} rows")
-        return mean.gradient
+        return Guide(mean.gradient, likelihood_G)
 
     @property
     def _places(self) -> list[Place]:
         return [(layer, name) for layer in range(self.base.info.n_layers) for name in V_O]
-
-    def _trimmed(self, rows: list[RenderedRow], mean: Gradients) -> Gradients:
-        """Mean gradient of the half that agrees most with the mean of all, and is likeliest."""
-        products = Products(self.base, {"": mean}, len(rows))
-        nll_R = self.passed(rows, products)
-        joined_R = _joined(products.cosine("", self._product_form), _likelihood(nll_R, rows))
-        best = np.argsort(-joined_R, kind="stable")[: len(rows) // 2]
-        return self.mean([rows[index] for index in sorted(best)])
-
-    @property
-    def _product_form(self) -> Form:
-        return forms(self.base.info.n_layers)[1]
 
     def passed(self, rows: list[RenderedRow], products: Products) -> Floats:
         """Fill the products, return the nats of each answer."""
@@ -197,11 +193,6 @@ class Study:
         best = np.argsort(-score_R, kind="stable")[: round(KEPT * len(score_R))]
         bad_kept = len(self.pool.bad.intersection(best.tolist())) / len(best)
         return Finding(self.pool.spec.task, guide, form, auroc, bad_kept, share)
-
-    def _guide_rows(self, guide: str) -> int:
-        """Rows whose gradient the guide costs; a trimmed guide passes its rows once more, and half of them again."""
-        rows = len(self.rendered) if guide in (POOL, POOL_TRIMMED) else int(guide.split()[0])
-        return round(2.5 * rows) if guide in (TRIMMED, POOL_TRIMMED) else rows
 
     def _share(self, form: Form | None, guide_rows: int) -> float:
         """Operations of scoring the pool over those of an epoch of LoRA; without a form, of one forward pass alone."""
@@ -260,21 +251,10 @@ def auc(above: Floats, below: Floats) -> float:
     return float(wins)
 
 
-def added(parts: Iterable[Gradients]) -> Gradients:
-    """Their sum."""
-    whole: Gradients = {}
-    for part in parts:
-        whole = {place: part[place] + whole[place] if whole else part[place] for place in part}
-    return whole
-
-
-def _likelihood(nll_R: Floats, rows: Sequence[RenderedRow]) -> Floats:
-    return -nll_R / [len(row.answer_ids) for row in rows]
-
-
-def _joined(score_R: Floats, likelihood_R: Floats) -> Floats:
-    """As `alignment_likelihood` joins them."""
-    return combine(score_R, likelihood_R, "rank")
+def added(parts: Sequence[Guide]) -> Guide:
+    """One guide of several."""
+    mean = {place: torch.stack([part.mean[place] for part in parts]).sum(0) for place in parts[0].mean}
+    return Guide(mean, np.concatenate([part.likelihood_G for part in parts]))
 
 
 # --- the page --------------------------------------------------------------------------------------------------------
@@ -286,7 +266,8 @@ def page(findings: Sequence[Finding], facts: dict[str, str]) -> str:
     lines += [
         "AUROC of clean rows against each kind of bad rows (0.5 = chance), the share of bad rows among the best "
         f"{KEPT:.0%} (half of the pool is bad), and the operations of scoring over those of one epoch of LoRA rank 8 on all "
-        "linear layers and all rows. `+ likelihood` = joined by the mean of ranks, as `alignment_likelihood` does.",
+        "linear layers and all rows. With `plausibility`, joined by the worse of the two ranks, it is the product's "
+        "`alignment_likelihood`.",
         "",
     ]
     for task in dict.fromkeys(one.task for one in findings):

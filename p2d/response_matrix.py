@@ -19,9 +19,10 @@ import numpy.typing as npt
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-Combine = Literal["response", "product", "rank", "quality"]
+Combine = Literal["response", "product", "worse_rank", "rank", "quality"]
 """How a row's score is made: `response` = of the heads alone, `product` = response x quality (quality >= 0),
-`rank` = mean of the two ranks, `quality` = of the row alone, whatever the heads."""
+`worse_rank` = by the worse of the two ranks, `rank` = mean of the two ranks, which older selections have, `quality` = of the row
+alone, whatever the heads."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

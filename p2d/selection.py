@@ -174,8 +174,12 @@ def combine(response_R: Floats, quality_R: Floats | None, how: Combine) -> Float
         return quality_R
     if how == "product":
         return response_R * quality_R
-    worst = len(response_R) - 1
-    return worst - (ranks(-response_R) + ranks(-quality_R)) / 2
+    assert how == "worse_rank", "ranks are not averaged any more"
+    rows = len(response_R)
+    both_2R = np.stack([ranks(-response_R), ranks(-quality_R)])
+    # The better rank decides between rows whose worse one is the same, and can be read off the score again.
+    score_R: Floats = rows - 1 - (both_2R.max(axis=0) + both_2R.min(axis=0) / rows)
+    return score_R
 
 
 def ranks(values_R: Floats) -> Ints:

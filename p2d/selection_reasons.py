@@ -43,6 +43,7 @@ FORMULAS: dict[Combine, str] = {
     "response": "score = response",
     "product": "score = response * quality",
     "quality": "score = quality",
+    "worse_rank": "score = (scored - 1) - (the worse of response_rank and quality_rank) - (the better one) / scored",
     "rank": "score = (scored - 1) - (response_rank + quality_rank) / 2",
 }
 """How a score is made of its parts; `p2d.selection.combine` does it for all rows at once."""

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from p2d.config import top_count
+from p2d.response_matrix import Combine
 from p2d.selection import Floats, ranks
 
 Ints = npt.NDArray[np.int64]
@@ -54,14 +55,19 @@ class SelectionTable:
         end = self.start_R[row + 1] if row + 1 < self.rows else self.size_bytes
         return int(self.start_R[row]), int(end) - 1
 
-    def rank_parts(self, row: int) -> tuple[int, int]:
-        """Ranks by response and by quality of a scored row, 0 = best, where the score is made of these ranks (`rank`).
+    def rank_parts(self, row: int, combine: Combine) -> tuple[int, int]:
+        """Ranks by response and by quality of a scored row, 0 = best, where the score is made of these ranks.
 
-        `score = (scored - 1) - (by response + by quality) / 2`, in halves and so exactly; the quality is in the file.
+        The quality is in the file, and what the score leaves of it is the other rank: see `p2d.selection_reasons.FORMULAS`.
         """
         place_R = np.flatnonzero(~np.isnan(self.score_R))
         by_quality = int(ranks(-self.quality_R[place_R])[np.searchsorted(place_R, row)])
-        return round(2 * (self.scored - 1 - float(self.score_R[row])) - by_quality), by_quality
+        below_best = self.scored - 1 - float(self.score_R[row])
+        if combine == "rank":
+            return round(2 * below_best) - by_quality, by_quality
+        better = round(self.scored * (below_best % 1))
+        worse = round(below_best - better / self.scored)
+        return (worse if by_quality == better else better), by_quality
 
 
 def read_table(lines: Iterable[bytes]) -> SelectionTable:

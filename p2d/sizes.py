@@ -87,7 +87,7 @@ def response_size(info: ModelInfo, config: JobConfig, *, rows: int, shards: int)
         layers = range(0)
     combine = {"icl": "response" if fast else "product", "information": "quality"}.get(scorer, "response")
     if scorer in ("alignment_information", "alignment_likelihood"):
-        combine = "rank"
+        combine = "worse_rank"
     pool = pool_count(config.data, rows)
     total = 0
     for shard in range(shards):

@@ -170,7 +170,8 @@ def get_selection_row(
         sources = sources_of(conn, found, row)
     reason = reason_of(services.blobs, sources, row)
     kept = table.kept_at(ratio)
-    by_response, by_quality = table.rank_parts(row) if reason and reason.combine == "rank" else (None, None)
+    of_ranks = reason is not None and reason.combine in ("worse_rank", "rank")
+    by_response, by_quality = table.rank_parts(row, reason.combine) if reason and of_ranks else (None, None)
     near = [None if at is None else _placed(table, at, kept) for at in nearest(table, row, kept)]
     text = text_of(services.blobs, sources, row) or _own_text(services.blobs, found, table, row)
     return RowReasonView(

@@ -36,7 +36,9 @@ class Weights:
         """Where the search begins: what earlier measurements found near the best (docs/LOG.md)."""
         if self.kind == "full":
             return 4e-5
-        return 2e-3 if self.rank is None else 8e-3 if self.rank <= 2 else 4e-3
+        if self.rank is None or (self.kind == "lora" and self.rank > 2):
+            return 2e-3
+        return 8e-3 if self.rank <= 2 else 4e-3
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -21,7 +21,7 @@ from benchmarks.quality.arms import Arm
 from benchmarks.quality.graphs import GraphedTrainer
 from benchmarks.quality.measures import Measured, Measures
 from benchmarks.quality.pools import Pool, Task
-from benchmarks.quality.stages import StageCost, Stages
+from benchmarks.quality.stages import StageCost, Stages, choosing_code
 from benchmarks.quality.weights import installed
 from p2d import flops
 from p2d.activation_cache import remember_below
@@ -133,7 +133,7 @@ class Laboratory:
         """Hash of all that decides a cell. An arm's name and tables do not."""
         decides = {name: value for name, value in asdict(arm).items() if name not in ("name", "groups", "draws")}
         facts = [FORMAT, self.base.info.digest, str(self.base.dtype), asdict(self.pool.spec), _rows(self.pool), decides]
-        facts += [seed, rate, self.batch_size, self.measures.identity, self.stages.identity]
+        facts += [seed, rate, self.batch_size, self.measures.identity, self.stages.identity, *choosing_code(arm)]
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
 
     def best(self, arm: Arm, seeds: int) -> list[Cell]:

@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from benchmarks.quality.arms import Arm
 from benchmarks.quality.pools import Pool
-from p2d.config import DATA_SCORERS, DataConfig, HeadsConfig, JobConfig, TrainingConfig, pool_count, top_count
+from p2d.config import (
+    DATA_SCORERS,
+    HEAD_SCORERS,
+    DataConfig,
+    HeadsConfig,
+    JobConfig,
+    TrainingConfig,
+    pool_count,
+    top_count,
+)
 from p2d.estimate import estimate_flops
 from p2d.evaluation import random_heads
 from p2d.head_maps import Head, HeadMap
@@ -24,6 +36,9 @@ from p2d.responses import ResponseInput, Responses
 from p2d.rows import Row
 from p2d.selection import select_rows
 from p2d.slices import HeadSlices, all_heads
+
+RANDOM = "random"
+"""Rows or heads by no score."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +147,29 @@ class Stages:
             answer_tokens=sum(len(row.answer_ids) for row in rendered),
             longest=max(lengths),
         )
+
+
+def choosing_code(arm: Arm) -> list[str]:
+    """Hashes of the modules that decide which heads and rows an arm chooses: with another scorer it is another cell.
+
+    None where nothing is chosen by a score.
+    """
+    modules: set[str] = set()
+    if arm.rows in DATA_SCORERS and arm.rows != RANDOM:
+        modules |= {"p2d.near_duplicates", "p2d.responses.alignment", "p2d.selection", DATA_SCORERS[arm.rows]}
+    for heads in (arm.heads, arm.rows_for):
+        if heads in HEAD_SCORERS and heads != RANDOM:
+            modules |= {"p2d.identify", HEAD_SCORERS[heads]}
+    return [_code(module.partition(":")[0]) for module in sorted(modules)]
+
+
+def _code(module: str) -> str:
+    """Hash of what a module says, its comments left out."""
+    spec = find_spec(module)
+    assert spec is not None
+    assert spec.origin is not None
+    tree = ast.dump(ast.parse(Path(spec.origin).read_bytes()))
+    return hashlib.sha256(tree.encode()).hexdigest()[:16]
 
 
 def _drawn(indices: Sequence[int], count: int, seed: int) -> list[int]:

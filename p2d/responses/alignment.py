@@ -77,6 +77,8 @@ class Aligned:
     """The rows as they were read: in fast mode answers are cut short."""
     nll_R: Floats
     """Nats of each answer, given its prompt: the same forward pass knows it."""
+    guide_likelihood_G: Floats
+    """Of each guide row's answer, nats per token; [guide rows]."""
     tokens: int
     flops: float
 
@@ -90,7 +92,9 @@ def align(given: ResponseInput, layers: range, projections: Sequence[Projection]
     total, done = len(guide) + len(rows), 0
 
     mean = MeanGradient()
-    for indices, _ in backward_passes(base, guide, places, lambda _: mean.add):
+    guide_likelihood_G = np.zeros(len(guide))
+    for indices, nll_B in backward_passes(base, guide, places, lambda _: mean.add):
+        guide_likelihood_G[indices] = -nll_B / [len(guide[index].answer_ids) for index in indices]
         done += len(indices)
         given.progress(done, total, {})
     products = RowProducts(base, mean.gradient, layers, rows=len(rows))
@@ -108,7 +112,8 @@ def align(given: ResponseInput, layers: range, projections: Sequence[Projection]
     operations = flops.alignment(
         base.info, guide=sizes[0], rows=sizes[1], projections=projections, from_layer=layers.start
     )
-    return Aligned(cosine_RN, layers, rows, nll_R, sum(length for some in sizes for length, _ in some), operations)
+    tokens = sum(length for some in sizes for length, _ in some)
+    return Aligned(cosine_RN, layers, rows, nll_R, guide_likelihood_G, tokens, operations)
 
 
 def _as_read(given: ResponseInput, row: Row) -> RenderedRow:

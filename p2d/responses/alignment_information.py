@@ -1,4 +1,4 @@
-"""`alignment` for the heads and `information` for the row, joined by the mean of their ranks.
+"""`alignment` for the heads and `information` for the row, joined by the worse of their ranks.
 
 Each is blind where the other sees: alignment to a wrong answer in the right style, information to rows of another task.
 The conditional likelihood comes out of alignment's own forward pass, so that information costs one short pass more.
@@ -38,7 +38,7 @@ def alignment_information(given: ResponseInput) -> Responses:
         response_RN=found.cosine_RN.astype(np.float16),
         quality_R=saved_nats(bare_R, found.nll_R, row_R),
         scorer="alignment_information",
-        combine="rank",
+        combine="worse_rank",
     )
     sizes = [(base.renderer.length(row), len(row.answer_ids)) for row in bare]
     operations = found.flops + flops.forward(base.info, flops.work_of(sizes))

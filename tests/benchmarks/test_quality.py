@@ -25,6 +25,7 @@ from benchmarks.quality.tables import Found, page
 from benchmarks.quality.weights import installed
 from benchmarks.quality.workers import _work, share_out
 from p2d.batches import mean_answer_nll
+from p2d.config import DATA_SCORERS
 from p2d.evaluation import row_losses
 from p2d.models import BaseModel
 from p2d.optimization import Schedule, SliceTrainer
@@ -116,6 +117,26 @@ def test_a_cell_is_computed_once_and_a_new_arm_costs_itself_alone(tiny: BaseMode
     assert later.cell(replace(arm, rows="random", ratio=0.5), 0, 1e-3) is None
     assert len(later.skipped) == 2
     assert later.skipped[0].startswith("one, gsm8k, 12 rows, 50% echo, seed 1")
+
+
+def test_a_cell_is_another_one_when_the_code_that_chooses_for_it_changes(
+    tiny: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lab = laboratory(tiny, build(PoolSpec("gsm8k", 8), TASK, OTHER), tmp_path / "quality.json")
+    every, chosen = ARMS[0], next(arm for arm in ARMS if arm.rows == "alignment" and arm.heads == "attribution")
+    keys = [lab.key(arm, 0, 1e-3) for arm in (every, chosen)]
+    scorer = tmp_path / "another.py"
+    scorer.write_text("def alignment(given): return given\n")
+    monkeypatch.setitem(DATA_SCORERS, "alignment", "another:alignment")
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    changed = [lab.key(arm, 0, 1e-3) for arm in (every, chosen)]
+    scorer.write_text("# the same\ndef alignment(given): return given\n")
+    commented = [lab.key(arm, 0, 1e-3) for arm in (every, chosen)]
+
+    assert changed[0] == keys[0]
+    assert changed[1] != keys[1]
+    assert commented == changed
 
 
 def test_the_best_rate_has_a_worse_one_on_either_side_or_lies_at_the_border(tiny: BaseModel, tmp_path: Path) -> None:
@@ -268,8 +289,8 @@ def test_a_page_names_what_there_was_no_time_for(tiny: BaseModel, tmp_path: Path
     reference = next(arm for arm in ARMS if arm.name == REFERENCE)
 
     assert made.best(reference, seeds=3) == []
-    assert made.skipped == [f"{REFERENCE}, gsm8k, 8 rows, clean, seed 0, rate 0.004"]
-    assert page({}, base={}, facts={}, notes=made.skipped).endswith("rate 0.004\n")
+    assert made.skipped == [f"{REFERENCE}, gsm8k, 8 rows, clean, seed 0, rate {reference.weights.first_rate:g}"]
+    assert page({}, base={}, facts={}, notes=made.skipped).endswith(f"{made.skipped[0]}\n")
 
 
 def found(name: str, parameters: int, flops: float, nll: float, **arm: Any) -> Found:

@@ -10,7 +10,7 @@ import torch
 
 from benchmarks import scoring
 from benchmarks.quality.pools import PoolSpec, Task, build
-from benchmarks.scoring import GUIDES, POOL_TRIMMED, Products, Study, auc, forms, guide_parts, page
+from benchmarks.scoring import GUIDES, POOL, Products, Study, auc, forms, guide_parts, page
 from p2d.config import JobConfig
 from p2d.models import load_base_model
 from p2d.responses import ResponseInput
@@ -37,39 +37,41 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
 def test_every_form_is_judged_with_every_guide(study: Study) -> None:
     found = study.findings()
     n_forms = len(forms(study.base.info.n_layers))
-    assert len(found) == 1 + (len(GUIDES) + 3) * 2 * n_forms
+    assert len(found) == 1 + (len(GUIDES) + 1) * (2 * n_forms + 2)
     assert all(set(one.auroc) == {"another's answer", "off task", "all"} for one in found)
     assert all(0 <= value <= 1 for one in found for value in [*one.auroc.values(), one.bad_kept])
     assert all(one.share > 0 for one in found)
     text = page(found, {"Model": "tiny"})
-    assert f"## gsm8k, guided by {POOL_TRIMMED}" in text
+    assert f"## gsm8k, guided by {POOL}" in text
     assert json.dumps([one.auroc for one in found])
 
 
 def test_a_score_is_the_mean_of_the_cosines_that_the_product_takes(study: Study) -> None:
     base, rows, guide = study.base, study.pool.rows, study.task.validation[:4]
-    form = forms(base.info.n_layers)[1]
+    form = forms(base.info.n_layers)[2]
     given = ResponseInput(
         base=base, rows=rows, guide=guide, span=range(len(rows)), slices=form.projections, config=JobConfig()
     )
     found = align(given, form.layers, form.projections)
 
-    mean = study.mean([base.renderer.render(row) for row in guide])
-    products = Products(base, {"guide": mean}, len(rows))
+    said = study.guide([base.renderer.render(row) for row in guide])
+    products = Products(base, {"guide": said.mean}, len(rows))
     nll_R = study.passed(study.rendered, products)
 
     np.testing.assert_allclose(products.cosine("guide", form), found.cosine_RN.mean(axis=1), atol=1e-5)
     np.testing.assert_allclose(nll_R, found.nll_R, rtol=1e-5)
+    np.testing.assert_allclose(said.likelihood_G, found.guide_likelihood_G, rtol=1e-5)
 
 
 def test_a_guide_of_parts_is_the_guide_of_their_rows(study: Study) -> None:
     parts = study.parts()
     rows = [row for part in GUIDES["32 rows, half bad"] for row in parts[part]]
     assert len(rows) == 32
-    whole = study.mean(rows)
-    summed = scoring.added(study.mean(parts[part]) for part in GUIDES["32 rows, half bad"])
-    for place, gradient in whole.items():
-        torch.testing.assert_close(summed[place], gradient, rtol=1e-3, atol=1e-4)
+    whole = study.guide(rows)
+    summed = scoring.added([study.guide(parts[part]) for part in GUIDES["32 rows, half bad"]])
+    np.testing.assert_allclose(summed.likelihood_G, whole.likelihood_G, rtol=1e-5)
+    for place, gradient in whole.mean.items():
+        torch.testing.assert_close(summed.mean[place], gradient, rtol=1e-3, atol=1e-4)
     clean = {row.prompt: row.answer for row in study.task.validation}
     bad = guide_parts(study.task)["bad 64"]
     assert len(bad) == 48

@@ -13,6 +13,7 @@ from p2d.adapters import merge
 from p2d.client import Client
 from p2d.model_info import read_model_info
 from p2d.peft_export import export_peft
+from p2d.selection_reasons import FORMULAS
 from tests.e2e.conftest import MODEL
 from tests.e2e.test_service import SMALL, finish
 
@@ -20,11 +21,10 @@ from tests.e2e.test_service import SMALL, finish
 def added_up(reason: dict[str, Any]) -> float:
     response = sum(head["response"] for head in reason["heads"]) + reason["stand_ins"] * reason["stand_in"]
     assert response == reason["response"]
+    ranks = [reason["response_rank"] or 0, reason["quality_rank"] or 0]
     formulas = {
         "score = response": response,
-        "score = (scored - 1) - (response_rank + quality_rank) / 2": reason["scored"]
-        - 1
-        - ((reason["response_rank"] or 0) + (reason["quality_rank"] or 0)) / 2,
+        FORMULAS["worse_rank"]: reason["scored"] - 1 - (max(ranks) + min(ranks) / reason["scored"]),
     }
     return float(formulas[reason["formula"]])
 

@@ -16,7 +16,7 @@ from p2d.config import FAST_ANSWER_TOKENS, DataConfig, JobConfig, Projection
 from p2d.models import BaseModel, load_base_model
 from p2d.responses import ResponseInput
 from p2d.responses.alignment import align, alignment, gradient_squares
-from p2d.responses.alignment_likelihood import alignment_likelihood
+from p2d.responses.alignment_likelihood import alignment_likelihood, plausibility
 from p2d.rows import Row
 from p2d.slices import HeadSlices
 from tests.factories import some_rows, tiny_model_dir
@@ -101,12 +101,48 @@ def test_likelihood_joins_alignment_without_another_token(tiny: BaseModel) -> No
 
     assert (joined.tokens, joined.flops) == (alone.tokens, alone.flops)
     assert joined.shard.response_RN.tobytes() == alone.shard.response_RN.tobytes()
-    assert joined.shard.combine == "rank"
+    assert joined.shard.combine == "worse_rank"
     assert joined.shard.quality_R is not None
     for row, likelihood in zip(ROWS, joined.shard.quality_R, strict=True):
         with torch.no_grad():
             nll_B, tokens_B = answer_nll(tiny, collate(tiny.renderer, [tiny.renderer.render(row)], [0]))
         assert likelihood == pytest.approx(-float(nll_B / tokens_B), rel=1e-4)
+
+
+def test_the_guides_answers_are_measured_in_the_pass_that_is_made_anyway(tiny: BaseModel) -> None:
+    found = align(given(tiny, ("v",)), range(2, 3), ("v",))
+    as_rows = align(replace(given(tiny, ("v",)), rows=GUIDE, span=range(3)), range(2, 3), ("v",))
+
+    lengths = [len(row.answer_ids) for row in as_rows.rows]
+    np.testing.assert_allclose(found.guide_likelihood_G, -as_rows.nll_R / lengths, rtol=1e-5)
+
+
+GUIDED = np.array([-1.3, -1.2, -1.1, -1.0, -1.0, -0.9, -0.8, -0.7])
+"""Median -1, spread 0.22: the bound lies at -0.55."""
+
+
+def test_an_answer_is_as_plausible_as_it_is_likely_up_to_what_the_task_knows() -> None:
+    likelihood_R = np.array([-9.0, -1.0, -0.6, -0.5, -0.1, 0.0])
+
+    plausible_R = plausibility(likelihood_R, GUIDED)
+
+    assert plausible_R[:3].tolist() == likelihood_R[:3].tolist()
+    assert plausible_R[3] < likelihood_R[3]
+    assert np.argsort(plausible_R).tolist() == [0, 5, 4, 1, 3, 2]  # what is too easy stands behind most of the task
+
+
+def test_a_guide_that_knows_no_spread_sets_no_bound() -> None:
+    likelihood_R = np.array([-2.0, 0.0])
+
+    assert plausibility(likelihood_R, GUIDED[:7]).tolist() == likelihood_R.tolist()
+    assert plausibility(likelihood_R, np.full(32, -1.0)).tolist() == likelihood_R.tolist()
+
+
+def test_a_guide_of_which_less_than_half_is_bad_moves_the_bound_little() -> None:
+    wrong = np.concatenate([GUIDED, [-5.0, -6.0, -7.0]])
+    echoes = np.array([-0.1])
+
+    assert plausibility(echoes, wrong)[0] < np.median(GUIDED)
 
 
 def test_fast_mode_reads_only_how_answers_begin(tiny: BaseModel) -> None:

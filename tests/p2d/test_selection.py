@@ -85,9 +85,28 @@ def test_a_product_weighs_the_response_by_quality() -> None:
 
 
 def test_ranks_combine_whatever_the_units() -> None:
-    shard = a_shard([[0, 1, 0, 0], [0, 2, 0, 0], [0, 3, 0, 0]], [0.0, 1e6, 2e6], combine="rank")
+    shard = a_shard([[0, 1, 0, 0], [0, 2, 0, 0], [0, 3, 0, 0]], [0.0, 1e6, 2e6], combine="worse_rank")
 
-    assert selected([shard], HEADS, ratio=0.3).score_R.tolist() == [0, 1, 2]
+    score_R = selected([shard], HEADS, ratio=0.3).score_R
+
+    assert score_R.tolist() == pytest.approx([2 - (2 + 2 / 3), 2 - (1 + 1 / 3), 2])
+
+
+def test_a_row_is_as_good_as_the_worse_opinion_of_it() -> None:
+    best_for_heads, best_by_itself, good_in_both = [0.0, 4, 0, 0], [0.0, 1, 0, 0], [0.0, 3, 0, 0]
+    responses = [best_for_heads, best_by_itself, good_in_both, [0.0, 2, 0, 0]]
+    shard = a_shard(responses, [0.0, 3.0, 2.0, 1.0], combine="worse_rank")
+
+    assert selected([shard], HEADS, ratio=0.25).kept_rows == [2]
+
+
+def test_of_rows_whose_worse_opinion_is_the_same_the_better_one_decides() -> None:
+    shard = a_shard([[0, 3, 0, 0], [0, 1, 0, 0], [0, 2, 0, 0]], [2.0, 3.0, 1.0], combine="worse_rank")
+
+    selection = selected([shard], HEADS, ratio=1.0)
+
+    assert selection.rank_R.tolist() == [0, 1, 2]  # ranks 0 and 1, 2 and 0, 1 and 2
+    assert len(set(selection.score_R.tolist())) == 3
 
 
 def test_a_row_quality_alone_needs_no_heads() -> None:

@@ -47,9 +47,9 @@ def table_of(folder: Path, made: list[ResponseShard], ratio: float = 0.2) -> Sel
 
 def added_up(reason: RowReason, table: SelectionTable, row: int) -> float:
     response = sum(head.response for head in reason.heads) + reason.stand_ins * reason.stand_in
-    if reason.combine == "rank":
-        by_response, by_quality = table.rank_parts(row)
-        return table.scored - 1 - (by_response + by_quality) / 2
+    if reason.combine == "worse_rank":
+        parts = table.rank_parts(row, reason.combine)
+        return table.scored - 1 - (max(parts) + min(parts) / table.scored)
     if reason.combine == "response":
         return response
     assert reason.quality is not None
@@ -58,7 +58,7 @@ def added_up(reason: RowReason, table: SelectionTable, row: int) -> float:
 
 @pytest.mark.parametrize("pool", [False, True])
 @pytest.mark.parametrize("layers", [range(LAYERS), range(4, LAYERS)], ids=["all layers", "upper third"])
-@pytest.mark.parametrize("combine", ["response", "product", "rank"])
+@pytest.mark.parametrize("combine", ["response", "product", "worse_rank"])
 def test_the_figures_of_every_row_add_up_to_its_score(
     combine: Combine, layers: range, pool: bool, tmp_path: Path, seed: int
 ) -> None:
@@ -79,14 +79,23 @@ def test_the_figures_of_every_row_add_up_to_its_score(
 
 
 def test_the_rank_by_response_is_the_one_of_the_responses(tmp_path: Path, seed: int) -> None:
-    made = shards("rank", seed)
+    made = shards("worse_rank", seed)
     table = table_of(tmp_path, made)
     responses = [explain(shard, row, CHOSEN) for shard in made for row in shard.span]
     sums = [reason.response for reason in responses if reason]
 
-    assert [table.rank_parts(row)[0] for row in range(ROWS)] == np.argsort(
+    assert [table.rank_parts(row, "worse_rank")[0] for row in range(ROWS)] == np.argsort(
         np.argsort(-np.array(sums), kind="stable"), kind="stable"
     ).tolist()
+
+
+def test_a_selection_of_an_earlier_version_is_explained_by_the_mean_of_ranks_that_made_it(tmp_path: Path) -> None:
+    row = '{"row":%d,"line":%d,"score":%s,"quality":%s,"rank":%d,"kept":false}'
+    path = tmp_path / "selection.jsonl"
+    path.write_text("\n".join(row % some for some in [(0, 1, 1.0, 3.0, 1), (1, 2, 1.5, 2.0, 0), (2, 3, 0.5, 1.0, 2)]))
+    table = read_table(path.read_bytes().split(b"\n"))
+
+    assert [table.rank_parts(row, "rank") for row in range(3)] == [(2, 0), (0, 1), (1, 2)]
 
 
 def test_a_quality_alone_needs_no_heads(tmp_path: Path, seed: int) -> None:
