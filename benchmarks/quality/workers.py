@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
+import os
 import queue
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from typing import Any
@@ -80,6 +82,13 @@ def _round(
     waiting.cancel_join_thread()  # nobody reads what is still in it
 
 
+def _end_with(parent: Any) -> None:
+    """A killed parent takes no cells any more, and cannot end what it began."""
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
 class _Sent(Cells):
     """Cells of a worker: known from the file, told to the process that writes it."""
 
@@ -91,6 +100,7 @@ class _Sent(Cells):
 
 
 def _work(options: argparse.Namespace, waiting: Any, told: Any, ends: float) -> None:
+    threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
     cells = _Sent(options.out / "quality.json")
     cells.told = told
     matrix = Matrix(options, cells, lambda line: told.put(("say", line)), ends)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import queue
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -236,6 +238,25 @@ def test_processes_that_share_the_work_compute_what_one_does(tmp_path: Path) -> 
         key: cell["measured"] for key, cell in alone.items()
     }
     assert "2 processes shared the device" in page_of_both
+
+
+def test_processes_end_with_the_one_that_began_them_even_if_it_is_killed(tmp_path: Path) -> None:
+    options_of(tmp_path)  # for its files
+    endless = ["--epochs=100000", "--rows=16", "--validation=4", "--held-out=4", "--share=0", "--arm=random rows"]
+    given = [f"--model={tmp_path / 'tiny'}", f"--task=gsm8k={tmp_path}", f"--out={tmp_path}", "--threads=1", *endless]
+    with psutil.Popen([sys.executable, "-m", "benchmarks.quality", *given, "--workers=2", "--device=cpu"]) as parent:
+        try:
+            while len(workers := [one for one in parent.children() if "spawn_main" in " ".join(one.cmdline())]) < 2:
+                assert parent.poll() is None
+                time.sleep(0.05)
+        finally:
+            parent.kill()
+
+    _, alive = psutil.wait_procs(workers, timeout=60)
+
+    for one in alive:
+        one.kill()
+    assert not alive
 
 
 def test_an_order_that_fails_is_named_and_one_that_needs_memory_is_given_back(
