@@ -26,6 +26,7 @@ from benchmarks.quality.weights import installed
 from p2d import flops
 from p2d.activation_cache import remember_below
 from p2d.errors import Diverged
+from p2d.learning_rates import MARGIN
 from p2d.model_info import ModelInfo
 from p2d.models import BaseModel
 from p2d.optimization import Schedule, SliceTrainer, Trainable, steps_per_epoch
@@ -139,8 +140,9 @@ class Laboratory:
     def best(self, arm: Arm, seeds: int) -> list[Cell]:
         """The arm at its best rate, one cell for each seed; fewer where time ran out.
 
-        From the first rate it walks up, and if that is no better down, while validation loss falls; seed 0 alone. So the
-        best rate has a worse neighbour on both sides, or lies at the border of `Weights.rates`.
+        From the first rate it walks up, and if that is no better down, while validation loss falls; seed 0 alone. Upwards it
+        must fall by the share that the product's own search asks for (MARGIN): with another seed the higher rate may be the
+        one that breaks. So the best rate has no clearly better neighbour, or lies at the border of `Weights.rates`.
         """
         rates = list(arm.weights.rates)
         place = rates.index(arm.weights.first_rate)
@@ -149,7 +151,7 @@ class Laboratory:
             moved = False
             while best is not None and 0 <= place + way < len(rates):
                 other = self.cell(arm, 0, rates[place + way])
-                if other is None or _loss(other) >= _loss(best):
+                if other is None or _loss(other) >= _loss(best) * (1 - MARGIN if way > 0 else 1):
                     break
                 best, place, moved = other, place + way, True
             if moved:

@@ -29,6 +29,7 @@ from benchmarks.quality.workers import _work, share_out
 from p2d.batches import mean_answer_nll
 from p2d.config import DATA_SCORERS
 from p2d.evaluation import row_losses
+from p2d.learning_rates import MARGIN
 from p2d.models import BaseModel
 from p2d.optimization import Schedule, SliceTrainer
 from p2d.rows import write_rows
@@ -156,8 +157,36 @@ def test_the_best_rate_has_a_worse_one_on_either_side_or_lies_at_the_border(tiny
         if 0 <= neighbour < len(rates):
             other = made.cell(arm, 0, rates[neighbour])
             assert other is not None
-            assert (other.validation or 9e9) >= (best.validation or 9e9)
+            margin = MARGIN if neighbour > place else 0
+            assert (other.validation or 9e9) >= (best.validation or 9e9) * (1 - margin)
     assert Found(arm, [best]).at_border == (place in (0, len(rates) - 1))
+
+
+@pytest.mark.parametrize(
+    ("validation", "chosen"),
+    [
+        ({2e-3: 1.0, 4e-3: 0.997, 1e-3: 1.1}, 2e-3),  # higher, but hardly better
+        ({2e-3: 1.0, 4e-3: 0.98, 8e-3: 0.99}, 4e-3),
+        ({2e-3: 1.0, 4e-3: 1.2, 1e-3: 0.999, 5e-4: 1.0}, 1e-3),
+    ],
+)
+def test_a_higher_rate_must_be_clearly_better(
+    validation: dict[float, float],
+    chosen: float,
+    tiny: BaseModel,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made = laboratory(tiny, build(PoolSpec("gsm8k", 8), TASK, OTHER), tmp_path / "quality.json")
+    cell = made.cell(Arm(name="one", weights=Weights(kind="lora", rank=1), epochs=1), 0, 1e-3)
+    assert cell is not None
+    monkeypatch.setattr(
+        Laboratory, "cell", lambda _, arm, seed, rate: replace(cell, rate=rate, validation=validation[rate])
+    )
+
+    found = made.best(Arm(name="two", weights=Weights(kind="lora", rank=8)), seeds=1)
+
+    assert [one.rate for one in found] == [chosen]
 
 
 def test_the_oracle_takes_clean_rows_alone_and_random_rows_ignore_what_is_known(
