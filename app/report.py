@@ -65,17 +65,19 @@ def _worth(evaluation: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield f"control {control['control']}", _beside(control)
 
 
-_SHOUTED = {"worse": "WORSE"}
-"""A verdict that nobody is to overlook."""
+def _verdict(control: Mapping[str, Any]) -> str:
+    """Whether the job did better than a control; that it did worse nobody is to overlook."""
+    verdict: str = control["verdict"]
+    return verdict.upper() if verdict == "worse" else verdict
 
 
 def _beside(control: Mapping[str, Any]) -> str:
     """A control, and whether the job did better."""
-    change, verdict = control["against_job"], control["verdict"]
+    change = control["against_job"]
     interval = f"{change['difference']:+.4f} (95 % interval {change['low']:+.4f} to {change['high']:+.4f})"
     return (
         f"held-out loss {control['loss']:.4f} at {control['trained_parameters']:,} parameters on {control['rows']:,} rows; "
-        f"this job: {_SHOUTED.get(verdict, verdict)}, {interval}"
+        f"this job: {_verdict(control)}, {interval}"
     )
 
 
@@ -139,10 +141,7 @@ def headline(report: Mapping[str, Any]) -> str:
 def verdicts(report: Mapping[str, Any]) -> list[str]:
     """Each control of a job, and whether the job did better."""
     controls = (report.get("evaluation") or {}).get("controls") or []
-    return [
-        f"control {one['control']} {one['loss']:.4f}: {_SHOUTED.get(one['verdict'], one['verdict'])}"
-        for one in controls
-    ]
+    return [f"control {one['control']} {one['loss']:.4f}: {_verdict(one)}" for one in controls]
 
 
 _COMPARED = {

@@ -7,7 +7,7 @@ slices are taken once; every form is read off them: fewer layers, fewer projecti
 forward pass knows. The guide, too, takes many forms: 8 to 128 clean rows, rows of which half are bad, as a user's own held-out
 rows may be, and no held-out rows at all. Writes scoring.json and scoring.md. Nothing is trained here.
 
-Legend: R row of the pool, L layer, H query head.
+Legend: R row of the pool, G row of a guide, L layer, U unit, B row of a batch, T token, E unit width, D the other side's width.
 """
 
 from __future__ import annotations

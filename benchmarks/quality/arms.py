@@ -15,6 +15,9 @@ FULL_RATES = (1e-5, 2e-5, 4e-5, 8e-5, 1.6e-4)
 
 V_O: tuple[Projection, ...] = ("v", "o")
 
+RANDOM = "random"
+"""Rows or heads by no score."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Weights:

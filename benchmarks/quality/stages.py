@@ -7,11 +7,12 @@ import hashlib
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from benchmarks.quality.arms import Arm
+from benchmarks.quality.arms import RANDOM, Arm
 from benchmarks.quality.pools import Pool
 from p2d.config import (
     DATA_SCORERS,
@@ -36,9 +37,6 @@ from p2d.responses import ResponseInput, Responses
 from p2d.rows import Row
 from p2d.selection import select_rows
 from p2d.slices import HeadSlices, all_heads
-
-RANDOM = "random"
-"""Rows or heads by no score."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,16 +158,20 @@ def choosing_code(arm: Arm) -> list[str]:
     for heads in (arm.heads, arm.rows_for):
         if heads in HEAD_SCORERS and heads != RANDOM:
             modules |= {"p2d.identify", HEAD_SCORERS[heads]}
-    return [_code(module.partition(":")[0]) for module in sorted(modules)]
+    return [_code(_source(module.partition(":")[0])) for module in sorted(modules)]
 
 
-def _code(module: str) -> str:
-    """Hash of what a module says, its comments left out."""
+def _source(module: str) -> bytes:
     spec = find_spec(module)
     assert spec is not None
     assert spec.origin is not None
-    tree = ast.dump(ast.parse(Path(spec.origin).read_bytes()))
-    return hashlib.sha256(tree.encode()).hexdigest()[:16]
+    return Path(spec.origin).read_bytes()
+
+
+@cache
+def _code(source: bytes) -> str:
+    """Hash of what a module says, its comments left out. A key is asked for at every look at a cell."""
+    return hashlib.sha256(ast.dump(ast.parse(source)).encode()).hexdigest()[:16]
 
 
 def _drawn(indices: Sequence[int], count: int, seed: int) -> list[int]:

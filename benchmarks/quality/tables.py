@@ -9,11 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.quality.arms import FULL, REFERENCE, Arm
+from benchmarks.quality.arms import FULL, RANDOM, REFERENCE, Arm
 from benchmarks.quality.cells import Cell
 from p2d.evaluation import Change, RowLosses, paired_bootstrap
-
-RANDOM = "random"
 
 
 @dataclass(frozen=True, slots=True)
