@@ -35,6 +35,8 @@ def _results(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         f"rank correlation {again['rank_correlation']:.2f}",
     )
     kept = f"{selection['kept']} of {selection['rows']} by {selection['scorer']}"
+    if (good := selection.get("good_enough")) is not None:
+        kept += f"; {good} of {selection['scored']} scored rows are as good as most held-out rows, and chance decided among them"
     if repeating := selection.get("repeating"):  # reports of earlier versions know of none
         kept += f"; {repeating} nearly repeat a better one and stood behind"
     yield "rows kept", kept

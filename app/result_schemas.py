@@ -217,6 +217,16 @@ class HeadResponseView(View):
     response: float
 
 
+class GuideScaleView(View):
+    """What the held-out rows that guide the choice have, with the chosen heads."""
+
+    response_median: float
+    response_spread: float
+    quality_median: float
+    quality_spread: float
+    bar: float = Field(description="Score from which on a row is as good as most of them, and chance decides.")
+
+
 class RowReasonView(PlacedRowView):
     """Why a row was kept or dropped: what its score is made of, and its neighbours in the ranking."""
 
@@ -229,7 +239,10 @@ class RowReasonView(PlacedRowView):
     stand_ins: int = Field(description="Chosen heads in layers that were not scored.")
     stand_in: float = Field(description="What stands in for each of them: the mean of all scored heads.")
     scored: int = Field(description="Rows of the selection that were scored.")
-    response_rank: int | None = Field(description="0 = best; where the formula is of ranks.")
+    guide: GuideScaleView | None = Field(
+        description="What response and quality are measured by, where the scorer does so."
+    )
+    response_rank: int | None = Field(description="0 = best; where the score is made of ranks.")
     quality_rank: int | None
     border: float | None = Field(description="Score of the last row that is kept.")
     nearest_kept: PlacedRowView | None = Field(description="In rank, the row itself left out.")

@@ -36,7 +36,7 @@ from p2d.arch.spec import n_units
 from p2d.config import Projection, alignment_layers
 from p2d.models import BaseModel, load_base_model
 from p2d.rendering import RenderedRow
-from p2d.responses.alignment import MeanGradient, Place, backward_passes, gradient_squares
+from p2d.responses.alignment import MeanGradient, Place, Sink, backward_passes, gradient_squares, per_token
 from p2d.responses.alignment_likelihood import plausibility
 from p2d.rows import Row
 from p2d.selection import combine, ranks
@@ -148,8 +148,7 @@ class Study:
         guides = {name: added([parts[part] for part in some]) for name, some in GUIDES.items()}
         guides[POOL] = self.guide(self.rendered)
         products = Products(self.base, {name: guide.mean for name, guide in guides.items()}, len(self.rendered))
-        nll_R = self.passed(self.rendered, products)
-        likelihood_R = -nll_R / [len(row.answer_ids) for row in self.rendered]
+        likelihood_R = self.passed(self.rendered, products.of_rows, "products")
         found = [self._judged("", "likelihood", likelihood_R, self._share(None, 0))]
         for name, guide in guides.items():
             plausible_R = plausibility(likelihood_R, guide.likelihood_G)
@@ -168,23 +167,21 @@ class Study:
 
     def guide(self, rows: list[RenderedRow]) -> Guide:
         """What some rows say of the task."""
-        mean, likelihood_G = MeanGradient(), np.zeros(len(rows))
-        for indices, nll_B in backward_passes(self.base, rows, self._places, lambda _: mean.add):
-            likelihood_G[indices] = -nll_B / [len(rows[index].answer_ids) for index in indices]
-        self.say(f"{self.pool.spec.task}: the gradient of {len(rows)} rows")
+        mean = MeanGradient()
+        likelihood_G = self.passed(rows, lambda _: mean.add, "the gradient")
         return Guide(mean.gradient, likelihood_G)
 
     @property
     def _places(self) -> list[Place]:
         return [(layer, name) for layer in range(self.base.info.n_layers) for name in V_O]
 
-    def passed(self, rows: list[RenderedRow], products: Products) -> Floats:
-        """Fill the products, return the nats of each answer."""
+    def passed(self, rows: list[RenderedRow], sink_of: Callable[[list[int]], Sink], what: str) -> Floats:
+        """Hand every batch to its sink, return the likelihood of each answer in nats per token."""
         nll_R = np.zeros(len(rows))
-        for indices, nll_B in backward_passes(self.base, rows, self._places, products.of_rows):
+        for indices, nll_B in backward_passes(self.base, rows, self._places, sink_of):
             nll_R[indices] = nll_B
-        self.say(f"{self.pool.spec.task}: products of {len(rows)} rows")
-        return nll_R
+        self.say(f"{self.pool.spec.task}: {what} of {len(rows)} rows")
+        return per_token(nll_R, rows)
 
     def _judged(self, guide: str, form: str, score_R: Floats, share: float) -> Finding:
         clean = self.pool.clean
@@ -220,7 +217,7 @@ class Products:
         self._dot = {guide: {name: np.zeros((rows, layers, units[name])) for name in V_O} for guide in guides}
         self._square = {name: np.zeros((rows, layers, units[name])) for name in V_O}
 
-    def of_rows(self, indices: list[int]) -> Callable[[Place, Tensor, Tensor], None]:
+    def of_rows(self, indices: list[int]) -> Sink:
         """Takes what one projection's backward pass tells of these rows."""
 
         def add(place: Place, cut_BTUE: Tensor, other_BTD: Tensor) -> None:

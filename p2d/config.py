@@ -58,28 +58,20 @@ class Recipe:
 
     head_scorer: str
     data_scorer: str
-    fast_data_scorer: str
-    """In `data.mode: fast`."""
     slices: tuple[Projection, ...]
     reason: str
-
-    def data_scorer_in(self, mode: Mode) -> str:
-        """The data scorer of a mode."""
-        return self.fast_data_scorer if mode == "fast" else self.data_scorer
 
 
 RECIPES = {
     "default": Recipe(
         head_scorer="attribution",
-        data_scorer="alignment",
-        fast_data_scorer="alignment_likelihood",
+        data_scorer="alignment_likelihood",
         slices=("v", "o"),
         reason="best of our own measurements (docs/LOG.md)",
     ),
     "paper": Recipe(
         head_scorer="pad",
         data_scorer="icl",
-        fast_data_scorer="icl",
         slices=("q", "k", "v"),
         reason="as published (arXiv 2605.21558, 2505.18799, 2505.12212)",
     ),
@@ -103,6 +95,12 @@ FAST_DEMOS = 20
 
 FAST_SLOT_ROWS = 16
 """Fewest rows shown in a slot before fast mode takes further slots. A guess: a mean over 16 is good to a quarter of the spread."""
+
+RATING_SCORERS = frozenset({"alignment_likelihood"})
+"""Data scorers that rate the guide's rows, too, where there are MIN_GUIDE, and measure rows by them (docs/decisions/0031)."""
+
+MIN_GUIDE = 8
+"""Fewest guide rows that tell what rows of the task are like, and so what is good enough. A guess: a spread of fewer is noise."""
 
 UPPER_THIRD = 2 / 3
 """Depth at which `alignment` begins to read gradients. By measurement: the upper third of the layers tells clean from bad
@@ -141,7 +139,7 @@ class DataConfig:
     ratio: float | Auto = "auto"
     """Share of rows kept, (0, 1]. `auto` = 10 %, but never fewer than MIN_ROWS rows."""
     mode: Mode = "faithful"
-    """`fast` = a fraction of the cost: fewer rows are scored, by the recipe's scorer for it."""
+    """`fast` = a fraction of the cost: fewer rows are scored, and of long answers the beginning."""
     metric: Metric = "log_likelihood"
     """`icl`: how the answers of a group are judged; the last two generate, which costs far more."""
     n_demos: int = 5
@@ -224,6 +222,11 @@ def pool_count(data: DataConfig, rows: int) -> int:
 def alignment_layers(layers: int) -> range:
     """Layers that `alignment` scores: the upper third, so that backward stops there."""
     return range(min(round(UPPER_THIRD * layers), layers - 1), layers)
+
+
+def rates_guide(data_scorer: str, guide_rows: int) -> bool:
+    """Whether the scorer passes over the guide once more, to rate its rows like those of the pool."""
+    return data_scorer in RATING_SCORERS and guide_rows >= MIN_GUIDE
 
 
 def alignment_projections(slices: tuple[Projection, ...]) -> tuple[Projection, ...]:
@@ -414,7 +417,7 @@ def _data_scorer(config: JobConfig) -> str:
     """The one that is named, or the recipe's."""
     if config.data.scorer != "auto" or config.recipe not in RECIPES:
         return config.data.scorer
-    return RECIPES[config.recipe].data_scorer_in(config.data.mode)
+    return RECIPES[config.recipe].data_scorer
 
 
 def _unproven(config: JobConfig, map_scorer: str | None) -> Iterator[ErrorDetail]:
@@ -431,7 +434,7 @@ def _unproven(config: JobConfig, map_scorer: str | None) -> Iterator[ErrorDetail
     measured = RECIPES[FAST_MEASURED]
     if config.heads.head_map is not None and map_scorer is None:
         head_scorer = measured.head_scorer  # until the map is read
-    names = (measured.head_scorer, measured.fast_data_scorer, measured.slices)
+    names = (measured.head_scorer, measured.data_scorer, measured.slices)
     if (head_scorer, data_scorer, set(slices)) == (*names[:2], set(measured.slices)):
         return
     yield ErrorDetail(

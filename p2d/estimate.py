@@ -17,6 +17,7 @@ from p2d.config import (
     pool_count,
     proxy_count,
     proxy_guide_rows,
+    rates_guide,
     top_count,
 )
 from p2d.flops import (
@@ -201,7 +202,8 @@ def _respond(info: ModelInfo, config: JobConfig, train: RowCounts, guide: RowCou
                 for length, answer in kinds
             ]
         guided, row = kinds
-        total += guide.rows * alignment(info, guide=[guided], rows=[], projections=read, from_layer=first)
+        again = [guided] if rates_guide(data.scorer, guide.rows) else []
+        total += guide.rows * alignment(info, guide=[guided], rows=again, projections=read, from_layer=first)
         total += rows * alignment(info, guide=[], rows=[row], projections=read, from_layer=first)
     if data.scorer in ("information", "alignment_information"):
         bare = (min(row[0], row[1] + BARE_PROMPT), row[1])

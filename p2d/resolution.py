@@ -47,7 +47,7 @@ def resolve(config: JobConfig, *, rows: int, context_length: int, map_scorer: st
     elif heads.scorer == "auto":
         heads, reasons["/heads/scorer"] = replace(heads, scorer=recipe.head_scorer), because
     if data.scorer == "auto":
-        data, reasons["/data/scorer"] = replace(data, scorer=recipe.data_scorer_in(data.mode)), because
+        data, reasons["/data/scorer"] = replace(data, scorer=recipe.data_scorer), because
     if training.slices == "auto":
         training, reasons["/training/slices"] = replace(training, slices=recipe.slices), because
     if heads.proxy_rows == "auto":

@@ -3,7 +3,7 @@
 Data scorers make shards and `p2d.selection` does arithmetic on them; they meet here and in files, nowhere else. A matrix
 grows by another shard; none is ever rewritten. Files are mapped into memory, one shard at a time.
 
-Legend: R scored row, N head counted through the scored layers (`(layer - layers.start) * n_heads + head`).
+Legend: R scored row, G guide row, N head counted through the scored layers (`(layer - layers.start) * n_heads + head`).
 """
 
 from __future__ import annotations
@@ -19,10 +19,14 @@ import numpy.typing as npt
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-Combine = Literal["response", "product", "worse_rank", "rank", "quality"]
+Combine = Literal["response", "product", "guide", "worse_rank", "rank", "quality"]
 """How a row's score is made: `response` = of the heads alone, `product` = response x quality (quality >= 0),
+`guide` = by the lesser of the two, each measured by what the guide's rows have, and by chance among rows as good as those,
 `worse_rank` = by the worse of the two ranks, `rank` = mean of the two ranks, which older selections have, `quality` = of the row
 alone, whatever the heads."""
+
+MAD_TO_SIGMA = 1.4826
+"""Median absolute deviation -> standard deviation, for a normal distribution."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,6 +43,9 @@ class ResponseShard:
     """Heads per layer."""
     response_RN: npt.NDArray[np.float16]
     quality_R: npt.NDArray[np.float32] | None = None
+    guide_response_GN: npt.NDArray[np.float16] | None = None
+    """What the guide's rows would be given, each by the others; the same in every shard."""
+    guide_quality_G: npt.NDArray[np.float32] | None = None
     scorer: str
     combine: Combine
 
@@ -46,7 +53,17 @@ class ResponseShard:
         assert self.response_RN.dtype == np.float16
         assert self.response_RN.shape == (len(self.row_R), len(self.layers) * self.n_heads)
         assert (self.quality_R is None) == (self.combine == "response")
+        assert (self.guide_response_GN is None) == (self.guide_quality_G is None) == (self.combine != "guide")
         assert (len(self.layers) == 0) == (self.combine == "quality")
+
+
+def median_and_spread(value_G: npt.NDArray[np.float64]) -> tuple[float, float]:
+    """What values of guide rows say: their median, and their median absolute deviation as a standard deviation.
+
+    Both hold although almost half of the values be anything.
+    """
+    median = float(np.median(value_G))
+    return median, MAD_TO_SIGMA * float(np.median(np.abs(value_G - median)))
 
 
 def save_shard(path: Path, shard: ResponseShard) -> None:
@@ -57,6 +74,9 @@ def save_shard(path: Path, shard: ResponseShard) -> None:
     }
     if shard.quality_R is not None:
         tensors["quality"] = np.ascontiguousarray(shard.quality_R, dtype=np.float32)
+    if shard.guide_response_GN is not None and shard.guide_quality_G is not None:
+        tensors["guide_response"] = np.ascontiguousarray(shard.guide_response_GN)
+        tensors["guide_quality"] = np.ascontiguousarray(shard.guide_quality_G, dtype=np.float32)
     facts = {
         "span": [shard.span.start, shard.span.stop],
         "layers": [shard.layers.start, shard.layers.stop],
@@ -80,6 +100,8 @@ def load_shard(path: Path) -> ResponseShard:
             n_heads=facts["n_heads"],
             response_RN=_map_responses(path),
             quality_R=file.get_tensor("quality") if "quality" in names else None,
+            guide_response_GN=file.get_tensor("guide_response") if "guide_response" in names else None,
+            guide_quality_G=file.get_tensor("guide_quality") if "guide_quality" in names else None,
             scorer=facts["scorer"],
             combine=facts["combine"],
         )

@@ -3,6 +3,10 @@
 score of a row = sum over the chosen heads of the row's responses, combined with the row's quality as the scorer says;
 the top `ceil(ratio * rows)` are kept, ties by row order. Another head set or ratio costs no model pass.
 
+Where the scorer has rated the guide's rows, too (`combine: guide`), they are the measure: a row that is as good as most of them is
+as good as any, and among those rows chance decides; only behind them comes the score. What is scored best is alike and easy, and
+trains worse than rows drawn at random from a clean pool (docs/decisions/0031).
+
 A row that nearly repeats a better-scored one (`p2d.near_duplicates`) ranks behind all scored rows that do not: nothing is left
 out, but what a model has seen once is kept only where nothing new is left. Not so with scores by `random`, which are a control:
 chosen for nothing, by score or by text.
@@ -17,17 +21,17 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from p2d.config import top_count
+from p2d.config import MIN_GUIDE, RATING_SCORERS, top_count
 from p2d.errors import ConfigError, EngineError, ErrorDetail
 from p2d.near_duplicates import repetitions
-from p2d.response_matrix import Combine, ResponseShard
+from p2d.response_matrix import Combine, ResponseShard, median_and_spread
 from p2d.row_files import RowFile, line_starts
 from p2d.row_keys import RowKeys
 from p2d.rows import Row, stored_row, turns_json
@@ -37,6 +41,28 @@ Ints = npt.NDArray[np.int64]
 
 CONTROL = "random"
 """The data scorer of which nothing is chosen by text either."""
+
+BAR = 0.4
+"""Quantile of the guide's own scores from which on a row is good enough: 57 to 74 % of clean rows are. Of half-bad pools 0 to 5 %
+of all such rows are bad, not counting wrong numbers, which nothing sees. With 0.25 three quarters and more of the clean rows are
+good enough, and twice as many bad ones where the guide is not clean itself (docs/LOG.md)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GuideScale:
+    """What the guide's rows have of a row's two parts, by which all rows are measured."""
+
+    response_median: float
+    response_spread: float
+    quality_median: float
+    quality_spread: float
+    bar: float
+    """Score from which on a row is good enough."""
+
+    def scores(self, response_R: Floats, quality_R: Floats) -> Floats:
+        """The lesser of response and quality, each in spreads from the guide's median, [R]."""
+        by_response = (response_R - self.response_median) / self.response_spread
+        return np.minimum(by_response, (quality_R - self.quality_median) / self.quality_spread)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,6 +87,10 @@ class Selection:
     heads_scored: int
     """Those among them that have responses of their own; for the others the mean of all scored heads stood in. 0 where the
     scorer looks at no head (`quality`)."""
+    good_enough: int | None
+    """Scored rows that are as good as most of the guide's, repetitions among them; None where the guide was not rated."""
+    bar: float | None
+    """Score from which on they are."""
 
     @property
     def kept_rows(self) -> list[int]:
@@ -85,6 +115,8 @@ class SelectionSummary:
     heads: int
     heads_scored: int
     """Chosen heads that have responses, see `Selection`."""
+    good_enough: int | None = None
+    """Scored rows that are as good as the held-out rows, see `Selection`."""
     score_quantiles: list[float]
     """Of all scored rows: minimum, quarter, median, three quarters, maximum."""
     kept_score_min: float
@@ -93,21 +125,22 @@ class SelectionSummary:
 
 
 def select_rows(
-    shards: Iterable[ResponseShard], heads: Sequence[tuple[int, int]], ratio: float, rows: Sequence[Row]
+    shards: Iterable[ResponseShard], heads: Sequence[tuple[int, int]], ratio: float, rows: Sequence[Row], *, seed: int
 ) -> Selection:
     """Score every scored row by what the chosen heads respond, and keep the best that do not repeat a better one.
 
     Args:    shards: all of one matrix, in row order; each is asked for once and let go. heads: (layer, head) pairs.
-             ratio: share of all rows kept, (0, 1]. rows: those of the matrix.
+             ratio: share of all rows kept, (0, 1]. rows: those of the matrix. seed: draws among rows that are good enough.
     Raises:  EngineError if a score is not finite; ConfigError (`config.invalid`) if no row has one.
     """
     sums: list[Floats] = []
     qualities: list[npt.NDArray[np.float32]] = []
     places: list[npt.NDArray[np.int64]] = []
-    columns, shard = np.zeros(0, dtype=np.intp), None
+    ways: set[Combine] = set()
+    shard = None
     for shard in shards:
-        columns = _columns(shard, heads)
-        sums.append(_summed(shard, columns, missing=len(heads) - len(columns)))
+        ways.add(shard.combine)
+        sums.append(_summed(shard.response_RN, shard, heads))
         places.append(shard.row_R)
         if shard.quality_R is not None:
             qualities.append(shard.quality_R)
@@ -115,7 +148,19 @@ def select_rows(
     assert shard.span.stop == len(rows), "the matrix is of other rows"
     place_R = np.concatenate(places)
     quality = np.concatenate(qualities).astype(np.float64) if qualities else None
-    score = combine(np.concatenate(sums), quality, shard.combine)
+    response, scale = np.concatenate(sums), guide_scale(shard, heads)
+    how = shard.combine
+    if len(ways) > 1:  # shards of two versions: what both of them know
+        assert ways == {"guide", "worse_rank"}
+        scale, how = None, "worse_rank"
+    good_enough = None
+    if scale is None or quality is None:
+        score = combine(response, quality, how)
+    else:
+        score = scale.scores(response, quality)
+        reached = score >= scale.bar
+        good_enough = int(reached.sum())
+        score[reached] = scale.bar + _draws(len(rows), seed)[place_R[reached]]
     bad = place_R[~np.isfinite(score)]
     if len(bad):
         raise EngineError(f"The scores of {len(bad)} rows are not finite.", rows=[int(row) for row in bad[:20]])
@@ -137,10 +182,34 @@ def select_rows(
         kept=min(top_count(ratio, len(rows)), len(place_R)),
         scored=len(place_R),
         scorer=shard.scorer,
-        combine=shard.combine,
+        combine=how,
         heads=len(heads),
-        heads_scored=len(columns),
+        heads_scored=len(_columns(shard, heads)),
+        good_enough=good_enough,
+        bar=None if good_enough is None or scale is None else scale.bar,
     )
+
+
+def _draws(rows: int, seed: int) -> Floats:
+    """A number in [0, 1) for every row, each another one."""
+    return np.random.default_rng([seed, rows]).permutation(rows) / rows
+
+
+def guide_scale(shard: ResponseShard, heads: Sequence[tuple[int, int]]) -> GuideScale | None:
+    """What the guide's rows have with these heads; None where the scorer has not rated them."""
+    if shard.guide_response_GN is None or shard.guide_quality_G is None:
+        return None
+    response_G = _summed(shard.guide_response_GN, shard, heads)
+    quality_G = shard.guide_quality_G.astype(np.float64)
+    (response, response_spread), (quality, quality_spread) = map(median_and_spread, (response_G, quality_G))
+    scale = GuideScale(
+        response_median=response,
+        response_spread=response_spread or 1.0,  # rows that are all alike
+        quality_median=quality,
+        quality_spread=quality_spread or 1.0,
+        bar=0.0,
+    )
+    return replace(scale, bar=float(np.quantile(scale.scores(response_G, quality_G), BAR)))
 
 
 def _columns(shard: ResponseShard, heads: Sequence[tuple[int, int]]) -> npt.NDArray[np.intp]:
@@ -150,11 +219,12 @@ def _columns(shard: ResponseShard, heads: Sequence[tuple[int, int]]) -> npt.NDAr
     return np.array(scored, dtype=np.intp)
 
 
-def _summed(shard: ResponseShard, columns: npt.NDArray[np.intp], *, missing: int) -> Floats:
+def _summed(response_RN: npt.NDArray[np.float16], shard: ResponseShard, heads: Sequence[tuple[int, int]]) -> Floats:
     """Responses of the chosen heads added up, [R]. float64: fp16 values of 27 heads added in fp16 would tie."""
-    response_R: Floats = shard.response_RN[:, columns].sum(axis=1, dtype=np.float64)
-    if missing and len(shard.layers):
-        response_R += missing * shard.response_RN.mean(axis=1, dtype=np.float64)
+    columns = _columns(shard, heads)
+    response_R: Floats = response_RN[:, columns].sum(axis=1, dtype=np.float64)
+    if (missing := len(heads) - len(columns)) and len(shard.layers):
+        response_R += missing * response_RN.mean(axis=1, dtype=np.float64)
     return response_R
 
 
@@ -174,7 +244,7 @@ def combine(response_R: Floats, quality_R: Floats | None, how: Combine) -> Float
         return quality_R
     if how == "product":
         return response_R * quality_R
-    assert how == "worse_rank", "ranks are not averaged any more"
+    assert how == "worse_rank", "ranks are not averaged any more, and `guide` asks the guide"
     rows = len(response_R)
     both_2R = np.stack([ranks(-response_R), ranks(-quality_R)])
     # The better rank decides between rows whose worse one is the same, and can be read off the score again.
@@ -202,19 +272,26 @@ def _class(score_R: Floats, repeats_R: Ints) -> npt.NDArray[np.int8]:
 def summarise(selection: Selection) -> SelectionSummary:
     """The facts of a selection for the report."""
     kept_R = selection.rank_R < selection.kept
+    kept_repeating = int((selection.repeats_R[kept_R] >= 0).sum())
     return SelectionSummary(
         rows=len(selection.score_R),
         scored=selection.scored,
         kept=selection.kept,
         repeating=int((selection.repeats_R >= 0).sum()),
-        kept_repeating=int((selection.repeats_R[kept_R] >= 0).sum()),
+        kept_repeating=kept_repeating,
         scorer=selection.scorer,
         combine=selection.combine,
         heads=selection.heads,
         heads_scored=selection.heads_scored,
+        good_enough=selection.good_enough,
         score_quantiles=[float(q) for q in np.nanquantile(selection.score_R, [0, 0.25, 0.5, 0.75, 1])],
         kept_score_min=float(selection.score_R[kept_R].min()),
-        warnings=_tie_warning(selection, kept_R) + _repetition_warning(selection, kept_R),
+        warnings=[
+            *_tie_warning(selection, kept_R),
+            *_guide_warning(selection),
+            *_bar_warning(selection, kept_R),
+            *_repetition_warning(selection, kept_repeating),
+        ],
     )
 
 
@@ -231,8 +308,32 @@ def _tie_warning(selection: Selection, kept_R: npt.NDArray[np.bool_]) -> list[st
     ]
 
 
-def _repetition_warning(selection: Selection, kept_R: npt.NDArray[np.bool_]) -> list[str]:
-    repeated = int((selection.repeats_R[kept_R] >= 0).sum())
+def _guide_warning(selection: Selection) -> list[str]:
+    if (
+        selection.combine != "worse_rank"
+        or selection.scorer not in RATING_SCORERS
+        or selection.kept == selection.scored
+    ):
+        return []
+    return [
+        f"Too few held-out rows guide the choice to say what is good enough: {MIN_GUIDE} are needed. The best-scored rows were "
+        "kept, which of clean data may be worth less than random ones. More held-out rows mend that."
+    ]
+
+
+def _bar_warning(selection: Selection, kept_R: npt.NDArray[np.bool_]) -> list[str]:
+    if selection.bar is None or selection.kept == selection.scored:
+        return []
+    below = int((selection.score_R[kept_R] < selection.bar).sum())
+    if not below:
+        return []
+    return [
+        f"{below} of the {selection.kept} kept rows are less good than {1 - BAR:.0%} of the held-out rows: there were not enough "
+        "others. A smaller ratio leaves them out."
+    ]
+
+
+def _repetition_warning(selection: Selection, repeated: int) -> list[str]:
     if not repeated or selection.kept == selection.scored:
         return []
     return [

@@ -12,6 +12,7 @@ import numpy as np
 
 from p2d.head_maps import Head
 from p2d.response_matrix import Combine, ResponseShard
+from p2d.selection import GuideScale, guide_scale
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,12 +38,16 @@ class RowReason:
     response: float
     """Sum over `heads`, and `stand_ins * stand_in`."""
     quality: float | None
+    guide: GuideScale | None
+    """What both are measured by; None where the guide was not rated."""
 
 
 FORMULAS: dict[Combine, str] = {
     "response": "score = response",
     "product": "score = response * quality",
     "quality": "score = quality",
+    "guide": "score = the lesser of (response - response_median) / response_spread and (quality - quality_median) / "
+    "quality_spread, but from the bar on the bar and a number drawn from 0 to 1",
     "worse_rank": "score = (scored - 1) - (the worse of response_rank and quality_rank) - (the better one) / scored",
     "rank": "score = (scored - 1) - (response_rank + quality_rank) / 2",
 }
@@ -75,4 +80,5 @@ def explain(shard: ResponseShard, row: int, heads: Sequence[Head]) -> RowReason 
         stand_in=stand_in,
         response=sum(head.response for head in scored) + stand_ins * stand_in,
         quality=None if shard.quality_R is None else float(shard.quality_R[place]),
+        guide=guide_scale(shard, heads),
     )

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from p2d.arch.spec import every_head, heads_per_group, units_of
-from p2d.config import JobConfig, alignment_layers, pool_count, top_count
+from p2d.config import JobConfig, alignment_layers, pool_count, rates_guide, top_count
 from p2d.flops import LORA_RANK, lora_parameters
 from p2d.model_info import ModelInfo
 from p2d.pipeline import shard_range
@@ -77,7 +77,7 @@ def adapter_bytes(info: ModelInfo, heads: Sequence[tuple[int, int]], config: Job
     return safetensors_bytes(tensors, {"format": "p2d-heads"})
 
 
-def response_size(info: ModelInfo, config: JobConfig, *, rows: int, shards: int) -> Size:
+def response_size(info: ModelInfo, config: JobConfig, *, rows: int, guide: int, shards: int) -> Size:
     """All responses-*.safetensors over `rows` training rows; in fast mode a shard has more or fewer of the pool's rows."""
     scorer, fast = config.data.scorer, config.data.mode == "fast"
     layers = range(info.n_layers)
@@ -88,6 +88,8 @@ def response_size(info: ModelInfo, config: JobConfig, *, rows: int, shards: int)
     combine = {"icl": "response" if fast else "product", "information": "quality"}.get(scorer, "response")
     if scorer in ("alignment_information", "alignment_likelihood"):
         combine = "worse_rank"
+    if rated := rates_guide(scorer, guide):
+        combine = "guide"
     pool = pool_count(config.data, rows)
     total = 0
     for shard in range(shards):
@@ -96,6 +98,11 @@ def response_size(info: ModelInfo, config: JobConfig, *, rows: int, shards: int)
         tensors: list[Tensor] = [("response", "F16", (scored, len(layers) * info.n_heads)), ("rows", "I64", (scored,))]
         if combine != "response":
             tensors.append(("quality", "F32", (scored,)))
+        if rated:
+            tensors += [
+                ("guide_response", "F16", (guide, len(layers) * info.n_heads)),
+                ("guide_quality", "F32", (guide,)),
+            ]
         facts = {
             "span": [span.start, span.stop],
             "layers": [layers.start, layers.stop],

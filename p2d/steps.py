@@ -250,7 +250,7 @@ def select(call: StepCall, progress: Progress, models: ModelCache, on_checkpoint
     chosen = _chosen_heads(call, plan)
     shards = read_shards(list(call.inputs.glob("responses-*.safetensors")))
     assert plan.config.data.ratio != "auto"
-    selection = select_rows(shards, chosen, plan.config.data.ratio, rows)
+    selection = select_rows(shards, chosen, plan.config.data.ratio, rows, seed=plan.config.training.seed)
     write_selection(call.out / "selection.jsonl", selection, rows)
     write_json(call.out / "selection_summary.json", summarise(selection))
     progress(1, 1, {"kept": float(selection.kept)})

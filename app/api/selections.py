@@ -41,7 +41,7 @@ from app.errors import (
 )
 from app.key_schemas import ReceiptView
 from app.result_errors import SelectionInUse, SelectionRowNotFound
-from app.result_schemas import PlacedRowView, RowReasonView, SelectionBody, SelectionView
+from app.result_schemas import GuideScaleView, PlacedRowView, RowReasonView, SelectionBody, SelectionView
 from app.views import JobView, Page, TurnView
 from p2d.config import top_count
 from p2d.rows import Row, conversation, stored_row
@@ -160,7 +160,8 @@ def get_selection_row(
 ) -> RowReasonView:
     """Why a row is kept or dropped: its score, what each chosen head adds to it, and its neighbours in the ranking.
 
-    The figures add up to the score. Where files of the job were deleted, `not_known` names them and the parts are absent.
+    The figures add up to the score, but for what is drawn among rows that are good enough. Where files of the job were deleted,
+    `not_known` names them and the parts are absent.
     """
     found = _find(services, selection_id)
     table = services.tables.get(services.blobs, found)
@@ -185,6 +186,7 @@ def get_selection_row(
         stand_ins=reason.stand_ins if reason else 0,
         stand_in=reason.stand_in if reason else 0.0,
         scored=table.scored,
+        guide=GuideScaleView.model_validate(reason.guide) if reason and reason.guide else None,
         response_rank=by_response,
         quality_rank=by_quality,
         border=float(table.score_R[table.row_by_rank[kept - 1]]),

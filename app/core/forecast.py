@@ -259,7 +259,9 @@ def _artifacts(sizing: Sizing, config: JobConfig, dataset: Content, shards: Mapp
     sizes = {"rows": Size(least=dataset.stored_bytes if whole else 0, most=dataset.stored_bytes)}
     if "respond" in shards:
         train = sizing.counts["train"].rows
-        sizes["responses"] = response_size(sizing.model, config, rows=train, shards=shards["respond"])
+        sizes["responses"] = response_size(
+            sizing.model, config, rows=train, guide=sizing.counts["guide"].rows, shards=shards["respond"]
+        )
     if "train" in shards:
         sizes["adapter"] = adapter_size(sizing.model, config, wide=sizing.machine.wide)
     total = Size(least=sum(s.least for s in sizes.values()), most=sum(s.most for s in sizes.values()))

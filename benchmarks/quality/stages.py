@@ -113,7 +113,8 @@ class Stages:
             cost = StageCost(f"rows by {arm.rows}", self.clock() - started, float(found.flops))
             self._responses[key] = found, cost
         responses, cost = self._responses[key]
-        return select_rows([responses.shard], list(heads), arm.ratio, self.pool.rows).kept_rows, [cost]
+        selection = select_rows([responses.shard], list(heads), arm.ratio, self.pool.rows, seed=seed)
+        return selection.kept_rows, [cost]
 
     def _config(self, arm: Arm, seed: int) -> JobConfig:
         scorer = arm.heads if arm.heads not in ("all", "random") else "attribution"

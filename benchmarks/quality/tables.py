@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.quality.arms import FULL, RANDOM, REFERENCE, Arm
+from benchmarks.quality.arms import FULL, LORA_8, RANDOM, REFERENCE, Arm
 from benchmarks.quality.cells import Cell
+from p2d.config import DATA_SCORERS
 from p2d.evaluation import Change, RowLosses, paired_bootstrap
 
 
@@ -58,7 +59,7 @@ def page(pools: dict[str, list[Found]], *, base: dict[str, float], facts: dict[s
         lines += ["![held-out loss of each arm against what it cost](quality.svg)", ""]
     for pool, found in pools.items():
         lines += [f"## {pool}", f"Held-out loss before training {base[pool]:.4f}.", ""]
-        lines += _main(found) + _costs(found) + _parameters(found) + _rows(found) + _heads(found)
+        lines += _main(found) + _costs(found) + _parameters(found) + _curve(found) + _rows(found) + _heads(found)
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -160,6 +161,34 @@ def _parameters(found: Sequence[Found]) -> list[str]:
             f"| {one.cells[0].parameters / 1e6:.2f} M | {one.arm.name} | {one.loss:.4f} | {_change(one, lora)} |"
             for one in sorted(group, key=lambda one: one.loss)
         ]
+    return [*lines, ""]
+
+
+CURVE = {
+    RANDOM: "random rows",
+    "oracle": "clean rows by an oracle",
+    "alignment_likelihood": "by alignment_likelihood, fast",
+}
+
+
+def _curve(found: Sequence[Found]) -> list[str]:
+    """The learning curve of LoRA on all linear layers: more rows or more epochs, by each way to choose rows."""
+    losses: dict[tuple[float, int], dict[str, str]] = {}
+    for one in found:
+        rows = RANDOM if one.arm.rows == "all" else one.arm.rows  # all rows are a random draw of all
+        as_usual = rows not in DATA_SCORERS or rows == RANDOM or one.arm.mode == "fast"
+        if one.arm.weights == LORA_8 and rows in CURVE and as_usual:
+            place = losses.setdefault((one.arm.ratio, one.arm.epochs), {})
+            place[rows] = f"{one.loss:.4f} ({one.cells[0].rows} rows, {fmean(cell.bad for cell in one.cells):.0%} bad)"
+    if len(losses) < 3:
+        return []
+    lines = [
+        "### How many rows: LoRA on all linear layers",
+        f"| rows x epochs | {' | '.join(CURVE.values())} |",
+        "| --- " * (1 + len(CURVE)) + "|",
+    ]
+    for (ratio, epochs), by in sorted(losses.items()):
+        lines.append(f"| {ratio:.0%} x {epochs} | {' | '.join(by.get(rows, '') for rows in CURVE)} |")
     return [*lines, ""]
 
 

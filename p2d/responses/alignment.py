@@ -79,41 +79,66 @@ class Aligned:
     """Nats of each answer, given its prompt: the same forward pass knows it."""
     guide_likelihood_G: Floats
     """Of each guide row's answer, nats per token; [guide rows]."""
+    guide_cosine_GN: Floats | None
+    """Cosines of the guide's rows, each with the mean gradient of the others; None where not asked for."""
     tokens: int
     flops: float
 
+    @property
+    def likelihood_R(self) -> Floats:
+        """Of each row's answer, nats per token."""
+        return per_token(self.nll_R, self.rows)
 
-def align(given: ResponseInput, layers: range, projections: Sequence[Projection]) -> Aligned:
-    """Pass over the guide, then over the wanted rows. Raises Diverged if a gradient is not finite."""
+
+def align(
+    given: ResponseInput, layers: range, projections: Sequence[Projection], *, rate_guide: bool = False
+) -> Aligned:
+    """Pass over the guide, then over the wanted rows; over the guide once more where its rows are to be rated, too.
+
+    Raises: Diverged if a gradient is not finite.
+    """
     base, row_R = given.base, given.wanted()
     guide = [_as_read(given, row) for row in given.guide]
     rows = [_as_read(given, given.rows[index]) for index in row_R]
     places = [(layer, name) for layer in layers for name in projections]
-    total, done = len(guide) + len(rows), 0
+    total, done = (2 if rate_guide else 1) * len(guide) + len(rows), 0
+
+    def passed(some: Sequence[RenderedRow], sink_of: Callable[[list[int]], Sink]) -> Floats:
+        nonlocal done
+        nll_R = np.zeros(len(some))
+        for indices, nll_B in backward_passes(base, some, places, sink_of):
+            nll_R[indices] = nll_B
+            done += len(indices)
+            given.progress(done, total, {})
+        return nll_R
 
     mean = MeanGradient()
-    guide_likelihood_G = np.zeros(len(guide))
-    for indices, nll_B in backward_passes(base, guide, places, lambda _: mean.add):
-        guide_likelihood_G[indices] = -nll_B / [len(guide[index].answer_ids) for index in indices]
-        done += len(indices)
-        given.progress(done, total, {})
+    guide_likelihood_G = per_token(passed(guide, lambda _: mean.add), guide)
+    guide_cosine_GN = None
+    if rate_guide:
+        own = RowProducts(base, mean.gradient, layers, rows=len(guide))
+        passed(guide, own.of_rows)
+        guide_cosine_GN = own.cosines(left_out=True)
     products = RowProducts(base, mean.gradient, layers, rows=len(rows))
-    nll_R = np.zeros(len(rows))
-    for indices, nll_B in backward_passes(base, rows, places, products.of_rows):
-        nll_R[indices] = nll_B
-        done += len(indices)
-        given.progress(done, total, {})
+    nll_R = passed(rows, products.of_rows)
 
     cosine_RN = products.cosines()
     bad = np.flatnonzero(~np.isfinite(cosine_RN).all(axis=1))
     if len(bad):
         raise Diverged(f"The gradients of {len(bad)} rows are not finite.", rows=[int(row_R[row]) for row in bad[:20]])
     sizes = [[(base.renderer.length(row), len(row.answer_ids)) for row in some] for some in (guide, rows)]
+    rated = sizes[1] + (sizes[0] if rate_guide else [])
     operations = flops.alignment(
-        base.info, guide=sizes[0], rows=sizes[1], projections=projections, from_layer=layers.start
+        base.info, guide=sizes[0], rows=rated, projections=projections, from_layer=layers.start
     )
-    tokens = sum(length for some in sizes for length, _ in some)
-    return Aligned(cosine_RN, layers, rows, nll_R, guide_likelihood_G, tokens, operations)
+    tokens = sum(length for length, _ in sizes[0] + rated)
+    return Aligned(cosine_RN, layers, rows, nll_R, guide_likelihood_G, guide_cosine_GN, tokens, operations)
+
+
+def per_token(nll_R: Floats, rows: Sequence[RenderedRow]) -> Floats:
+    """Likelihood of each answer, nats per token, from nats."""
+    likelihood_R: Floats = -nll_R / [len(row.answer_ids) for row in rows]
+    return likelihood_R
 
 
 def _as_read(given: ResponseInput, row: Row) -> RenderedRow:
@@ -216,11 +241,20 @@ class RowProducts:
 
         return add
 
-    def cosines(self) -> Floats:
-        """[R, L * H]; 0 where the row or the guide does not move the head at all."""
-        scale = np.sqrt(self._square_RLH * self._mean_square_LH)
+    def cosines(self, *, left_out: bool = False) -> Floats:
+        """[R, L * H]; 0 where the row or the guide does not move the head at all.
+
+        left_out: the mean is a sum over these very rows, and each is taken out of it: <g, M - g> and |M - g|^2.
+        """
+        dot_RLH, mean_square_RLH = self._dot_RLH, self._mean_square_LH[None]
+        if left_out:
+            dot_RLH = self._dot_RLH - self._square_RLH
+            mean_square_RLH = np.maximum(self._mean_square_LH - 2 * self._dot_RLH + self._square_RLH, 0.0)
+        scale = np.sqrt(self._square_RLH * mean_square_RLH)
         # Through where=scale != 0, not scale > 0: a NaN gradient must stay a NaN, so that it is noticed.
-        cosine_RLH = np.divide(self._dot_RLH, scale, out=np.zeros_like(scale), where=scale != 0)
+        cosine_RLH = np.divide(dot_RLH, scale, out=np.zeros_like(scale), where=scale != 0)
+        if left_out:  # a row that is nearly all of the sum leaves rounding behind
+            np.clip(cosine_RLH, -1.0, 1.0, out=cosine_RLH)
         return cosine_RLH.reshape(len(cosine_RLH), math.prod(cosine_RLH.shape[1:]))  # not -1: there may be no row
 
 

@@ -1,30 +1,33 @@
-"""`alignment` for the heads and how plausible the answer is for the row, joined by the worse of their ranks.
+"""`alignment` for the heads and how plausible the answer is for the row: a row should be as good as held-out rows by both.
 
 Alignment's own forward pass knows how likely each answer is, so the second opinion costs nothing. Each is blind where the
 other sees: alignment hardly tells a wrong answer in the right style, and likelihood is fooled by answers that repeat their
 prompt. So a row is as good as the worse opinion of it, and an answer much likelier than those of the held-out rows counts as
 less plausible, not more: no answer of the task is as easy. Ours, by measurement (docs/decisions/0030).
+
+The guide's own rows are rated like those of the pool, each by the others, and are the measure of both opinions: a row that is
+as good as most of them is as good as any (docs/decisions/0031). Fewer than MIN_GUIDE guide rows measure nothing: then the worse of
+the two ranks decides.
 """
 
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 
-from p2d.config import alignment_layers, alignment_projections
+from p2d.config import MIN_GUIDE, alignment_layers, alignment_projections, rates_guide
 from p2d.errors import Diverged
-from p2d.response_matrix import ResponseShard
+from p2d.response_matrix import ResponseShard, median_and_spread
 from p2d.responses import ResponseInput, Responses
 from p2d.responses.alignment import Floats, align
+
+NAME = "alignment_likelihood"
 
 TOO_LIKELY = 2.0
 """Spreads above the guide's median from which on likelihood speaks against an answer."""
 STEEPER = 5.0
 """How many times as fast plausibility falls there as it rose. With 1.5 to 3 spreads and 3 to 10 times, 15 % or less of the kept
 half was bad that the mean of ranks left at 31 to 36 (docs/LOG.md), the guide being clean."""
-MIN_GUIDE = 8
-"""Fewest guide rows that tell how likely answers of the task are. A guess: a spread of fewer is noise."""
-MAD_TO_SIGMA = 1.4826
-"""Median absolute deviation -> standard deviation, for a normal distribution."""
 
 
 def alignment_likelihood(given: ResponseInput) -> Responses:
@@ -32,21 +35,29 @@ def alignment_likelihood(given: ResponseInput) -> Responses:
 
     Raises: Diverged if a gradient or a likelihood is not finite.
     """
-    found = align(given, alignment_layers(given.base.info.n_layers), alignment_projections(given.slices))
-    likelihood_R = -found.nll_R / [len(row.answer_ids) for row in found.rows]
+    layers, projections = alignment_layers(given.base.info.n_layers), alignment_projections(given.slices)
+    found = align(given, layers, projections, rate_guide=rates_guide(NAME, len(given.guide)))
+    likelihood_R, guide_likelihood_G = found.likelihood_R, found.guide_likelihood_G
     if not np.isfinite(likelihood_R).all():
         raise Diverged("The likelihood of an answer is not finite.")
+    rated = found.guide_cosine_GN
     shard = ResponseShard(
         span=given.span,
         row_R=given.wanted(),
         layers=found.layers,
         n_heads=given.base.info.n_heads,
         response_RN=found.cosine_RN.astype(np.float16),
-        quality_R=plausibility(likelihood_R, found.guide_likelihood_G).astype(np.float32),
-        scorer="alignment_likelihood",
-        combine="worse_rank",
+        quality_R=plausibility(likelihood_R, guide_likelihood_G).astype(np.float32),
+        guide_response_GN=None if rated is None else rated.astype(np.float16),
+        guide_quality_G=None if rated is None else _as_rated(guide_likelihood_G),
+        scorer=NAME,
+        combine="worse_rank" if rated is None else "guide",
     )
     return Responses(shard=shard, tokens=found.tokens, flops=round(found.flops))
+
+
+def _as_rated(guide_likelihood_G: Floats) -> npt.NDArray[np.float32]:
+    return plausibility(guide_likelihood_G, guide_likelihood_G).astype(np.float32)
 
 
 def plausibility(likelihood_R: Floats, guide_likelihood_G: Floats) -> Floats:
@@ -59,8 +70,7 @@ def plausibility(likelihood_R: Floats, guide_likelihood_G: Floats) -> Floats:
     """
     if len(guide_likelihood_G) < MIN_GUIDE:
         return likelihood_R
-    median = np.median(guide_likelihood_G)
-    spread = MAD_TO_SIGMA * np.median(np.abs(guide_likelihood_G - median))
+    median, spread = median_and_spread(guide_likelihood_G)
     if not spread:
         return likelihood_R
     most = median + TOO_LIKELY * spread

@@ -54,7 +54,8 @@ def test_a_selection_is_made_of_an_earlier_head_map(api: Api, made: dict[str, An
 
 
 def test_the_list_is_filtered(api: Api, made: dict[str, Any], dataset: str) -> None:
-    mine = api.http.get("/selections", params={"dataset": dataset, "base_model": MODEL, "scorer": "alignment"}).json()
+    wanted = {"dataset": dataset, "base_model": MODEL, "scorer": "alignment_likelihood"}
+    mine = api.http.get("/selections", params=wanted).json()
 
     assert made["id"] in [one["id"] for one in mine["data"]]
     assert made in mine["data"]

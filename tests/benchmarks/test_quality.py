@@ -351,6 +351,25 @@ def found(name: str, parameters: int, flops: float, nll: float, **arm: Any) -> F
     return Found(Arm(name=name, weights=weights, **arm), [cell])
 
 
+def test_the_learning_curve_sets_more_rows_beside_more_epochs() -> None:
+    joined = {"rows": "alignment_likelihood", "epochs": 2, "mode": "fast"}
+    arms = [
+        found("all", 1, 100.0, 0.90, epochs=2),
+        found("all once", 1, 50.0, 0.91, epochs=1),
+        found("a half at random", 1, 25.0, 0.95, rows="random", ratio=0.5, epochs=1),
+        found("a quarter at random", 1, 25.0, 0.97, rows="random", ratio=0.25, epochs=2),
+        found("a quarter, chosen", 1, 25.0, 0.93, ratio=0.25, **joined),
+        found("a quarter, chosen from all", 1, 25.0, 0.70, ratio=0.25, **joined | {"mode": "faithful"}),
+        found("other weights", 1, 25.0, 0.80, ratio=0.25, weights=EVERY[1], **joined),
+    ]
+
+    text = page({"pool": arms}, base={"pool": 1.4}, facts={}, notes=[])
+
+    assert "| rows x epochs | random rows | clean rows by an oracle | by alignment_likelihood, fast |" in text
+    assert "| 25% x 2 | 0.9700 (4 rows, 0% bad) |  | 0.9300 (4 rows, 0% bad) |" in text
+    assert text.index("| 50% x 1 |") < text.index("| 100% x 1 | 0.9100") < text.index("| 100% x 2 | 0.9000")
+
+
 def test_the_tables_compare_at_equal_cost_and_at_equal_parameters(tmp_path: Path) -> None:
     weights = frozenset({"weights"})
     arms = [
@@ -373,4 +392,5 @@ def test_the_tables_compare_at_equal_cost_and_at_equal_parameters(tmp_path: Path
     assert f"| 1.00 | a third, chosen | 0.8500 | {REFERENCE} | 0.9000 | -0.0500" in text
     assert "| 1.50 M | in the heads | 0.9200 | +0.0200 (+0.0200 to +0.0200) |" in text
     assert "| 0.30 M | small | 0.9400 |  |" in text
+    assert "How many rows" not in text  # two sizes are no curve
     assert "<svg" in (tmp_path / "quality.svg").read_text()

@@ -56,10 +56,10 @@ def test_a_score_is_the_mean_of_the_cosines_that_the_product_takes(study: Study)
 
     said = study.guide([base.renderer.render(row) for row in guide])
     products = Products(base, {"guide": said.mean}, len(rows))
-    nll_R = study.passed(study.rendered, products)
+    likelihood_R = study.passed(study.rendered, products.of_rows, "products")
 
     np.testing.assert_allclose(products.cosine("guide", form), found.cosine_RN.mean(axis=1), atol=1e-5)
-    np.testing.assert_allclose(nll_R, found.nll_R, rtol=1e-5)
+    np.testing.assert_allclose(likelihood_R, found.likelihood_R, rtol=1e-5)
     np.testing.assert_allclose(said.likelihood_G, found.guide_likelihood_G, rtol=1e-5)
 
 

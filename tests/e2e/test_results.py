@@ -21,20 +21,27 @@ from tests.e2e.test_service import SMALL, finish
 def added_up(reason: dict[str, Any]) -> float:
     response = sum(head["response"] for head in reason["heads"]) + reason["stand_ins"] * reason["stand_in"]
     assert response == reason["response"]
-    ranks = [reason["response_rank"] or 0, reason["quality_rank"] or 0]
-    formulas = {
-        "score = response": response,
-        FORMULAS["worse_rank"]: reason["scored"] - 1 - (max(ranks) + min(ranks) / reason["scored"]),
-    }
-    return float(formulas[reason["formula"]])
+    if reason["formula"] == "score = response":
+        return float(response)
+    assert reason["formula"] == FORMULAS["guide"]
+    guide, quality = reason["guide"], reason["quality"]
+    by_response = (response - guide["response_median"]) / guide["response_spread"]
+    own = float(min(by_response, (quality - guide["quality_median"]) / guide["quality_spread"]))
+    if own < guide["bar"]:
+        return own
+    assert guide["bar"] <= reason["score"] < guide["bar"] + 1
+    return float(reason["score"])
 
 
 @pytest.mark.parametrize("scorer", ["alignment", "alignment_likelihood"])
 def test_every_row_of_a_real_selection_is_explained(
-    service: Service, client: Client, examples: Path, scorer: str
+    service: Service, client: Client, examples: Path, tmp_path: Path, scorer: str
 ) -> None:
     body = SMALL | {"kind": "select_data", "data": {"ratio": 0.2, "scorer": scorer}}
-    job = finish(client, client.submit(body, dataset=examples / "train.jsonl"))
+    held_out = tmp_path / "held_out.jsonl"  # 24 rows, of which 9 guide: enough to set a bar
+    lines = [(examples / name).read_text("utf-8").splitlines()[-12:] for name in ("train.jsonl", "test.jsonl")]
+    held_out.write_text("\n".join(lines[0] + lines[1]), "utf-8")
+    job = finish(client, client.submit(body, dataset=examples / "train.jsonl", validation_dataset=held_out))
     path = f"/selections/{job.raw['selection']}"
 
     with httpx.Client(base_url=service.url, timeout=60) as http:

@@ -68,7 +68,10 @@ def test_an_adapt_job_gives_an_adapter_and_says_what_it_is_worth(
     assert cost["counted_s"] == pytest.approx(sum(line["seconds"] for line in cost["lines"] if line["counted"]))
     assert cost["aer"] == pytest.approx(cost["counted_s"] / cost["full_s"])
     assert cost["aer_lora"] == pytest.approx(cost["counted_s"] / cost["lora_s"])
-    expected = {"default": ("attribution", "alignment", ["v", "o"]), "paper": ("pad", "icl", ["q", "k", "v"])}[recipe]
+    expected = {
+        "default": ("attribution", "alignment_likelihood", ["v", "o"]),
+        "paper": ("pad", "icl", ["q", "k", "v"]),
+    }[recipe]
     config = report["config"]
     assert (config["heads"]["scorer"], config["data"]["scorer"], config["training"]["slices"]) == expected
 
@@ -121,6 +124,7 @@ def test_another_ratio_of_heads_is_selected_without_a_pass_over_the_model(client
         return finish(client, client.submit(body, dataset=dataset, validation_dataset=held_out))
 
     body = SMALL | {"kind": "select_data", "reuse": "auto", "training": {"seed": 7}}
+    body |= {"data": {"ratio": 0.2, "scorer": "alignment"}}  # a score of the heads alone: ranks may stay as they are
     first = run(body)
 
     other = body | {"heads": SMALL["heads"] | {"ratio": 0.5}}

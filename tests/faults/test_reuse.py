@@ -83,7 +83,7 @@ def test_another_ratio_of_heads_or_rows_costs_no_pass_over_the_model(
     assert ranked[0]["best"][0] == {"layer": 1, "head": 3, "score": 10.0}
     assert len({one["head_map"] for one in ranked}) == 3
     scored = told(rig, cloned, "examples.scored")
-    assert (scored["rows"], scored["kept"], scored["scorer"]) == (48, 4, "alignment")
+    assert (scored["rows"], scored["kept"], scored["scorer"]) == (48, 4, "alignment_likelihood")
 
 
 def test_what_a_reused_step_had_cost_stays_on_the_bill_of_every_later_job(

@@ -100,6 +100,7 @@ def test_likelihood_joins_alignment_without_another_token(tiny: BaseModel) -> No
     alone, joined = alignment(given(tiny, ("v", "o"))), alignment_likelihood(given(tiny, ("v", "o")))
 
     assert (joined.tokens, joined.flops) == (alone.tokens, alone.flops)
+    assert joined.shard.guide_response_GN is None  # three guide rows tell too little
     assert joined.shard.response_RN.tobytes() == alone.shard.response_RN.tobytes()
     assert joined.shard.combine == "worse_rank"
     assert joined.shard.quality_R is not None
@@ -115,6 +116,33 @@ def test_the_guides_answers_are_measured_in_the_pass_that_is_made_anyway(tiny: B
 
     lengths = [len(row.answer_ids) for row in as_rows.rows]
     np.testing.assert_allclose(found.guide_likelihood_G, -as_rows.nll_R / lengths, rtol=1e-5)
+
+
+def test_a_guides_row_is_rated_by_the_others(tiny: BaseModel) -> None:
+    rated = align(given(tiny, ("v",)), range(2, 3), ("v",), rate_guide=True).guide_cosine_GN
+
+    assert rated is not None
+    for head in (0, 5):
+        own = gradients(tiny, GUIDE, (2, head), ("v",))
+        for row, gradient in enumerate(own):
+            others = torch.stack(own[:row] + own[row + 1 :]).sum(0)
+            expected = float(torch.nn.functional.cosine_similarity(gradient, others, dim=0))
+            assert rated[row, head] == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_guide_that_says_enough_is_rated_for_one_more_pass_over_it(tiny: BaseModel) -> None:
+    guide = some_rows(9, first=40)
+    alone, joined = (scorer(replace(given(tiny, ("v",)), guide=guide)) for scorer in (alignment, alignment_likelihood))
+
+    assert joined.tokens - alone.tokens == sum(tiny.renderer.length(tiny.renderer.render(row)) for row in guide)
+    assert joined.flops > alone.flops
+    assert joined.shard.combine == "guide"
+    assert joined.shard.guide_response_GN is not None
+    assert joined.shard.guide_response_GN.shape == (9, joined.shard.response_RN.shape[1])
+    as_rows = alignment_likelihood(replace(given(tiny, ("v",)), guide=guide, rows=guide, span=range(9))).shard
+    assert as_rows.quality_R is not None
+    assert joined.shard.guide_quality_G is not None
+    np.testing.assert_allclose(as_rows.quality_R, joined.shard.guide_quality_G, rtol=1e-5)
 
 
 GUIDED = np.array([-1.3, -1.2, -1.1, -1.0, -1.0, -0.9, -0.8, -0.7])

@@ -94,6 +94,9 @@ def test_a_recipe_adapts_the_model_and_reports(recipe: str, tiny_dir: Path, file
     assert "stood behind" not in shown(report)
     repeating = {**report, "selection": {**report["selection"], "repeating": 3}}
     assert "; 3 nearly repeat a better one and stood behind" in shown(repeating)
+    good = {**report, "selection": {**report["selection"], "good_enough": 0, "scored": 40}}
+    assert "; 0 of 40 scored rows are as good as most held-out rows" in shown(good)
+    assert "as good as most" not in shown(report)  # fewer than eight rows guide
     del repeating["selection"]["repeating"]  # as in reports of earlier versions
     assert "stood behind" not in shown(repeating)
     assert sum(row.kept for row in read_selection(tmp_path / "selection.jsonl")) == 8
@@ -102,7 +105,10 @@ def test_a_recipe_adapts_the_model_and_reports(recipe: str, tiny_dir: Path, file
     worked = {"heads", "respond", "train"}
     assert {step["step"] for step in report["cost"]["steps"] if step["flops"]} == worked
     assert report["evaluation"]["full_fine_tuning"]["projected"] is True
-    expected = {"default": ("attribution", "alignment", ["v", "o"]), "paper": ("pad", "icl", ["q", "k", "v"])}[recipe]
+    expected = {
+        "default": ("attribution", "alignment_likelihood", ["v", "o"]),
+        "paper": ("pad", "icl", ["q", "k", "v"]),
+    }[recipe]
     assert (report["heads"]["scorer"], report["selection"]["scorer"], report["heads"]["projections"]) == expected
 
 

@@ -181,7 +181,7 @@ def test_selecting_costs_a_few_numbers_a_row_and_one_shard(tmp_path: Path) -> No
 
     def select(path: Path) -> None:
         rows = open_rows(path)
-        selection = select_rows(shards(len(rows)), [(1, 2), (3, 4)], 0.1, rows)
+        selection = select_rows(shards(len(rows)), [(1, 2), (3, 4)], 0.1, rows, seed=0)
         summarise(selection)
         write_selection(tmp_path / "selection.jsonl", selection, rows)
 

@@ -36,6 +36,7 @@ def a_shard(
     layers: range = range(2),
     scored: list[int] | None = None,
     stop: int | None = None,
+    **guide: Any,
 ) -> ResponseShard:
     """A shard of every row from `start` on; of the rows `scored` alone where given."""
     stop = start + len(response) if stop is None else stop
@@ -48,13 +49,14 @@ def a_shard(
         quality_R=None if quality is None else np.array(quality, dtype=np.float32),
         scorer="alignment",
         combine=combine,
+        **guide,
     )
 
 
 def selected(shards: list[ResponseShard], heads: list[tuple[int, int]], ratio: float) -> Selection:
     """A selection over rows that have no word in common."""
     rows = [Row(f"prompt{n}", f"answer{n}", line=n) for n in range(shards[-1].span.stop)]
-    return select_rows(shards, heads, ratio, rows)
+    return select_rows(shards, heads, ratio, rows, seed=0)
 
 
 def test_only_the_chosen_heads_count() -> None:
@@ -107,6 +109,99 @@ def test_of_rows_whose_worse_opinion_is_the_same_the_better_one_decides() -> Non
 
     assert selection.rank_R.tolist() == [0, 1, 2]  # ranks 0 and 1, 2 and 0, 1 and 2
     assert len(set(selection.score_R.tolist())) == 3
+
+
+GUIDE = [[0.0, response, 0, 0] for response in (1, 2, 3, 4, 5)]
+"""With the same qualities: median 3, spread 1.48, and the bar is 0.4 of the way up: 2.6 in both."""
+
+
+def rated(responses: list[float], qualities: list[float]) -> ResponseShard:
+    return a_shard(
+        [[0, response, 0, 0] for response in responses],
+        qualities,
+        combine="guide",
+        guide_response_GN=np.array(GUIDE, dtype=np.float16),
+        guide_quality_G=np.array([1, 2, 3, 4, 5], dtype=np.float32),
+    )
+
+
+def test_rows_that_are_as_good_as_most_of_the_guides_come_first_in_an_order_by_chance(seed: int) -> None:
+    good, bad = [(3 + n, 10 - n) for n in range(8)], [(9, 2.4), (2.0, 9), (0, 0), (1.5, 1.5)]
+    shard = rated(*map(list, zip(*(bad + good), strict=True)))
+    rows = [Row(f"prompt{n}", f"answer{n}", line=n) for n in range(12)]
+
+    selections = [select_rows([shard], HEADS, 0.5, rows, seed=seed + n) for n in range(200)]
+
+    assert {one.good_enough for one in selections} == {8}
+    for one in selections:
+        assert set(one.rank_R[4:].tolist()) == set(range(8))
+        assert one.rank_R[:4].tolist() == [8, 9, 11, 10]
+    firsts = {int(np.flatnonzero(one.rank_R == 0)[0]) for one in selections}
+    assert firsts == set(range(4, 12))
+    again = select_rows([shard], HEADS, 0.5, rows, seed=seed)
+    assert again.score_R.tolist() == selections[0].score_R.tolist()
+    assert len(set(again.score_R.tolist())) == 12
+
+
+def test_below_the_bar_a_score_is_the_lesser_part_in_spreads_from_the_guides_median() -> None:
+    score_R = selected([rated([2, 9, 1], [9, 0, 1])], HEADS, 1.0).score_R
+
+    assert score_R.tolist() == pytest.approx([-1 / 1.4826, -3 / 1.4826, -2 / 1.4826])
+
+
+def test_a_guide_of_rows_that_are_all_alike_measures_in_units() -> None:
+    shard = replace(rated([2, 3, 4], [3, 3, 3]), guide_response_GN=np.array([GUIDE[2]] * 5, dtype=np.float16))
+
+    selection = selected([shard], HEADS, 1.0)
+
+    assert selection.score_R[0] == -1
+    assert selection.good_enough == 2
+
+
+def test_what_is_kept_below_the_bar_is_told() -> None:
+    shard = rated([3, 4, 1, 0], [3, 4, 1, 0])
+
+    enough, too_few, every = (summarise(selected([shard], HEADS, ratio)) for ratio in (0.5, 0.75, 1.0))
+
+    assert (enough.warnings, every.warnings, enough.good_enough) == ([], [], 2)
+    assert too_few.warnings[0].startswith("1 of the 3 kept rows are less good than 60% of the held-out rows")
+
+
+def test_a_guide_that_is_too_small_to_measure_is_told() -> None:
+    shard = replace(
+        a_shard([[0, 3, 0, 0], [0, 2, 0, 0]], [3.0, 2.0], combine="worse_rank"), scorer="alignment_likelihood"
+    )
+
+    assert summarise(selected([shard], HEADS, 0.5)).warnings[0].startswith("Too few held-out rows guide the choice")
+    assert summarise(selected([shard], HEADS, 1.0)).warnings == []
+    assert summarise(selected([replace(shard, scorer="alignment_information")], HEADS, 0.5)).warnings == []
+
+
+def test_the_measure_is_of_the_heads_that_were_chosen() -> None:
+    guide = np.array([[0, response, 10, 0] for response in (1, 2, 3, 4, 5)], dtype=np.float16)
+    shard = replace(rated([3, 9], [3, 3]), guide_response_GN=guide)
+
+    assert selected([shard], [(0, 1)], 0.5).good_enough == 2
+    assert selected([shard], HEADS, 0.5).good_enough == 0  # 9 alone is less than 2 and 10
+
+
+def test_shards_of_two_versions_are_joined_by_what_both_know() -> None:
+    older = a_shard([[0, 2, 0, 0], [0, 3, 0, 0]], [3.0, 2.0], start=4, combine="worse_rank")
+
+    selection = selected([rated([5, 4, 1, 0], [5, 4, 1, 0]), older], HEADS, 0.5)
+
+    assert (selection.combine, selection.good_enough) == ("worse_rank", None)
+    assert selection.kept_rows == [0, 1, 4]
+
+
+def test_a_guide_that_was_rated_reads_back(tmp_path: Path) -> None:
+    shard = rated([2, 3], [2, 3])
+    save_shard(tmp_path / "a.safetensors", shard)
+
+    (found,) = read_shards([tmp_path / "a.safetensors"])
+
+    for name in ("guide_response_GN", "guide_quality_G"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(shard, name))
 
 
 def test_a_row_quality_alone_needs_no_heads() -> None:
@@ -233,7 +328,9 @@ def in_clusters(sizes: list[int]) -> list[Row]:
 
 
 def scored(scores: list[float], rows: list[Row], ratio: float = 0.5, **shard: Any) -> Selection:
-    return select_rows([a_shard([[0, score, 0, 0] for score in scores], stop=len(rows), **shard)], HEADS, ratio, rows)
+    return select_rows(
+        [a_shard([[0, score, 0, 0] for score in scores], stop=len(rows), **shard)], HEADS, ratio, rows, seed=0
+    )
 
 
 def cluster_of(row: Row) -> str:
@@ -295,7 +392,7 @@ def test_scores_by_random_choose_by_nothing_else() -> None:
     rows = in_clusters([4])
     shard = replace(a_shard([[0, 5, 0, 0]] * 4), scorer="random")
 
-    assert select_rows([shard], HEADS, 0.5, rows).repeats_R.tolist() == [-1] * 4
+    assert select_rows([shard], HEADS, 0.5, rows, seed=0).repeats_R.tolist() == [-1] * 4
     assert "random" in DATA_SCORERS
 
 

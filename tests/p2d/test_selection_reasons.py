@@ -21,6 +21,10 @@ TEXTS = [Row(f"p{i}", f"a{i}", i + 10) for i in range(ROWS)]
 def shards(combine: Combine, seed: int, *, layers: range = range(LAYERS), pool: bool = False) -> list[ResponseShard]:
     """Two shards of random numbers; in a pool every third row was scored."""
     chance = np.random.default_rng(seed)
+    guide_GN = chance.normal(size=(9, len(layers) * HEADS)).astype(np.float16) - np.float16(
+        0.5
+    )  # that some rows reach it
+    guide_quality_G = chance.normal(size=9).astype(np.float32) - np.float32(0.5)
     made = []
     for span in (range(25), range(25, ROWS)):
         row_R = np.array([row for row in span if not pool or row % 3 == 0], dtype=np.int64)
@@ -32,6 +36,8 @@ def shards(combine: Combine, seed: int, *, layers: range = range(LAYERS), pool: 
                 n_heads=HEADS,
                 response_RN=chance.normal(size=(len(row_R), len(layers) * HEADS)).astype(np.float16),
                 quality_R=None if combine == "response" else chance.normal(size=len(row_R)).astype(np.float32),
+                guide_response_GN=guide_GN if combine == "guide" else None,
+                guide_quality_G=guide_quality_G if combine == "guide" else None,
                 scorer="alignment",
                 combine=combine,
             )
@@ -41,12 +47,21 @@ def shards(combine: Combine, seed: int, *, layers: range = range(LAYERS), pool: 
 
 def table_of(folder: Path, made: list[ResponseShard], ratio: float = 0.2) -> SelectionTable:
     path = folder / "selection.jsonl"
-    write_selection(path, select_rows(made, CHOSEN, ratio, TEXTS), TEXTS)
+    write_selection(path, select_rows(made, CHOSEN, ratio, TEXTS, seed=0), TEXTS)
     return read_table(path.read_bytes().removesuffix(b"\n").split(b"\n"))
 
 
 def added_up(reason: RowReason, table: SelectionTable, row: int) -> float:
     response = sum(head.response for head in reason.heads) + reason.stand_ins * reason.stand_in
+    if reason.guide is not None and reason.quality is not None:
+        guide = reason.guide
+        by_response = (response - guide.response_median) / guide.response_spread
+        own = min(by_response, (reason.quality - guide.quality_median) / guide.quality_spread)
+        if own < guide.bar:
+            return own
+        drawn = float(table.score_R[row])
+        assert guide.bar <= drawn < guide.bar + 1
+        return drawn
     if reason.combine == "worse_rank":
         parts = table.rank_parts(row, reason.combine)
         return table.scored - 1 - (max(parts) + min(parts) / table.scored)
@@ -58,12 +73,13 @@ def added_up(reason: RowReason, table: SelectionTable, row: int) -> float:
 
 @pytest.mark.parametrize("pool", [False, True])
 @pytest.mark.parametrize("layers", [range(LAYERS), range(4, LAYERS)], ids=["all layers", "upper third"])
-@pytest.mark.parametrize("combine", ["response", "product", "worse_rank"])
+@pytest.mark.parametrize("combine", ["response", "product", "guide", "worse_rank"])
 def test_the_figures_of_every_row_add_up_to_its_score(
     combine: Combine, layers: range, pool: bool, tmp_path: Path, seed: int
 ) -> None:
     made = shards(combine, seed, layers=layers, pool=pool)
     table = table_of(tmp_path, made)
+    good_enough = 0
 
     for shard in made:
         path = tmp_path / f"{shard.span.start}.safetensors"
@@ -76,6 +92,9 @@ def test_the_figures_of_every_row_add_up_to_its_score(
             assert added_up(reason, table, row) == table.score_R[row]
             assert len(reason.heads) + reason.stand_ins == len(CHOSEN)
             assert reason.response == sum(head.response for head in reason.heads) + reason.stand_ins * reason.stand_in
+            good_enough += reason.guide is not None and table.score_R[row] >= reason.guide.bar
+    assert good_enough == (select_rows(made, CHOSEN, 0.2, TEXTS, seed=0).good_enough or 0)
+    assert (good_enough > 0) == (combine == "guide")
 
 
 def test_the_rank_by_response_is_the_one_of_the_responses(tmp_path: Path, seed: int) -> None:
@@ -114,7 +133,7 @@ def test_a_ratio_keeps_the_rows_that_a_selection_of_it_keeps(
     ratio: float, pool: bool, tmp_path: Path, seed: int
 ) -> None:
     made = shards("response", seed, pool=pool)
-    anew = select_rows(made, CHOSEN, ratio, TEXTS)
+    anew = select_rows(made, CHOSEN, ratio, TEXTS, seed=0)
 
     table = table_of(tmp_path, made, ratio=0.2)
 

@@ -75,7 +75,8 @@ def test_with_all_heads_nothing_is_left_open(tiny: BaseModel, tmp_path: Path) ->
 
 @pytest.mark.parametrize("name", sorted(DATA_SCORERS))
 @pytest.mark.parametrize("mode", ["faithful", "fast"])
-def test_responses_have_the_foreseen_size(tiny: BaseModel, tmp_path: Path, name: str, mode: str) -> None:
+@pytest.mark.parametrize("guide", [4, 12])
+def test_responses_have_the_foreseen_size(tiny: BaseModel, tmp_path: Path, name: str, mode: str, guide: int) -> None:
     if (name, mode) == ("random", "fast"):
         pytest.skip("refused: there is nothing to save")
     asked = config(0.1, scorer=name, mode=mode, n_demos=3, n_queries=2)
@@ -83,13 +84,13 @@ def test_responses_have_the_foreseen_size(tiny: BaseModel, tmp_path: Path, name:
     size = 0
     for span in (range(20), range(20, 40)):
         given = ResponseInput(
-            base=tiny, rows=some_rows(40), guide=some_rows(4, first=50), span=span, slices=("v", "o"), config=asked,
+            base=tiny, rows=some_rows(40), guide=some_rows(guide, first=50), span=span, slices=("v", "o"), config=asked,
             progress=no_progress,
         )  # fmt: skip
         save_shard(tmp_path / "shard", scorer(given).shard)
         size += (tmp_path / "shard").stat().st_size
 
-    foreseen = response_size(tiny.info, asked, rows=40, shards=2)
+    foreseen = response_size(tiny.info, asked, rows=40, guide=guide, shards=2)
 
     assert foreseen.least <= size <= foreseen.most
     assert mode == "fast" or foreseen.least == foreseen.most

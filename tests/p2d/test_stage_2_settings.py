@@ -111,7 +111,7 @@ def test_a_fast_job_scores_a_pool() -> None:
 @pytest.mark.parametrize(
     ("recipe", "mode", "scorer"),
     [
-        ("default", "faithful", "alignment"),
+        ("default", "faithful", "alignment_likelihood"),
         ("default", "fast", "alignment_likelihood"),
         ("paper", "faithful", "icl"),
         ("paper", "fast", "icl"),

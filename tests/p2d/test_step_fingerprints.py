@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from p2d import steps
-from p2d.config import HEAD_SCORERS, DataConfig, HeadsConfig, JobConfig, TrainingConfig
+from p2d.config import DATA_SCORERS, HEAD_SCORERS, DataConfig, HeadsConfig, JobConfig, TrainingConfig
 from p2d.pipeline import ModelCache, StepCall, run_step
 from p2d.plans import Plan, load_plan
 from p2d.rows import write_rows
@@ -73,7 +73,7 @@ def test_heads_reads_the_fields_of_its_fingerprint(scorer: str, tiny_dir: Path, 
 
 
 @pytest.mark.parametrize("mode", ["faithful", "fast"])
-@pytest.mark.parametrize("scorer", ["alignment", "alignment_information", "information", "icl", "random"])
+@pytest.mark.parametrize("scorer", sorted(DATA_SCORERS))
 def test_respond_reads_the_fields_of_its_fingerprint(
     scorer: str, mode: Any, tiny_dir: Path, tmp_path: Path, seen: set[str]
 ) -> None:
