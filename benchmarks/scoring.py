@@ -263,8 +263,9 @@ def page(findings: Sequence[Finding], facts: dict[str, str]) -> str:
     lines += [
         "AUROC of clean rows against each kind of bad rows (0.5 = chance), the share of bad rows among the best "
         f"{KEPT:.0%} (half of the pool is bad), and the operations of scoring over those of one epoch of LoRA rank 8 on all "
-        "linear layers and all rows. With `plausibility`, joined by the worse of the two ranks, it is the product's "
-        "`alignment_likelihood`.",
+        "linear layers and all rows. With `plausibility`, joined by the worse of the two ranks, it is what the product's "
+        "`alignment_likelihood` does where fewer than 8 rows guide it, and did before it measured both by the guide "
+        "(docs/decisions/0031).",
         "",
     ]
     for task in dict.fromkeys(one.task for one in findings):

@@ -148,16 +148,10 @@ def select_rows(
     assert shard.span.stop == len(rows), "the matrix is of other rows"
     place_R = np.concatenate(places)
     quality = np.concatenate(qualities).astype(np.float64) if qualities else None
-    response, scale = np.concatenate(sums), guide_scale(shard, heads)
-    how = shard.combine
-    if len(ways) > 1:  # shards of two versions: what both of them know
-        assert ways == {"guide", "worse_rank"}
-        scale, how = None, "worse_rank"
-    good_enough = None
-    if scale is None or quality is None:
-        score = combine(response, quality, how)
-    else:
-        score = scale.scores(response, quality)
+    # Of shards of two versions only what both know counts.
+    scale, how = (guide_scale(shard, heads), shard.combine) if len(ways) == 1 else (None, "worse_rank")
+    score, good_enough = combine(np.concatenate(sums), quality, how, scale), None
+    if scale is not None:
         reached = score >= scale.bar
         good_enough = int(reached.sum())
         score[reached] = scale.bar + _draws(len(rows), seed)[place_R[reached]]
@@ -186,7 +180,7 @@ def select_rows(
         heads=len(heads),
         heads_scored=len(_columns(shard, heads)),
         good_enough=good_enough,
-        bar=None if good_enough is None or scale is None else scale.bar,
+        bar=None if scale is None else scale.bar,
     )
 
 
@@ -235,8 +229,8 @@ def _spread(value_R: Floats, place_R: npt.NDArray[np.int64], rows: int) -> Float
     return spread_R
 
 
-def combine(response_R: Floats, quality_R: Floats | None, how: Combine) -> Floats:
-    """One score per row from the heads' response and the row's quality; higher is better."""
+def combine(response_R: Floats, quality_R: Floats | None, how: Combine, scale: GuideScale | None = None) -> Floats:
+    """One score per row from the heads' response and the row's quality; higher is better. scale: of `guide`."""
     if how == "response":
         return response_R
     assert quality_R is not None
@@ -244,7 +238,10 @@ def combine(response_R: Floats, quality_R: Floats | None, how: Combine) -> Float
         return quality_R
     if how == "product":
         return response_R * quality_R
-    assert how == "worse_rank", "ranks are not averaged any more, and `guide` asks the guide"
+    if how == "guide":
+        assert scale is not None
+        return scale.scores(response_R, quality_R)
+    assert how == "worse_rank", "ranks are not averaged any more"
     rows = len(response_R)
     both_2R = np.stack([ranks(-response_R), ranks(-quality_R)])
     # The better rank decides between rows whose worse one is the same, and can be read off the score again.
