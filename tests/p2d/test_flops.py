@@ -120,16 +120,18 @@ def test_a_causal_row_meets_half_of_its_square() -> None:
 @pytest.mark.usefixtures("squares")
 @pytest.mark.parametrize("projections", [("v",), ("q", "k", "v"), ("v", "o")])
 @pytest.mark.parametrize("first", [0, 2])
-def test_alignment_scoring(tiny: BaseModel, projections: tuple[Projection, ...], first: int) -> None:
+@pytest.mark.parametrize("rated", [False, True])
+def test_alignment_scoring(tiny: BaseModel, projections: tuple[Projection, ...], first: int, rated: bool) -> None:
     # One prompt and one length: nothing is padded.
     row, config = Row(prompt="What is 2 plus 2?", answer="It is 4.", line=1), JobConfig()
     given = ResponseInput(base=tiny, rows=[row] * 4, guide=[row] * 2, span=range(4), slices=projections, config=config)
     rendered = tiny.renderer.render(row)
     size = (tiny.renderer.length(rendered), len(rendered.answer_ids))
 
-    found = counted(lambda: align(given, range(first, 3), projections))
+    found = counted(lambda: align(given, range(first, 3), projections, rate_guide=rated))
 
-    closed = flops.alignment(tiny.info, guide=[size] * 2, rows=[size] * 4, projections=projections, from_layer=first)
+    rows = 6 if rated else 4
+    closed = flops.alignment(tiny.info, guide=[size] * 2, rows=[size] * rows, projections=projections, from_layer=first)
     assert closed == pytest.approx(found, rel=TOLERANCE)
 
 
