@@ -60,7 +60,8 @@ def resolve(config: JobConfig, *, rows: int, context_length: int, map_scorer: st
     if data.mode == "fast":
         reasons["/data/mode"] = (
             f"as asked: rows are drawn into a pool of {POOL_FACTOR} times those that are kept, and only these are scored "
-            "(docs/decisions/0012)"
+            "(docs/decisions/0012); it was worse than faithful mode on a half-bad pool, level with it on a clean one "
+            "(docs/results/fast_mode.md)"
         )
     if training.max_length == "auto":
         training = replace(training, max_length=context_length)
