@@ -87,10 +87,13 @@ class Selection:
     heads_scored: int
     """Those among them that have responses of their own; for the others the mean of all scored heads stood in. 0 where the
     scorer looks at no head (`quality`)."""
-    good_enough: int | None
-    """Scored rows that are as good as most of the guide's, repetitions among them; None where the guide was not rated."""
     bar: float | None
-    """Score from which on they are."""
+    """Score from which on a row is as good as most of the guide's; None where the guide was not rated."""
+
+    @property
+    def good_enough(self) -> int | None:
+        """Scored rows that reach the bar, repetitions among them."""
+        return None if self.bar is None else int((self.score_R >= self.bar).sum())
 
     @property
     def kept_rows(self) -> list[int]:
@@ -115,7 +118,7 @@ class SelectionSummary:
     heads: int
     heads_scored: int
     """Chosen heads that have responses, see `Selection`."""
-    good_enough: int | None = None
+    good_enough: int | None
     """Scored rows that are as good as the held-out rows, see `Selection`."""
     score_quantiles: list[float]
     """Of all scored rows: minimum, quarter, median, three quarters, maximum."""
@@ -150,10 +153,9 @@ def select_rows(
     quality = np.concatenate(qualities).astype(np.float64) if qualities else None
     # Of shards of two versions only what both know counts.
     scale, how = (guide_scale(shard, heads), shard.combine) if len(ways) == 1 else (None, "worse_rank")
-    score, good_enough = combine(np.concatenate(sums), quality, how, scale), None
+    score = combine(np.concatenate(sums), quality, how, scale)
     if scale is not None:
         reached = score >= scale.bar
-        good_enough = int(reached.sum())
         score[reached] = scale.bar + _draws(len(rows), seed)[place_R[reached]]
     bad = place_R[~np.isfinite(score)]
     if len(bad):
@@ -179,7 +181,6 @@ def select_rows(
         combine=how,
         heads=len(heads),
         heads_scored=len(_columns(shard, heads)),
-        good_enough=good_enough,
         bar=None if scale is None else scale.bar,
     )
 
@@ -283,13 +284,18 @@ def summarise(selection: Selection) -> SelectionSummary:
         good_enough=selection.good_enough,
         score_quantiles=[float(q) for q in np.nanquantile(selection.score_R, [0, 0.25, 0.5, 0.75, 1])],
         kept_score_min=float(selection.score_R[kept_R].min()),
-        warnings=[
-            *_tie_warning(selection, kept_R),
-            *_guide_warning(selection),
-            *_bar_warning(selection, kept_R),
-            *_repetition_warning(selection, kept_repeating),
-        ],
+        warnings=[] if selection.kept == selection.scored else _warnings(selection, kept_R, kept_repeating),
     )
+
+
+def _warnings(selection: Selection, kept_R: npt.NDArray[np.bool_], kept_repeating: int) -> list[str]:
+    """What is worth knowing of a choice; where all scored rows are kept there was none."""
+    return [
+        *_tie_warning(selection, kept_R),
+        *_guide_warning(selection),
+        *_bar_warning(selection, kept_R),
+        *_repetition_warning(selection, kept_repeating),
+    ]
 
 
 def _tie_warning(selection: Selection, kept_R: npt.NDArray[np.bool_]) -> list[str]:
@@ -306,11 +312,7 @@ def _tie_warning(selection: Selection, kept_R: npt.NDArray[np.bool_]) -> list[st
 
 
 def _guide_warning(selection: Selection) -> list[str]:
-    if (
-        selection.combine != "worse_rank"
-        or selection.scorer not in RATING_SCORERS
-        or selection.kept == selection.scored
-    ):
+    if selection.combine != "worse_rank" or selection.scorer not in RATING_SCORERS:
         return []
     return [
         f"Too few held-out rows guide the choice to say what is good enough: {MIN_GUIDE} are needed. The best-scored rows were "
@@ -319,7 +321,7 @@ def _guide_warning(selection: Selection) -> list[str]:
 
 
 def _bar_warning(selection: Selection, kept_R: npt.NDArray[np.bool_]) -> list[str]:
-    if selection.bar is None or selection.kept == selection.scored:
+    if selection.bar is None:
         return []
     below = int((selection.score_R[kept_R] < selection.bar).sum())
     if not below:
@@ -331,7 +333,7 @@ def _bar_warning(selection: Selection, kept_R: npt.NDArray[np.bool_]) -> list[st
 
 
 def _repetition_warning(selection: Selection, repeated: int) -> list[str]:
-    if not repeated or selection.kept == selection.scored:
+    if not repeated:
         return []
     return [
         f"{repeated} of the {selection.kept} kept rows nearly repeat a better one: there were not enough others. A smaller ratio "

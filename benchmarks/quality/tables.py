@@ -11,7 +11,6 @@ import numpy as np
 
 from benchmarks.quality.arms import FULL, LORA_8, RANDOM, REFERENCE, Arm
 from benchmarks.quality.cells import Cell
-from p2d.config import DATA_SCORERS
 from p2d.evaluation import Change, RowLosses, paired_bootstrap
 
 
@@ -176,8 +175,8 @@ def _curve(found: Sequence[Found]) -> list[str]:
     losses: dict[tuple[float, int], dict[str, str]] = {}
     for one in found:
         rows = RANDOM if one.arm.rows == "all" else one.arm.rows  # all rows are a random draw of all
-        as_usual = rows not in DATA_SCORERS or rows == RANDOM or one.arm.mode == "fast"
-        if one.arm.weights == LORA_8 and rows in CURVE and as_usual:
+        shown = rows in (RANDOM, "oracle") or (rows in CURVE and one.arm.mode == "fast")
+        if one.arm.weights == LORA_8 and shown:
             place = losses.setdefault((one.arm.ratio, one.arm.epochs), {})
             place[rows] = f"{one.loss:.4f} ({one.cells[0].rows} rows, {fmean(cell.bad for cell in one.cells):.0%} bad)"
     if len(losses) < 3:

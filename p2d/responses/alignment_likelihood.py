@@ -13,7 +13,6 @@ the two ranks decides.
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 
 from p2d.config import MIN_GUIDE, alignment_layers, alignment_projections, rates_guide
 from p2d.errors import Diverged
@@ -40,7 +39,7 @@ def alignment_likelihood(given: ResponseInput) -> Responses:
     likelihood_R, guide_likelihood_G = found.likelihood_R, found.guide_likelihood_G
     if not np.isfinite(likelihood_R).all():
         raise Diverged("The likelihood of an answer is not finite.")
-    rated = found.guide_cosine_GN
+    rated, guide_quality_G = found.guide_cosine_GN, plausibility(guide_likelihood_G, guide_likelihood_G)
     shard = ResponseShard(
         span=given.span,
         row_R=given.wanted(),
@@ -49,15 +48,11 @@ def alignment_likelihood(given: ResponseInput) -> Responses:
         response_RN=found.cosine_RN.astype(np.float16),
         quality_R=plausibility(likelihood_R, guide_likelihood_G).astype(np.float32),
         guide_response_GN=None if rated is None else rated.astype(np.float16),
-        guide_quality_G=None if rated is None else _as_rated(guide_likelihood_G),
+        guide_quality_G=None if rated is None else guide_quality_G.astype(np.float32),
         scorer=NAME,
         combine="worse_rank" if rated is None else "guide",
     )
     return Responses(shard=shard, tokens=found.tokens, flops=round(found.flops))
-
-
-def _as_rated(guide_likelihood_G: Floats) -> npt.NDArray[np.float32]:
-    return plausibility(guide_likelihood_G, guide_likelihood_G).astype(np.float32)
 
 
 def plausibility(likelihood_R: Floats, guide_likelihood_G: Floats) -> Floats:

@@ -21,9 +21,8 @@ TEXTS = [Row(f"p{i}", f"a{i}", i + 10) for i in range(ROWS)]
 def shards(combine: Combine, seed: int, *, layers: range = range(LAYERS), pool: bool = False) -> list[ResponseShard]:
     """Two shards of random numbers; in a pool every third row was scored."""
     chance = np.random.default_rng(seed)
-    guide_GN = chance.normal(size=(9, len(layers) * HEADS)).astype(np.float16) - np.float16(
-        0.5
-    )  # that some rows reach it
+    # Half a unit lower, that some rows reach it.
+    guide_GN = chance.normal(size=(9, len(layers) * HEADS)).astype(np.float16) - np.float16(0.5)
     guide_quality_G = chance.normal(size=9).astype(np.float32) - np.float32(0.5)
     made = []
     for span in (range(25), range(25, ROWS)):
