@@ -133,7 +133,7 @@ class SliceTrainer:
             self._order = epoch, epoch_order(len(self._rows), self._seed, epoch)
         indices = list(self._order[1][place * self._batch_size : (place + 1) * self._batch_size])
         rows = [self._rows[index] for index in indices]
-        while (loss := self._backward(rows)) is None:
+        while (loss := self.gradient(rows)) is None:
             self.slices.zero_grad()  # what the micro-batches before it left
         norm = float(torch.nn.utils.get_total_norm([p.grad for p in self.slices.parameters() if p.grad is not None]))
         if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -152,8 +152,8 @@ class SliceTrainer:
         tokens = sum(self._base.renderer.length(row) for row in rows)
         return StepLog(self.step, epoch, loss, rate, norm, tokens)
 
-    def _backward(self, rows: Sequence[RenderedRow]) -> float | None:
-        """Gradient of the mean loss per answer token of one step's rows, in packed micro-batches.
+    def gradient(self, rows: Sequence[RenderedRow]) -> float | None:
+        """Give the parameters the gradient of the mean loss per answer token of one step's rows, in packed micro-batches.
 
         Returns: that loss; None if memory ran out: the budget is then halved and the gradient of no use.
         """

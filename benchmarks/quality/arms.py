@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from p2d.config import Projection
+from p2d.config import RECIPES, Projection
 
 RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
 """Learning rates of adapters and slices."""
@@ -14,6 +14,7 @@ FULL_RATES = (1e-5, 2e-5, 4e-5, 8e-5, 1.6e-4)
 """Of full fine-tuning."""
 
 V_O: tuple[Projection, ...] = ("v", "o")
+Q_K_V_O: tuple[Projection, ...] = ("q", "k", "v", "o")
 
 RANDOM = "random"
 """Rows or heads by no score."""
@@ -76,6 +77,9 @@ WHOLE = Weights(kind="slices", slices=V_O)
 REFERENCE = "LoRA rank 8, all rows"
 """What people do without P2D: every arm is compared with it."""
 FULL = "full fine-tuning, all rows"
+DEFAULT = "default recipe"
+"""As a job without any setting is run on 2,000 rows."""
+PAPER = "paper recipe"
 
 CORE = frozenset({"core"})
 ROWS = frozenset({"rows"})
@@ -122,43 +126,62 @@ ARMS = (
         _low_rank(rows, 0.50, epochs=1, mode=mode, groups=CORE)
         for rows, mode in (("random", "faithful"), ("alignment_likelihood", "fast"))
     ),
+    Arm(
+        name=DEFAULT,
+        weights=WHOLE,
+        rows="alignment_likelihood",
+        ratio=0.10,
+        heads="attribution",
+        heads_ratio=0.10,
+        epochs=3,
+        groups=CORE,
+    ),
+    *(_lora(rows, 0.25, epochs=1, groups=CORE) for rows in ("random", "oracle")),
+    _lora("alignment_likelihood", 0.25, epochs=1, mode="fast", groups=CORE),
     *(_lora(rows, 0.10, groups=CORE) for rows in ("random", "oracle")),
     _lora("alignment_likelihood", 0.10, mode="fast", groups=CORE),
     _lora("alignment", 0.25, groups=CORE),
-    _lora("alignment_likelihood", 0.25),
-    _lora("alignment", 0.10),
-    *(_lora(rows, 0.50) for rows in ("random", "oracle", "alignment")),
+    Arm(name=FULL, weights=Weights(kind="full"), groups=WEIGHTS),
     Arm(name="rank 8 in all heads, all rows", weights=RANK_8, groups=WEIGHTS),
     *(
         _low_rank(rows, 0.25, groups=ROWS)
-        for rows in (
-            "random",
-            "oracle",
-            "alignment",
-            "alignment_likelihood",
-            "alignment_information",
-            "information",
-            "icl",
-        )
+        for rows in ("random", "oracle", "alignment_likelihood", "alignment", "alignment_information", "information")
     ),
     # Heads at a low rank, and in whole as published.
-    *(_heads(heads, 0.30, RANK_8) for heads in ("attribution", "pad", "shift")),
+    _heads("attribution", 0.30, RANK_8),
     _heads("random", 0.30, RANK_8, draws=5),
-    *(_heads(heads, 0.10, WHOLE) for heads in ("attribution", "pad", "shift")),
+    _heads("attribution", 0.10, WHOLE),
     _heads("random", 0.10, WHOLE, draws=5),
-    _heads("attribution", 0.10, WHOLE, rows_for="random"),
     # Weights: how much is trained, and where, on all rows.
-    Arm(name="LoRA rank 1, all rows", weights=Weights(kind="lora", rank=1), groups=WEIGHTS),
     Arm(name="rank 1 in all heads, all rows", weights=replace(RANK_8, rank=1), groups=WEIGHTS),
     Arm(name="rank 16 in all heads, all rows", weights=replace(RANK_8, rank=16), groups=WEIGHTS),
+    Arm(name="rank 8 in all heads with q and k, all rows", weights=replace(RANK_8, slices=Q_K_V_O), groups=WEIGHTS),
+    Arm(name="LoRA rank 1, all rows", weights=Weights(kind="lora", rank=1), groups=WEIGHTS),
     Arm(name="LoRA rank 32 on v and o, all rows", weights=Weights(kind="lora", rank=32, slices=V_O), groups=WEIGHTS),
     Arm(
         name="LoRA rank 8 on q, k, v and o, all rows",
-        weights=Weights(kind="lora", rank=8, slices=("q", "k", "v", "o")),
+        weights=Weights(kind="lora", rank=8, slices=Q_K_V_O),
         groups=WEIGHTS,
     ),
     Arm(name="rsLoRA rank 8, all rows", weights=Weights(kind="lora", rank=8, variant="rslora"), groups=WEIGHTS),
-    Arm(name=FULL, weights=Weights(kind="full"), groups=WEIGHTS),
+    _lora("alignment_likelihood", 0.25),
+    _lora("alignment", 0.10),
+    *(_lora(rows, 0.50) for rows in ("random", "oracle", "alignment")),
+    *(_heads(heads, 0.30, RANK_8) for heads in ("pad", "shift")),
+    *(_heads(heads, 0.10, WHOLE) for heads in ("pad", "shift")),
+    _heads("attribution", 0.10, WHOLE, rows_for="random"),
+    _heads("attribution", 0.10, RANK_8),
+    _heads("random", 0.10, RANK_8, draws=5),
     Arm(name="DoRA rank 8, all rows", weights=Weights(kind="lora", rank=8, variant="dora"), groups=WEIGHTS),
+    _low_rank("icl", 0.25, groups=ROWS),
+    Arm(
+        name=PAPER,
+        weights=Weights(kind="slices", slices=RECIPES["paper"].slices),
+        rows=RECIPES["paper"].data_scorer,
+        ratio=0.10,
+        heads=RECIPES["paper"].head_scorer,
+        heads_ratio=0.10,
+        epochs=3,
+    ),
 )
 """The table, what tells most first: time may run out."""

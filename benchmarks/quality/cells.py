@@ -222,18 +222,15 @@ class Laboratory:
     def _train(
         self, trained: Trainable, rows: Sequence[RenderedRow], schedule: Schedule, *, seed: int, below: int
     ) -> None:
-        if self.base.device.type == "cuda":
-            recorded = GraphedTrainer(self.base, trained, rows, batch_size=self.batch_size, seed=str(seed))
-            for _ in range(schedule.steps):
-                recorded.advance(schedule)
-            trained.sync()
-            del recorded  # with its recordings, whose memory other processes want
-            torch.cuda.empty_cache()
-            return
-        with remember_below(self.base, below):
-            trainer = SliceTrainer(self.base, trained, rows, batch_size=self.batch_size, seed=str(seed))
+        on_gpu = self.base.device.type == "cuda"
+        make = GraphedTrainer if on_gpu else SliceTrainer
+        with remember_below(self.base, 0 if on_gpu else below):
+            trainer = make(self.base, trained, rows, batch_size=self.batch_size, seed=str(seed))
             for _ in range(schedule.steps):
                 trainer.advance(schedule)
+        if on_gpu:
+            del trainer  # with its recording, whose memory other processes want
+            torch.cuda.empty_cache()
 
 
 def training_flops(info: ModelInfo, arm: Arm, rows: Sequence[tuple[int, int]], heads: Sequence[Head]) -> float:

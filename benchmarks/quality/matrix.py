@@ -146,9 +146,9 @@ class Matrix:
         return laboratory
 
     def orders(self) -> list[tuple[PoolSpec, Arm]]:
-        """Every arm on every pool, the core of the table first."""
-        every = [(spec, arm) for spec in self.specs for arm in self.arms]
-        return sorted(every, key=lambda order: "core" not in order[1].groups)
+        """Every arm on every pool, arm by arm, the core of the table first, and of it what takes longest: all rows."""
+        arms = sorted(self.arms, key=lambda arm: (0 if arm.rows == "all" else 1) if "core" in arm.groups else 2)
+        return [(spec, arm) for arm in arms for spec in self.specs]
 
 
 def _diverged(found: list[Found], laboratory: Laboratory) -> list[Found]:

@@ -212,19 +212,27 @@ def _rows(found: Sequence[Found]) -> list[str]:
 def _heads(found: Sequence[Found]) -> list[str]:
     """The same rows with heads chosen in every way, as many parameters as come nearest."""
     arms = [one for one in found if "heads" in one.arm.groups]
-    random = next((one for one in arms if one.arm.heads == RANDOM), None)
-    if random is None or len(arms) < 2:
+    lines = []
+    for random in [one for one in arms if one.arm.heads == RANDOM]:
+        alike = [
+            one
+            for one in arms
+            if (one.arm.weights, one.arm.heads_ratio) == (random.arm.weights, random.arm.heads_ratio)
+        ]
+        lines += [
+            f"| {one.arm.name} | {one.cells[0].parameters / 1e6:.2f} M | {one.loss:.4f} | {_change(one, random)} |"
+            for one in sorted(alike, key=lambda one: one.loss)
+            if len(alike) > 1
+        ]
+    if not lines:
         return []
-    lines = [
-        "### Heads: the same rows, a tenth of the heads",
-        "| heads by | trained | held-out loss | against random heads (95 %) |",
+    return [
+        "### Heads: the same rows, the same number of heads and rank",
+        "| arm | trained | held-out loss | against random heads (95 %) |",
         "| --- | --- | --- | --- |",
+        *lines,
+        "",
     ]
-    lines += [
-        f"| {one.arm.heads} | {one.cells[0].parameters / 1e6:.2f} M | {one.loss:.4f} | {_change(one, random)} |"
-        for one in sorted(arms, key=lambda one: one.loss)
-    ]
-    return [*lines, ""]
 
 
 def _gain(one: Found, random: Found, oracle: Found) -> float:

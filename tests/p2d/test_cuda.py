@@ -15,6 +15,9 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.quality.arms import Weights
+from benchmarks.quality.graphs import GraphedTrainer
+from benchmarks.quality.weights import installed
 from p2d.activation_cache import remember_below
 from p2d.batches import answer_nlls
 from p2d.config import DATA_SCORERS, HEAD_SCORERS, DataConfig, HeadsConfig, JobConfig, TrainingConfig
@@ -116,6 +119,30 @@ def test_long_rows_train_to_the_same_bits_twice_in_bf16(directory: Path) -> None
 
     one, other = masters(), masters()
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [
+        Weights(kind="slices", slices=("v", "o")),
+        Weights(kind="slices", slices=("v", "o"), rank=2),
+        Weights(kind="lora", rank=2),
+        Weights(kind="lora", rank=2, variant="dora"),
+        Weights(kind="full"),
+    ],
+    ids=lambda weights: f"{weights.kind}-{weights.rank}-{weights.variant}",
+)
+def test_a_recorded_step_is_the_step_that_was_recorded(both: tuple[BaseModel, BaseModel], weights: Weights) -> None:
+    _, device = both
+    rows = [device.renderer.render(row) for row in ROWS[:21]]  # the last step of an epoch is a short one
+    losses = []
+    for make in (SliceTrainer, GraphedTrainer):
+        with installed(device, weights, all_heads(device), seed=1) as trained_weights:
+            trainer = make(device, trained_weights, rows, batch_size=8, seed="0")
+            losses.append([trainer.advance(Schedule(5e-3, 6)).loss for _ in range(6)])
+
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+    assert losses[1][-1] < losses[1][0]
 
 
 def test_a_step_that_does_not_fit_is_done_in_smaller_parts_to_the_same_loss(both: tuple[BaseModel, BaseModel]) -> None:

@@ -87,7 +87,7 @@ def test_a_step_holds_four_fp32_numbers_per_trained_number_and_nothing_else(
         moments = [
             value for state in trainer.optimizer.state.values() for name, value in state.items() if name != "step"
         ]
-        trainer._backward(rendered)
+        trainer.gradient(rendered)
         gradients = [parameter.grad for parameter in slices.parameters() if parameter.grad is not None]
         held = [*slices.parameters(), *gradients, *moments]
 
