@@ -110,6 +110,19 @@ def _cell(value: dict[str, Any]) -> Cell:
     return Cell(**value, stages=stages, measured=None if measured is None else Measured(**measured))
 
 
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """A cell for which there was no time."""
+
+    pool: str
+    arm: str
+    seed: int
+    rate: float
+
+    def __str__(self) -> str:
+        return f"{self.arm}, {self.pool}, seed {self.seed}, rate {self.rate:g}"
+
+
 @dataclass(slots=True)
 class Laboratory:
     """Everything that computes a cell: model, pool, validation rows, measures."""
@@ -127,8 +140,7 @@ class Laboratory:
     """Processes that compute cells on this device, this one among them."""
     ends: float = math.inf
     """No cell is begun after this time (`time.monotonic`)."""
-    skipped: list[str] = field(default_factory=list)
-    """What there was no time for."""
+    skipped: list[Skipped] = field(default_factory=list)
 
     def key(self, arm: Arm, seed: int, rate: float) -> str:
         """Hash of all that decides a cell. An arm's name and tables do not."""
@@ -167,7 +179,7 @@ class Laboratory:
         if (known := self.cells.get(key)) is not None:
             return known
         if time.monotonic() > self.ends:
-            self.skipped.append(f"{arm.name}, {self.pool.spec.name}, seed {seed}, rate {rate:g}")
+            self.skipped.append(Skipped(self.pool.spec.name, arm.name, seed, rate))
             return None
         cell = self._compute(arm, seed, rate)
         self.cells.put(key, cell)

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.quality.arms import ARMS, Arm
-from benchmarks.quality.cells import Cells, Laboratory, clock
+from benchmarks.quality.cells import Cells, Laboratory, Skipped, clock
 from benchmarks.quality.measures import Measures
 from benchmarks.quality.plots import draw
 from benchmarks.quality.pools import READERS, PoolSpec, Task, build
@@ -36,7 +36,7 @@ def run(options: argparse.Namespace, say: Say) -> str:
     ends = time.monotonic() + 60 * options.minutes
     cells = Cells(options.out / "quality.json")
     matrix = Matrix(options, cells, say, ends)
-    cells.facts = matrix.facts
+    cells.facts = joined(cells.facts, matrix.facts)
     notes = []
     if options.workers > 1:
         notes = share_out(options, matrix.orders(), cells, say, ends)
@@ -48,16 +48,25 @@ def run(options: argparse.Namespace, say: Say) -> str:
         before[spec.name] = laboratory.measures.loss(matrix.base, laboratory.task.held_out)
         say(f"{spec.name}: held-out loss before training {before[spec.name]:.4f}")
         found = [Found(arm, laboratory.best(arm, options.seeds)) for arm in matrix.arms]
+        cut = {one.arm for one in laboratory.skipped if one.seed == 0}
+        found = [replace(one, cut=one.arm.name in cut) for one in found]
         pools[spec.name] = [one for one in found if one.cells]
         notes += [
             f"{one.arm.name} diverged on {spec.name} at every rate that was tried."
-            for one in _diverged(found, laboratory)
+            for one in found
+            if not one.cells and not one.cut
         ]
         said = [*_notes(options), *matrix.doubts(), *_crowded(pools), *notes, *_missing(matrix.skipped)]
         text = page(pools, base=before, facts=cells.facts, notes=said)
         (options.out / "quality.md").write_text(text, encoding="utf-8")
         draw(pools, options.out / "quality.svg")
     return text
+
+
+def joined(before: dict[str, str], now: dict[str, str]) -> dict[str, str]:
+    """Facts of an earlier run over the same cells and of this one."""
+    both = {name: [*before.get(name, "").split("; "), *now.get(name, "").split("; ")] for name in before | now}
+    return {name: "; ".join(dict.fromkeys(filter(None, values))) for name, values in both.items()}
 
 
 @dataclass(slots=True)
@@ -116,9 +125,9 @@ class Matrix:
         return leaks + small
 
     @property
-    def skipped(self) -> list[str]:
+    def skipped(self) -> list[Skipped]:
         """What there was no time for."""
-        return [line for laboratory in self._laboratories.values() for line in laboratory.skipped]
+        return [one for laboratory in self._laboratories.values() for one in laboratory.skipped]
 
     def laboratory(self, spec: PoolSpec) -> Laboratory:
         """Where the cells of a pool are computed; made when first asked for."""
@@ -151,11 +160,6 @@ class Matrix:
         return [(spec, arm) for arm in arms for spec in self.specs]
 
 
-def _diverged(found: list[Found], laboratory: Laboratory) -> list[Found]:
-    skipped = laboratory.skipped
-    return [one for one in found if not one.cells and not any(line.startswith(one.arm.name) for line in skipped)]
-
-
 def _notes(options: argparse.Namespace) -> list[str]:
     return [
         f"{options.epochs} epochs in steps of {options.batch} rows, {options.held_out} held-out rows, rates chosen on "
@@ -180,7 +184,7 @@ def _crowded(pools: dict[str, list[Found]]) -> list[str]:
     ]
 
 
-def _missing(skipped: list[str]) -> list[str]:
+def _missing(skipped: list[Skipped]) -> list[str]:
     return [f"No time was left for {len(skipped)} cells; the first: {skipped[0]}."] if skipped else []
 
 

@@ -20,6 +20,8 @@ class Found:
 
     arm: Arm
     cells: list[Cell]
+    cut: bool = False
+    """Whether the search for its rate had no time to end: a better one may be beside it."""
 
     @property
     def loss(self) -> float:
@@ -83,7 +85,7 @@ def _main(found: Sequence[Found]) -> list[str]:
                     str(first.rows),
                     f"{fmean(cell.bad for cell in one.cells):.0%}",
                     f"{first.parameters / 1e6:.2f} M",
-                    f"{first.rate:g}{' (border)' if one.at_border else ''}",
+                    f"{first.rate:g}{' (border)' if one.at_border else ''}{' (search cut)' if one.cut else ''}",
                     str(len(one.cells)),
                     f"{one.loss:.4f}{spread}",
                     _change(one, reference),

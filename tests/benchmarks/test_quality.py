@@ -18,7 +18,7 @@ import torch
 from benchmarks.quality.__main__ import _options
 from benchmarks.quality.arms import ARMS, REFERENCE, Arm, Weights
 from benchmarks.quality.cells import Cell, Cells, Laboratory
-from benchmarks.quality.matrix import run
+from benchmarks.quality.matrix import joined, run
 from benchmarks.quality.measures import Measured, Measures
 from benchmarks.quality.plots import draw
 from benchmarks.quality.pools import MAKERS, Pool, PoolSpec, Task, build
@@ -119,7 +119,7 @@ def test_a_cell_is_computed_once_and_a_new_arm_costs_itself_alone(tiny: BaseMode
     assert later.cell(arm, 1, 1e-3) is None
     assert later.cell(replace(arm, rows="random", ratio=0.5), 0, 1e-3) is None
     assert len(later.skipped) == 2
-    assert later.skipped[0].startswith("one, gsm8k, 12 rows, 50% echo, seed 1")
+    assert str(later.skipped[0]).startswith("one, gsm8k, 12 rows, 50% echo, seed 1")
 
 
 def test_a_cell_is_another_one_when_the_code_that_chooses_for_it_changes(
@@ -339,8 +339,23 @@ def test_a_page_names_what_there_was_no_time_for(tiny: BaseModel, tmp_path: Path
     reference = next(arm for arm in ARMS if arm.name == REFERENCE)
 
     assert made.best(reference, seeds=3) == []
-    assert made.skipped == [f"{REFERENCE}, gsm8k, 8 rows, clean, seed 0, rate {reference.weights.first_rate:g}"]
-    assert page({}, base={}, facts={}, notes=made.skipped).endswith(f"{made.skipped[0]}\n")
+    assert [str(one) for one in made.skipped] == [
+        f"{REFERENCE}, gsm8k, 8 rows, clean, seed 0, rate {reference.weights.first_rate:g}"
+    ]
+
+
+def test_a_rate_whose_search_had_no_time_to_end_is_marked_so() -> None:
+    cut = replace(found("one", 100, 1.0, 2.0), cut=True)
+
+    text = page({"a pool": [cut, found("other", 100, 1.0, 3.0)]}, base={"a pool": 4.0}, facts={}, notes=[])
+
+    assert "| one | 4 | 0% | 0.00 M | 0.001 (search cut) | 1 |" in text
+    assert "| other | 4 | 0% | 0.00 M | 0.001 | 1 |" in text
+
+
+def test_a_file_of_cells_names_every_machine_that_computed_some() -> None:
+    assert joined({"Machine": "one"}, {"Machine": "other", "Model": "m"}) == {"Machine": "one; other", "Model": "m"}
+    assert joined({"Machine": "one; other"}, {"Machine": "one"}) == {"Machine": "one; other"}
 
 
 def found(name: str, parameters: int, flops: float, nll: float, **arm: Any) -> Found:
