@@ -5,7 +5,8 @@ the top `ceil(ratio * rows)` are kept, ties by row order. Another head set or ra
 
 Where the scorer has rated the guide's rows, too (`combine: guide`), they are the measure: a row that is as good as most of them is
 as good as any, and among those rows chance decides; only behind them comes the score. What is scored best is alike and easy, and
-trains worse than rows drawn at random from a clean pool (docs/decisions/0031).
+trains worse than rows drawn at random from a clean pool (docs/decisions/0031). How good that is, the pool decides: of a pool that
+looks like the guide every row is good enough (docs/decisions/0033).
 
 A row that nearly repeats a better-scored one (`p2d.near_duplicates`) ranks behind all scored rows that do not: nothing is left
 out, but what a model has seen once is kept only where nothing new is left. Not so with scores by `random`, which are a control:
@@ -21,7 +22,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +43,9 @@ Ints = npt.NDArray[np.int64]
 CONTROL = "random"
 """The data scorer of which nothing is chosen by text either."""
 
-BAR = 0.4
-"""Quantile of the guide's own scores from which on a row is good enough: 57 to 74 % of clean rows are. Of half-bad pools 0 to 5 %
-of all such rows are bad, not counting wrong numbers, which nothing sees. With 0.25 three quarters and more of the clean rows are
-good enough, and twice as many bad ones where the guide is not clean itself (docs/LOG.md)."""
+BARS = (0.4, 0.2, 0.0)
+"""Quantiles of the guide's own scores at which the bar may stand. From the first one on 60 % of clean rows are good enough, and of
+half-bad pools 0 to 5 % of all such rows are bad, not counting wrong numbers, which nothing sees (docs/LOG.md)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,8 +56,6 @@ class GuideScale:
     response_spread: float
     quality_median: float
     quality_spread: float
-    bar: float
-    """Score from which on a row is good enough."""
 
     def scores(self, response_R: Floats, quality_R: Floats) -> Floats:
         """The lesser of response and quality, each in spreads from the guide's median, [R]."""
@@ -66,13 +64,23 @@ class GuideScale:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Bar:
+    """From where on a row is good enough."""
+
+    score: float
+    reach: float
+    """Share of the guide's rows that are."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Selection:
     """A score for every scored row, and the view that a ratio takes of it."""
 
     score_R: Floats
-    """NaN where the row was not scored."""
+    """NaN where the row was not scored. Where the guide was rated, what a row is above the bar, and from 0 on a number drawn
+    from [0, 1)."""
     quality_R: Floats | None
-    """The same."""
+    """NaN where the row was not scored."""
     rank_R: Ints
     """0 = best; behind all others those that repeat a better row, then rows that were not scored, in row order."""
     repeats_R: Ints
@@ -87,13 +95,13 @@ class Selection:
     heads_scored: int
     """Those among them that have responses of their own; for the others the mean of all scored heads stood in. 0 where the
     scorer looks at no head (`quality`)."""
-    bar: float | None
-    """Score from which on a row is as good as most of the guide's; None where the guide was not rated."""
+    reach: float | None
+    """Share of the guide's rows that reach the bar; None where the guide was not rated."""
 
     @property
     def good_enough(self) -> int | None:
         """Scored rows that reach the bar, repetitions among them."""
-        return None if self.bar is None else int((self.score_R >= self.bar).sum())
+        return None if self.reach is None else int((self.score_R >= 0).sum())
 
     @property
     def kept_rows(self) -> list[int]:
@@ -152,11 +160,8 @@ def select_rows(
     place_R = np.concatenate(places)
     quality = np.concatenate(qualities).astype(np.float64) if qualities else None
     # Of shards of two versions only what both know counts.
-    scale, how = (guide_scale(shard, heads), shard.combine) if len(ways) == 1 else (None, "worse_rank")
-    score = combine(np.concatenate(sums), quality, how, scale)
-    if scale is not None:
-        reached = score >= scale.bar
-        score[reached] = scale.bar + _draws(len(rows), seed)[place_R[reached]]
+    rated, how = (rated_guide(shard, heads), shard.combine) if len(ways) == 1 else (None, "worse_rank")
+    score = combine(np.concatenate(sums), quality, how, rated[0] if rated else None)
     bad = place_R[~np.isfinite(score)]
     if len(bad):
         raise EngineError(f"The scores of {len(bad)} rows are not finite.", rows=[int(row) for row in bad[:20]])
@@ -165,6 +170,10 @@ def select_rows(
             f"{shard.scorer!r} could score no row: each fills the model's context without room for another beside it."
         )
         raise ConfigError(text, errors=[ErrorDetail(code="config.scorer", message=text, pointer="/data/scorer")])
+    bar = None if rated is None else bar_of(rated[1], score)
+    if bar is not None:
+        score = score - bar.score
+        score[score >= 0] = _draws(len(rows), seed)[place_R[score >= 0]]
     score_R = _spread(score, place_R, len(rows))
     repeats_R = np.full(len(rows), -1, dtype=np.int64)
     if shard.scorer != CONTROL:
@@ -181,7 +190,7 @@ def select_rows(
         combine=how,
         heads=len(heads),
         heads_scored=len(_columns(shard, heads)),
-        bar=None if scale is None else scale.bar,
+        reach=None if bar is None else bar.reach,
     )
 
 
@@ -190,8 +199,8 @@ def _draws(rows: int, seed: int) -> Floats:
     return np.random.default_rng([seed, rows]).permutation(rows) / rows
 
 
-def guide_scale(shard: ResponseShard, heads: Sequence[tuple[int, int]]) -> GuideScale | None:
-    """What the guide's rows have with these heads; None where the scorer has not rated them."""
+def rated_guide(shard: ResponseShard, heads: Sequence[tuple[int, int]]) -> tuple[GuideScale, Floats] | None:
+    """What the guide's rows have with these heads, and their own scores by it [guide rows]; None where they were not rated."""
     if shard.guide_response_GN is None or shard.guide_quality_G is None:
         return None
     response_G = _summed(shard.guide_response_GN, shard, heads)
@@ -202,9 +211,31 @@ def guide_scale(shard: ResponseShard, heads: Sequence[tuple[int, int]]) -> Guide
         response_spread=response_spread or 1.0,  # rows that are all alike
         quality_median=quality,
         quality_spread=quality_spread or 1.0,
-        bar=0.0,
     )
-    return replace(scale, bar=float(np.quantile(scale.scores(response_G, quality_G), BAR)))
+    return scale, scale.scores(response_G, quality_G)
+
+
+def bar_of(score_G: Floats, score_R: Floats) -> Bar:
+    """The lowest of BARS above which a row is likelier good than bad, from one to the next.
+
+    A pool is taken to be good rows, which have the guide's scores, and bad ones that do not reach the highest bar. So what reaches
+    it says how many rows are good, and how many of them lie between two bars; if those are less than half of what lies there, the
+    bar goes no lower. Estimates of such shares from what is known to be good: Elkan and Noto 2008 (positive and unlabelled data).
+
+    Args: score_G: the guide's own scores. score_R: the pool's.
+    """
+    highest = float(np.quantile(score_G, BARS[0]))
+    bar = Bar(score=highest, reach=float((score_G >= highest).mean()))
+    good = min(len(score_R), (score_R >= highest).sum() / bar.reach)
+    for quantile in BARS[1:]:
+        # Below the lowest bar is all that is left, not what the guide's least row reaches: a pool has more extremes than a guide.
+        lower = min(bar.score, float(np.quantile(score_G, quantile) if quantile else score_R.min()))
+        reach = float((score_G >= lower).mean()) if quantile else 1.0
+        between = ((score_R >= lower) & (score_R < bar.score)).sum()
+        if good * (reach - bar.reach) < between / 2:
+            break
+        bar = Bar(score=lower, reach=reach)
+    return bar
 
 
 def _columns(shard: ResponseShard, heads: Sequence[tuple[int, int]]) -> npt.NDArray[np.intp]:
@@ -321,14 +352,14 @@ def _guide_warning(selection: Selection) -> list[str]:
 
 
 def _bar_warning(selection: Selection, kept_R: npt.NDArray[np.bool_]) -> list[str]:
-    if selection.bar is None:
+    if selection.reach is None:
         return []
-    below = int((selection.score_R[kept_R] < selection.bar).sum())
+    below = int((selection.score_R[kept_R] < 0).sum())
     if not below:
         return []
     return [
-        f"{below} of the {selection.kept} kept rows are less good than {1 - BAR:.0%} of the held-out rows: there were not enough "
-        "others. A smaller ratio leaves them out."
+        f"{below} of the {selection.kept} kept rows are less good than {selection.reach:.0%} of the held-out rows: there were not "
+        "enough others. A smaller ratio leaves them out."
     ]
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from p2d.head_maps import Head
 from p2d.response_matrix import Combine, ResponseShard
-from p2d.selection import GuideScale, guide_scale
+from p2d.selection import GuideScale, rated_guide
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,13 +41,19 @@ class RowReason:
     guide: GuideScale | None
     """What both are measured by; None where the guide was not rated."""
 
+    def bar(self, score: float) -> float | None:
+        """The bar that left the row this score; None where the row reaches it, or there is none."""
+        if self.guide is None or self.quality is None or score >= 0:
+            return None
+        return float(self.guide.scores(np.array([self.response]), np.array([self.quality]))[0]) - score
+
 
 FORMULAS: dict[Combine, str] = {
     "response": "score = response",
     "product": "score = response * quality",
     "quality": "score = quality",
     "guide": "score = the lesser of (response - response_median) / response_spread and (quality - quality_median) / "
-    "quality_spread, but from the bar on the bar and a number drawn from 0 to 1",
+    "quality_spread, less the bar; where that is 0 or more a number drawn from 0 to 1 instead",
     "worse_rank": "score = (scored - 1) - (the worse of response_rank and quality_rank) - (the better one) / scored",
     "rank": "score = (scored - 1) - (response_rank + quality_rank) / 2",
 }
@@ -73,6 +79,7 @@ def explain(shard: ResponseShard, row: int, heads: Sequence[Head]) -> RowReason 
     ]
     stand_ins = len(heads) - len(scored) if len(shard.layers) else 0
     stand_in = float(response_N.mean()) if stand_ins else 0.0
+    rated = rated_guide(shard, heads)
     return RowReason(
         combine=shard.combine,
         heads=tuple(scored),
@@ -80,5 +87,5 @@ def explain(shard: ResponseShard, row: int, heads: Sequence[Head]) -> RowReason 
         stand_in=stand_in,
         response=sum(head.response for head in scored) + stand_ins * stand_in,
         quality=None if shard.quality_R is None else float(shard.quality_R[place]),
-        guide=guide_scale(shard, heads),
+        guide=rated[0] if rated else None,
     )

@@ -102,15 +102,13 @@ def _part(rows: str, ratio: float, more: Mapping[str, Any]) -> str:
     return f"{ratio:.0%} {rows} rows{fast}" + (", 1 epoch" if more.get("epochs") == 1 else "")
 
 
-def _heads(heads: str, ratio: float, weights: Weights, **more: Any) -> Arm:
-    """The same rows for some heads, which are chosen in every way."""
+def _heads(heads: str, ratio: float, weights: Weights, rows: str = RANDOM, **more: Any) -> Arm:
+    """The same rows for some heads, which are chosen in every way; of rows chosen for heads `rows_for` says which."""
     what = "whole slices" if weights.rank is None else f"rank {weights.rank}"
-    name = f"{what} in {ratio:.0%} {heads} heads, 25% alignment rows"
+    name = f"{what} in {ratio:.0%} {heads} heads, 25% {rows} rows"
     if "rows_for" in more:
-        name += f" for {more['rows_for']} heads"
-    return Arm(
-        name=name, weights=weights, rows="alignment", ratio=0.25, heads=heads, heads_ratio=ratio, groups=HEADS, **more
-    )
+        name += f" for {more['rows_for'] or 'these'} heads"
+    return Arm(name=name, weights=weights, rows=rows, ratio=0.25, heads=heads, heads_ratio=ratio, groups=HEADS, **more)
 
 
 ARMS = (
@@ -169,7 +167,8 @@ ARMS = (
     *(_lora(rows, 0.50) for rows in ("random", "oracle", "alignment")),
     *(_heads(heads, 0.30, RANK_8) for heads in ("pad", "shift")),
     *(_heads(heads, 0.10, WHOLE) for heads in ("pad", "shift")),
-    _heads("attribution", 0.10, WHOLE, rows_for="random"),
+    # Lock and key: rows for the heads that are trained, or for others.
+    *(_heads("attribution", 0.10, WHOLE, "alignment", rows_for=others) for others in ("", RANDOM)),
     _heads("attribution", 0.10, RANK_8),
     _heads("random", 0.10, RANK_8, draws=5),
     Arm(name="DoRA rank 8, all rows", weights=Weights(kind="lora", rank=8, variant="dora"), groups=WEIGHTS),

@@ -96,7 +96,7 @@ class Stages:
         # In fast mode the ratio decides how many rows are looked at, and the seed which; groups of `icl` are drawn by it, too.
         looked_at = pool_count(config.data, len(every))
         drawn = (looked_at, seed) if looked_at < len(every) or arm.rows == "icl" else None
-        key = repr((arm.rows, arm.mode, drawn, arm.weights.slices))
+        key = repr((arm.rows, arm.mode, drawn, config.training.slices))
         if key not in self._responses:
             scorer: Any = load(DATA_SCORERS, arm.rows, what="data scorer", pointer="/data/scorer")
             assert config.training.slices != "auto"

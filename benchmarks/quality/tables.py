@@ -219,7 +219,8 @@ def _heads(found: Sequence[Found]) -> list[str]:
         alike = [
             one
             for one in arms
-            if (one.arm.weights, one.arm.heads_ratio) == (random.arm.weights, random.arm.heads_ratio)
+            if (one.arm.weights, one.arm.heads_ratio, one.arm.rows)
+            == (random.arm.weights, random.arm.heads_ratio, random.arm.rows)
         ]
         lines += [
             f"| {one.arm.name} | {one.cells[0].parameters / 1e6:.2f} M | {one.loss:.4f} | {_change(one, random)} |"

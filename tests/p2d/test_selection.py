@@ -20,7 +20,16 @@ from p2d.config import DATA_SCORERS
 from p2d.errors import ConfigError, EngineError
 from p2d.response_matrix import Combine, ResponseShard, read_shards, save_shard
 from p2d.rows import Row
-from p2d.selection import Selection, check_selection, load_kept, read_selection, select_rows, summarise, write_selection
+from p2d.selection import (
+    Selection,
+    check_selection,
+    load_kept,
+    rated_guide,
+    read_selection,
+    select_rows,
+    summarise,
+    write_selection,
+)
 from p2d.selection_table import read_table
 
 HEADS = [(0, 1), (1, 0)]
@@ -127,35 +136,72 @@ def rated(responses: list[float], qualities: list[float]) -> ResponseShard:
 
 def test_rows_that_are_as_good_as_most_of_the_guides_come_first_in_an_order_by_chance(seed: int) -> None:
     good, bad = [(3 + n, 10 - n) for n in range(8)], [(9, 2.4), (2.0, 9), (0, 0), (1.5, 1.5)]
-    shard = rated(*map(list, zip(*(bad + good), strict=True)))
-    rows = [Row(f"prompt{n}", f"answer{n}", line=n) for n in range(12)]
+    shard = rated(*map(list, zip(*(4 * bad + good), strict=True)))
+    rows = [Row(f"prompt{n}", f"answer{n}", line=n) for n in range(24)]
 
     selections = [select_rows([shard], HEADS, 0.5, rows, seed=seed + n) for n in range(200)]
 
     assert {one.good_enough for one in selections} == {8}
     for one in selections:
-        assert set(one.rank_R[4:].tolist()) == set(range(8))
-        assert one.rank_R[:4].tolist() == [8, 9, 11, 10]
+        assert set(one.rank_R[16:].tolist()) == set(range(8))
+        assert one.rank_R[:16].reshape(4, 4).T.tolist() == [
+            [8, 9, 10, 11],
+            [12, 13, 14, 15],
+            [20, 21, 22, 23],
+            [16, 17, 18, 19],
+        ]
     firsts = {int(np.flatnonzero(one.rank_R == 0)[0]) for one in selections}
-    assert firsts == set(range(4, 12))
+    assert firsts == set(range(16, 24))
     again = select_rows([shard], HEADS, 0.5, rows, seed=seed)
     assert again.score_R.tolist() == selections[0].score_R.tolist()
-    assert len(set(again.score_R.tolist())) == 12
+    assert len(set(again.score_R[16:].tolist())) == 8
 
 
-def test_below_the_bar_a_score_is_the_lesser_part_in_spreads_from_the_guides_median() -> None:
+def test_below_the_bar_a_score_is_the_lesser_part_in_spreads_of_the_guide_less_the_bar() -> None:
     score_R = selected([rated([2, 9, 1], [9, 0, 1])], HEADS, 1.0).score_R
 
-    assert score_R.tolist() == pytest.approx([-1 / 1.4826, -3 / 1.4826, -2 / 1.4826])
+    assert score_R.tolist() == pytest.approx([-0.6 / 1.4826, -2.6 / 1.4826, -1.6 / 1.4826])
+
+
+def test_a_pool_that_looks_like_the_guide_is_good_enough_as_a_whole() -> None:
+    shard = rated([1, 2, 3, 4, 5] * 4, [1, 2, 3, 4, 5] * 4)
+
+    selection = selected([shard], HEADS, 0.5)
+
+    assert (selection.good_enough, selection.reach) == (20, 1.0)
+    assert summarise(selection).warnings == []
+
+
+@pytest.mark.parametrize(
+    ("bad", "good_enough", "reach"),
+    [
+        ([], 20, 1.0),
+        ([0] * 3, 23, 1.0),  # half of what lies below the lower bar is good
+        ([0] * 5, 16, 0.8),
+        ([0] * 40, 16, 0.8),
+        ([0] * 40 + [2] * 3, 19, 0.8),
+        ([0] * 40 + [2] * 5, 12, 0.6),  # less than half of what lies between the bars
+    ],
+)
+def test_the_bar_goes_down_as_long_as_half_of_the_next_rows_is_good(
+    bad: list[float], good_enough: int, reach: float
+) -> None:
+    values = [*[1, 2, 3, 4, 5] * 4, *bad]
+
+    selection = selected([rated(values, values)], HEADS, 0.5)
+
+    assert selection.good_enough == good_enough
+    assert selection.reach == pytest.approx(reach)
 
 
 def test_a_guide_of_rows_that_are_all_alike_measures_in_units() -> None:
     shard = replace(rated([2, 3, 4], [3, 3, 3]), guide_response_GN=np.array([GUIDE[2]] * 5, dtype=np.float16))
 
-    selection = selected([shard], HEADS, 1.0)
+    measured = rated_guide(shard, HEADS)
 
-    assert selection.score_R[0] == -1
-    assert selection.good_enough == 2
+    assert measured is not None
+    assert measured[0].response_spread == 1
+    assert measured[0].scores(np.array([2.0]), np.array([9.0])).tolist() == [-1]
 
 
 def test_what_is_kept_below_the_bar_is_told() -> None:
@@ -164,7 +210,7 @@ def test_what_is_kept_below_the_bar_is_told() -> None:
     enough, too_few, every = (summarise(selected([shard], HEADS, ratio)) for ratio in (0.5, 0.75, 1.0))
 
     assert (enough.warnings, every.warnings, enough.good_enough) == ([], [], 2)
-    assert too_few.warnings[0].startswith("1 of the 3 kept rows are less good than 60% of the held-out rows")
+    assert too_few.warnings[0].startswith("1 of the 3 kept rows are less good than 80% of the held-out rows")
 
 
 def test_a_guide_that_is_too_small_to_measure_is_told() -> None:

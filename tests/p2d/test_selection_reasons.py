@@ -56,11 +56,10 @@ def added_up(reason: RowReason, table: SelectionTable, row: int) -> float:
         guide = reason.guide
         by_response = (response - guide.response_median) / guide.response_spread
         own = min(by_response, (reason.quality - guide.quality_median) / guide.quality_spread)
-        if own < guide.bar:
-            return own
-        drawn = float(table.score_R[row])
-        assert guide.bar <= drawn < guide.bar + 1
-        return drawn
+        score = float(table.score_R[row])
+        bar = reason.bar(score)
+        assert (bar is None) == (0 <= score < 1)
+        return score if bar is None else own - bar
     if reason.combine == "worse_rank":
         parts = table.rank_parts(row, reason.combine)
         return table.scored - 1 - (max(parts) + min(parts) / table.scored)
@@ -79,6 +78,7 @@ def test_the_figures_of_every_row_add_up_to_its_score(
     made = shards(combine, seed, layers=layers, pool=pool)
     table = table_of(tmp_path, made)
     good_enough = 0
+    bars: list[float] = []
 
     for shard in made:
         path = tmp_path / f"{shard.span.start}.safetensors"
@@ -88,12 +88,15 @@ def test_the_figures_of_every_row_add_up_to_its_score(
             if reason is None:
                 assert np.isnan(table.score_R[row])
                 continue
-            assert added_up(reason, table, row) == table.score_R[row]
+            assert added_up(reason, table, row) == pytest.approx(table.score_R[row], abs=1e-12)
             assert len(reason.heads) + reason.stand_ins == len(CHOSEN)
             assert reason.response == sum(head.response for head in reason.heads) + reason.stand_ins * reason.stand_in
-            good_enough += reason.guide is not None and table.score_R[row] >= reason.guide.bar
+            good_enough += reason.guide is not None and table.score_R[row] >= 0
+            bar = reason.bar(float(table.score_R[row]))
+            bars += [] if bar is None else [bar]
     assert good_enough == (select_rows(made, CHOSEN, 0.2, TEXTS, seed=0).good_enough or 0)
     assert (good_enough > 0) == (combine == "guide")
+    assert not bars or max(bars) - min(bars) < 1e-9  # one bar for all rows
 
 
 def test_the_rank_by_response_is_the_one_of_the_responses(tmp_path: Path, seed: int) -> None:
