@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import hashlib
 import random
 from collections.abc import Callable, Sequence
@@ -171,8 +170,12 @@ def _source(module: str) -> bytes:
 
 @cache
 def _code(source: bytes) -> str:
-    """Hash of what a module says, its comments left out. A key is asked for at every look at a cell."""
-    return hashlib.sha256(ast.dump(ast.parse(source)).encode()).hexdigest()[:16]
+    """Hash of a module, lines of comment left out; cached, as a key is asked for at every look at a cell.
+
+    Not of its syntax tree, which every version of Python writes differently.
+    """
+    lines = [line.rstrip() for line in source.splitlines() if line.strip() and not line.lstrip().startswith(b"#")]
+    return hashlib.sha256(b"\n".join(lines)).hexdigest()[:16]
 
 
 def _drawn(indices: Sequence[int], count: int, seed: int) -> list[int]:
