@@ -36,7 +36,10 @@ def _results(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     )
     kept = f"{selection['kept']} of {selection['rows']} by {selection['scorer']}"
     if (good := selection.get("good_enough")) is not None:
-        kept += f"; {good} of {selection['scored']} scored rows are as good as most held-out rows, and chance decided among them"
+        enough = f"{good} of {selection['scored']} scored rows are as good as most held-out rows"
+        if selection.get("like_guide"):
+            enough = "the scored rows as a whole are like the held-out rows"
+        kept += f"; {enough}, and chance decided among them"
     if repeating := selection.get("repeating"):  # reports of earlier versions know of none
         kept += f"; {repeating} nearly repeat a better one and stood behind"
     yield "rows kept", kept

@@ -224,9 +224,7 @@ class GuideScaleView(View):
     response_spread: float
     quality_median: float
     quality_spread: float
-    bar: float | None = Field(
-        description="Where chance decides from, of a row that lies below; it is lower the more the pool looks like these rows."
-    )
+    bar: float = Field(description="Score from which on a row is as good as most of them, and chance decides.")
 
 
 class RowReasonView(PlacedRowView):

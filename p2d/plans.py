@@ -58,6 +58,8 @@ class Plan:
     dtype: str
     estimate_s: dict[str, float]
     """Seconds of each step, before it ran."""
+    guide_apart: bool = False
+    """Whether guide and evaluation are of a validation dataset, not held out of the training rows' own; not in older plans."""
 
 
 def save_plan(path: Path, plan: Plan) -> None:

@@ -5,8 +5,8 @@ the top `ceil(ratio * rows)` are kept, ties by row order. Another head set or ra
 
 Where the scorer has rated the guide's rows, too (`combine: guide`), they are the measure: a row that is as good as most of them is
 as good as any, and among those rows chance decides; only behind them comes the score. What is scored best is alike and easy, and
-trains worse than rows drawn at random from a clean pool (docs/decisions/0031). How good that is, the pool decides: of a pool that
-looks like the guide every row is good enough (docs/decisions/0033).
+trains worse than rows drawn at random from a clean pool (docs/decisions/0031). Where the pool as a whole scores like the guide,
+there is nothing to leave out, and chance decides among all rows (docs/decisions/0033).
 
 A row that nearly repeats a better-scored one (`p2d.near_duplicates`) ranks behind all scored rows that do not: nothing is left
 out, but what a model has seen once is kept only where nothing new is left. Not so with scores by `random`, which are a control:
@@ -43,9 +43,16 @@ Ints = npt.NDArray[np.int64]
 CONTROL = "random"
 """The data scorer of which nothing is chosen by text either."""
 
-BARS = (0.4, 0.2, 0.0)
-"""Quantiles of the guide's own scores at which the bar may stand. From the first one on 60 % of clean rows are good enough, and of
-half-bad pools 0 to 5 % of all such rows are bad, not counting wrong numbers, which nothing sees (docs/LOG.md)."""
+BAR = 0.4
+"""Quantile of the guide's own scores from which on a row is good enough: 57 to 74 % of clean rows are. Of half-bad pools 0 to 5 %
+of all such rows are bad, not counting wrong numbers, which nothing sees. With 0.25 three quarters and more of the clean rows are
+good enough, and twice as many bad ones where the guide is not clean itself (docs/LOG.md)."""
+
+
+LIKE_GUIDE = 0.58
+"""Most that the guide's rows may outscore the pool's (`outscored`; 0.5 = not at all) where the pool is taken to be like them. With
+32 guide rows clean pools are in 95 to 100 % of the draws, pools of which 30 % is bad in 0 to 8 %, half-bad ones in none
+(docs/LOG.md)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,23 +71,13 @@ class GuideScale:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Bar:
-    """From where on a row is good enough."""
-
-    score: float
-    reach: float
-    """Share of the guide's rows that are."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Selection:
     """A score for every scored row, and the view that a ratio takes of it."""
 
     score_R: Floats
-    """NaN where the row was not scored. Where the guide was rated, what a row is above the bar, and from 0 on a number drawn
-    from [0, 1)."""
-    quality_R: Floats | None
     """NaN where the row was not scored."""
+    quality_R: Floats | None
+    """The same."""
     rank_R: Ints
     """0 = best; behind all others those that repeat a better row, then rows that were not scored, in row order."""
     repeats_R: Ints
@@ -95,13 +92,15 @@ class Selection:
     heads_scored: int
     """Those among them that have responses of their own; for the others the mean of all scored heads stood in. 0 where the
     scorer looks at no head (`quality`)."""
-    reach: float | None
-    """Share of the guide's rows that reach the bar; None where the guide was not rated."""
+    bar: float | None
+    """Score from which on a row is as good as most of the guide's; None where the guide was not rated."""
+    like_guide: bool
+    """Whether the pool as a whole scores like the guide, so that every row is good enough."""
 
     @property
     def good_enough(self) -> int | None:
-        """Scored rows that reach the bar, repetitions among them."""
-        return None if self.reach is None else int((self.score_R >= 0).sum())
+        """Scored rows among which chance decides, repetitions among them; None where there is no bar."""
+        return None if self.bar is None else int((self.score_R >= self.bar).sum())
 
     @property
     def kept_rows(self) -> list[int]:
@@ -127,7 +126,9 @@ class SelectionSummary:
     heads_scored: int
     """Chosen heads that have responses, see `Selection`."""
     good_enough: int | None
-    """Scored rows that are as good as the held-out rows, see `Selection`."""
+    """Scored rows among which chance decided, see `Selection`."""
+    like_guide: bool
+    """Whether these are all, for the pool as a whole scores like the held-out rows."""
     score_quantiles: list[float]
     """Of all scored rows: minimum, quarter, median, three quarters, maximum."""
     kept_score_min: float
@@ -136,12 +137,20 @@ class SelectionSummary:
 
 
 def select_rows(
-    shards: Iterable[ResponseShard], heads: Sequence[tuple[int, int]], ratio: float, rows: Sequence[Row], *, seed: int
+    shards: Iterable[ResponseShard],
+    heads: Sequence[tuple[int, int]],
+    ratio: float,
+    rows: Sequence[Row],
+    *,
+    seed: int,
+    guide_apart: bool = False,
 ) -> Selection:
     """Score every scored row by what the chosen heads respond, and keep the best that do not repeat a better one.
 
     Args:    shards: all of one matrix, in row order; each is asked for once and let go. heads: (layer, head) pairs.
              ratio: share of all rows kept, (0, 1]. rows: those of the matrix. seed: draws among rows that are good enough.
+             guide_apart: whether the guide's rows are of another dataset than the pool's. Rows held out of the pool itself are
+             always like it, however bad it is, which says nothing.
     Raises:  EngineError if a score is not finite; ConfigError (`config.invalid`) if no row has one.
     """
     sums: list[Floats] = []
@@ -170,10 +179,11 @@ def select_rows(
             f"{shard.scorer!r} could score no row: each fills the model's context without room for another beside it."
         )
         raise ConfigError(text, errors=[ErrorDetail(code="config.scorer", message=text, pointer="/data/scorer")])
-    bar = None if rated is None else bar_of(rated[1], score)
+    bar = None if rated is None else bar_of(rated[1])
+    like_guide = rated is not None and guide_apart and outscored(rated[1], score) <= LIKE_GUIDE
     if bar is not None:
-        score = score - bar.score
-        score[score >= 0] = _draws(len(rows), seed)[place_R[score >= 0]]
+        good = (score >= bar) | like_guide
+        score[good] = bar + _draws(len(rows), seed)[place_R[good]]
     score_R = _spread(score, place_R, len(rows))
     repeats_R = np.full(len(rows), -1, dtype=np.int64)
     if shard.scorer != CONTROL:
@@ -190,7 +200,8 @@ def select_rows(
         combine=how,
         heads=len(heads),
         heads_scored=len(_columns(shard, heads)),
-        reach=None if bar is None else bar.reach,
+        bar=bar,
+        like_guide=like_guide,
     )
 
 
@@ -215,27 +226,16 @@ def rated_guide(shard: ResponseShard, heads: Sequence[tuple[int, int]]) -> tuple
     return scale, scale.scores(response_G, quality_G)
 
 
-def bar_of(score_G: Floats, score_R: Floats) -> Bar:
-    """The lowest of BARS above which a row is likelier good than bad, from one to the next.
+def bar_of(score_G: Floats) -> float:
+    """Score from which on a row is good enough, from the guide's own scores."""
+    return float(np.quantile(score_G, BAR))
 
-    A pool is taken to be good rows, which have the guide's scores, and bad ones that do not reach the highest bar. So what reaches
-    it says how many rows are good, and how many of them lie between two bars; if those are less than half of what lies there, the
-    bar goes no lower. Estimates of such shares from what is known to be good: Elkan and Noto 2008 (positive and unlabelled data).
 
-    Args: score_G: the guide's own scores. score_R: the pool's.
-    """
-    highest = float(np.quantile(score_G, BARS[0]))
-    bar = Bar(score=highest, reach=float((score_G >= highest).mean()))
-    good = min(len(score_R), (score_R >= highest).sum() / bar.reach)
-    for quantile in BARS[1:]:
-        # Below the lowest bar is all that is left, not what the guide's least row reaches: a pool has more extremes than a guide.
-        lower = min(bar.score, float(np.quantile(score_G, quantile) if quantile else score_R.min()))
-        reach = float((score_G >= lower).mean()) if quantile else 1.0
-        between = ((score_R >= lower) & (score_R < bar.score)).sum()
-        if good * (reach - bar.reach) < between / 2:
-            break
-        bar = Bar(score=lower, reach=reach)
-    return bar
+def outscored(score_G: Floats, score_R: Floats) -> float:
+    """How often a row of the guide scores above a row of the pool, ties half: Mann and Whitney's U over all pairs."""
+    sorted_R = np.sort(score_R)
+    below_G = np.searchsorted(sorted_R, score_G, side="left") + np.searchsorted(sorted_R, score_G, side="right")
+    return float(below_G.mean() / (2 * len(score_R)))
 
 
 def _columns(shard: ResponseShard, heads: Sequence[tuple[int, int]]) -> npt.NDArray[np.intp]:
@@ -313,6 +313,7 @@ def summarise(selection: Selection) -> SelectionSummary:
         heads=selection.heads,
         heads_scored=selection.heads_scored,
         good_enough=selection.good_enough,
+        like_guide=selection.like_guide,
         score_quantiles=[float(q) for q in np.nanquantile(selection.score_R, [0, 0.25, 0.5, 0.75, 1])],
         kept_score_min=float(selection.score_R[kept_R].min()),
         warnings=[] if selection.kept == selection.scored else _warnings(selection, kept_R, kept_repeating),
@@ -352,14 +353,14 @@ def _guide_warning(selection: Selection) -> list[str]:
 
 
 def _bar_warning(selection: Selection, kept_R: npt.NDArray[np.bool_]) -> list[str]:
-    if selection.reach is None:
+    if selection.bar is None:
         return []
-    below = int((selection.score_R[kept_R] < 0).sum())
+    below = int((selection.score_R[kept_R] < selection.bar).sum())
     if not below:
         return []
     return [
-        f"{below} of the {selection.kept} kept rows are less good than {selection.reach:.0%} of the held-out rows: there were not "
-        "enough others. A smaller ratio leaves them out."
+        f"{below} of the {selection.kept} kept rows are less good than {1 - BAR:.0%} of the held-out rows: there were not enough "
+        "others. A smaller ratio leaves them out."
     ]
 
 

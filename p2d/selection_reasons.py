@@ -12,7 +12,7 @@ import numpy as np
 
 from p2d.head_maps import Head
 from p2d.response_matrix import Combine, ResponseShard
-from p2d.selection import GuideScale, rated_guide
+from p2d.selection import GuideScale, bar_of, rated_guide
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,12 +40,8 @@ class RowReason:
     quality: float | None
     guide: GuideScale | None
     """What both are measured by; None where the guide was not rated."""
-
-    def bar(self, score: float) -> float | None:
-        """The bar that left the row this score; None where the row reaches it, or there is none."""
-        if self.guide is None or self.quality is None or score >= 0:
-            return None
-        return float(self.guide.scores(np.array([self.response]), np.array([self.quality]))[0]) - score
+    bar: float | None
+    """The same."""
 
 
 FORMULAS: dict[Combine, str] = {
@@ -53,7 +49,7 @@ FORMULAS: dict[Combine, str] = {
     "product": "score = response * quality",
     "quality": "score = quality",
     "guide": "score = the lesser of (response - response_median) / response_spread and (quality - quality_median) / "
-    "quality_spread, less the bar; where that is 0 or more a number drawn from 0 to 1 instead",
+    "quality_spread, but from the bar on, or for all rows where the pool is like the guide, the bar and a number drawn from 0 to 1",
     "worse_rank": "score = (scored - 1) - (the worse of response_rank and quality_rank) - (the better one) / scored",
     "rank": "score = (scored - 1) - (response_rank + quality_rank) / 2",
 }
@@ -88,4 +84,5 @@ def explain(shard: ResponseShard, row: int, heads: Sequence[Head]) -> RowReason 
         response=sum(head.response for head in scored) + stand_ins * stand_in,
         quality=None if shard.quality_R is None else float(shard.quality_R[place]),
         guide=rated[0] if rated else None,
+        bar=bar_of(rated[1]) if rated else None,
     )

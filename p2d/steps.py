@@ -133,6 +133,7 @@ def validate(call: StepCall, progress: Progress, models: ModelCache, on_checkpoi
         device=str(device),
         dtype=dtype,
         estimate_s=estimate_seconds(info, config, speed, train=train, guide=guide, evaluation=evaluation),
+        guide_apart=apart.is_file(),
     )
     write_row_file(call.out / "rows.jsonl", split.train)
     write_rows(call.out / "guide.jsonl", split.guide)
@@ -250,7 +251,14 @@ def select(call: StepCall, progress: Progress, models: ModelCache, on_checkpoint
     chosen = _chosen_heads(call, plan)
     shards = read_shards(list(call.inputs.glob("responses-*.safetensors")))
     assert plan.config.data.ratio != "auto"
-    selection = select_rows(shards, chosen, plan.config.data.ratio, rows, seed=plan.config.training.seed)
+    selection = select_rows(
+        shards,
+        chosen,
+        plan.config.data.ratio,
+        rows,
+        seed=plan.config.training.seed,
+        guide_apart=plan.guide_apart,
+    )
     write_selection(call.out / "selection.jsonl", selection, rows)
     write_json(call.out / "selection_summary.json", summarise(selection))
     progress(1, 1, {"kept": float(selection.kept)})

@@ -186,7 +186,9 @@ def get_selection_row(
         stand_ins=reason.stand_ins if reason else 0,
         stand_in=reason.stand_in if reason else 0.0,
         scored=table.scored,
-        guide=_guide(reason, float(table.score_R[row])) if reason and reason.guide else None,
+        guide=GuideScaleView(**asdict(reason.guide), bar=reason.bar)
+        if reason and reason.guide and reason.bar
+        else None,
         response_rank=by_response,
         quality_rank=by_quality,
         border=float(table.score_R[table.row_by_rank[kept - 1]]),
@@ -263,9 +265,10 @@ def _seen_at(row: dict[str, Any], found: SelectionRecord, ratio: float | None) -
     return {**shown, "kept": kept}
 
 
-def _guide(reason: RowReason, score: float) -> GuideScaleView:
-    assert reason.guide is not None
-    return GuideScaleView(**asdict(reason.guide), bar=reason.bar(score))
+def _guide(reason: RowReason) -> GuideScaleView | None:
+    if reason.guide is None or reason.bar is None:
+        return None
+    return GuideScaleView(**asdict(reason.guide), bar=reason.bar)
 
 
 def _placed(table: SelectionTable, row: int, kept: int) -> PlacedRowView:

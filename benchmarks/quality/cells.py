@@ -236,13 +236,16 @@ class Laboratory:
     ) -> None:
         on_gpu = self.base.device.type == "cuda"
         make = GraphedTrainer if on_gpu else SliceTrainer
-        with remember_below(self.base, 0 if on_gpu else below):
-            trainer = make(self.base, trained, rows, batch_size=self.batch_size, seed=str(seed))
-            for _ in range(schedule.steps):
-                trainer.advance(schedule)
-        if on_gpu:
-            del trainer  # with its recording, whose memory other processes want
-            torch.cuda.empty_cache()
+        trainer = None
+        try:
+            with remember_below(self.base, 0 if on_gpu else below):
+                trainer = make(self.base, trained, rows, batch_size=self.batch_size, seed=str(seed))
+                for _ in range(schedule.steps):
+                    trainer.advance(schedule)
+        finally:
+            if on_gpu:
+                del trainer  # with its recording, whose memory other processes want
+                torch.cuda.empty_cache()
 
 
 def training_flops(info: ModelInfo, arm: Arm, rows: Sequence[tuple[int, int]], heads: Sequence[Head]) -> float:

@@ -2,7 +2,7 @@
 
 A model of 135 M weights makes thousands of small kernels a step, and a step takes as long as the host needs to launch them.
 Recorded, they run without it (CUDA graphs): 4 to 8 times as many steps a second on an H200 (docs/LOG.md). All rows are padded to
-the longest: the longest of a step is nearly as long, and one recording is enough.
+the longest, which the longest of 16 rows nearly equals, so that one recording is enough.
 
 Legend: B rows of a step, T token of the longest row, N all predicted tokens of a step, D model width.
 """

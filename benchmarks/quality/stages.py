@@ -112,7 +112,7 @@ class Stages:
             cost = StageCost(f"rows by {arm.rows}", self.clock() - started, float(found.flops))
             self._responses[key] = found, cost
         responses, cost = self._responses[key]
-        selection = select_rows([responses.shard], list(heads), arm.ratio, self.pool.rows, seed=seed)
+        selection = select_rows([responses.shard], list(heads), arm.ratio, self.pool.rows, seed=seed, guide_apart=True)
         return selection.kept_rows, [cost]
 
     def _config(self, arm: Arm, seed: int) -> JobConfig:

@@ -212,18 +212,13 @@ def _rows(found: Sequence[Found]) -> list[str]:
 
 
 def _heads(found: Sequence[Found]) -> list[str]:
-    """The same rows with heads chosen in every way, as many parameters as come nearest."""
+    """The same rows with heads chosen in every way, as many parameters as come nearest; and rows chosen for other heads."""
     arms = [one for one in found if "heads" in one.arm.groups]
     lines = []
-    for random in [one for one in arms if one.arm.heads == RANDOM]:
-        alike = [
-            one
-            for one in arms
-            if (one.arm.weights, one.arm.heads_ratio, one.arm.rows)
-            == (random.arm.weights, random.arm.heads_ratio, random.arm.rows)
-        ]
+    for control in [one for one in arms if RANDOM in (one.arm.heads, one.arm.rows_for)]:
+        alike = [one for one in arms if _size(one.arm) == _size(control.arm)]
         lines += [
-            f"| {one.arm.name} | {one.cells[0].parameters / 1e6:.2f} M | {one.loss:.4f} | {_change(one, random)} |"
+            f"| {one.arm.name} | {one.cells[0].parameters / 1e6:.2f} M | {one.loss:.4f} | {_change(one, control)} |"
             for one in sorted(alike, key=lambda one: one.loss)
             if len(alike) > 1
         ]
@@ -231,11 +226,16 @@ def _heads(found: Sequence[Found]) -> list[str]:
         return []
     return [
         "### Heads: the same rows, the same number of heads and rank",
-        "| arm | trained | held-out loss | against random heads (95 %) |",
+        "| arm | trained | held-out loss | against random heads, or rows for random heads (95 %) |",
         "| --- | --- | --- | --- |",
         *lines,
         "",
     ]
+
+
+def _size(arm: Arm) -> tuple[object, ...]:
+    """What arms of one comparison of heads have in common."""
+    return arm.weights, arm.heads_ratio, arm.rows
 
 
 def _gain(one: Found, random: Found, oracle: Found) -> float:

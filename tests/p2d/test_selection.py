@@ -24,7 +24,7 @@ from p2d.selection import (
     Selection,
     check_selection,
     load_kept,
-    rated_guide,
+    outscored,
     read_selection,
     select_rows,
     summarise,
@@ -136,72 +136,98 @@ def rated(responses: list[float], qualities: list[float]) -> ResponseShard:
 
 def test_rows_that_are_as_good_as_most_of_the_guides_come_first_in_an_order_by_chance(seed: int) -> None:
     good, bad = [(3 + n, 10 - n) for n in range(8)], [(9, 2.4), (2.0, 9), (0, 0), (1.5, 1.5)]
-    shard = rated(*map(list, zip(*(4 * bad + good), strict=True)))
-    rows = [Row(f"prompt{n}", f"answer{n}", line=n) for n in range(24)]
+    shard = rated(*map(list, zip(*(bad + good), strict=True)))
+    rows = [Row(f"prompt{n}", f"answer{n}", line=n) for n in range(12)]
 
     selections = [select_rows([shard], HEADS, 0.5, rows, seed=seed + n) for n in range(200)]
 
     assert {one.good_enough for one in selections} == {8}
     for one in selections:
-        assert set(one.rank_R[16:].tolist()) == set(range(8))
-        assert one.rank_R[:16].reshape(4, 4).T.tolist() == [
-            [8, 9, 10, 11],
-            [12, 13, 14, 15],
-            [20, 21, 22, 23],
-            [16, 17, 18, 19],
-        ]
+        assert set(one.rank_R[4:].tolist()) == set(range(8))
+        assert one.rank_R[:4].tolist() == [8, 9, 11, 10]
     firsts = {int(np.flatnonzero(one.rank_R == 0)[0]) for one in selections}
-    assert firsts == set(range(16, 24))
+    assert firsts == set(range(4, 12))
     again = select_rows([shard], HEADS, 0.5, rows, seed=seed)
     assert again.score_R.tolist() == selections[0].score_R.tolist()
-    assert len(set(again.score_R[16:].tolist())) == 8
+    assert len(set(again.score_R.tolist())) == 12
 
 
-def test_below_the_bar_a_score_is_the_lesser_part_in_spreads_of_the_guide_less_the_bar() -> None:
+def test_below_the_bar_a_score_is_the_lesser_part_in_spreads_from_the_guides_median() -> None:
     score_R = selected([rated([2, 9, 1], [9, 0, 1])], HEADS, 1.0).score_R
 
-    assert score_R.tolist() == pytest.approx([-0.6 / 1.4826, -2.6 / 1.4826, -1.6 / 1.4826])
-
-
-def test_a_pool_that_looks_like_the_guide_is_good_enough_as_a_whole() -> None:
-    shard = rated([1, 2, 3, 4, 5] * 4, [1, 2, 3, 4, 5] * 4)
-
-    selection = selected([shard], HEADS, 0.5)
-
-    assert (selection.good_enough, selection.reach) == (20, 1.0)
-    assert summarise(selection).warnings == []
-
-
-@pytest.mark.parametrize(
-    ("bad", "good_enough", "reach"),
-    [
-        ([], 20, 1.0),
-        ([0] * 3, 23, 1.0),  # half of what lies below the lower bar is good
-        ([0] * 5, 16, 0.8),
-        ([0] * 40, 16, 0.8),
-        ([0] * 40 + [2] * 3, 19, 0.8),
-        ([0] * 40 + [2] * 5, 12, 0.6),  # less than half of what lies between the bars
-    ],
-)
-def test_the_bar_goes_down_as_long_as_half_of_the_next_rows_is_good(
-    bad: list[float], good_enough: int, reach: float
-) -> None:
-    values = [*[1, 2, 3, 4, 5] * 4, *bad]
-
-    selection = selected([rated(values, values)], HEADS, 0.5)
-
-    assert selection.good_enough == good_enough
-    assert selection.reach == pytest.approx(reach)
+    assert score_R.tolist() == pytest.approx([-1 / 1.4826, -3 / 1.4826, -2 / 1.4826])
 
 
 def test_a_guide_of_rows_that_are_all_alike_measures_in_units() -> None:
     shard = replace(rated([2, 3, 4], [3, 3, 3]), guide_response_GN=np.array([GUIDE[2]] * 5, dtype=np.float16))
 
-    measured = rated_guide(shard, HEADS)
+    selection = selected([shard], HEADS, 1.0)
 
-    assert measured is not None
-    assert measured[0].response_spread == 1
-    assert measured[0].scores(np.array([2.0]), np.array([9.0])).tolist() == [-1]
+    assert selection.score_R[0] == -1
+    assert selection.good_enough == 2
+
+
+LIKE = [1.0, 2, 3, 4, 5] * 4
+"""Scores as the guide's own."""
+
+
+@pytest.mark.parametrize(("bad", "like_guide"), [(0, True), (2, True), (10, False), (20, False)])
+def test_of_a_pool_that_scores_like_the_guide_every_row_is_good_enough(bad: int, like_guide: bool) -> None:
+    values = LIKE + [-9] * bad
+    rows = [Row(f"prompt{n}", f"answer{n}", line=n) for n in range(len(values))]
+
+    selection = select_rows([rated(values, values)], HEADS, 0.5, rows, seed=0, guide_apart=True)
+
+    assert selection.like_guide == like_guide
+    assert selection.good_enough == (len(values) if like_guide else 12)
+    if like_guide:
+        assert summarise(selection).warnings == []
+        assert summarise(selection).like_guide
+        assert len(set(selection.score_R.tolist())) == len(values)
+        assert not set(selection.kept_rows) <= {n for n, value in enumerate(values) if value >= 3}
+
+
+def test_rows_held_out_of_the_pool_itself_say_nothing_of_how_good_it_is() -> None:
+    selection = selected([rated(LIKE, LIKE)], HEADS, 0.5)
+
+    assert (selection.like_guide, selection.good_enough) == (False, 12)
+
+
+@pytest.mark.parametrize(
+    ("guide", "pool", "share"),
+    [
+        ([1, 2], [1, 2], 0.5),
+        ([3, 4], [1, 2], 1.0),
+        ([0, 0], [1, 2], 0.0),
+        ([2, 2], [2, 2, 2], 0.5),
+        ([2], [1, 2, 3, 0], 0.625),
+    ],
+)
+def test_how_often_the_guide_outscores_the_pool_counts_every_pair_and_ties_half(
+    guide: list[float], pool: list[float], share: float
+) -> None:
+    assert outscored(np.array(guide, dtype=float), np.array(pool, dtype=float)) == share
+
+
+def test_a_pool_of_one_row_and_a_guide_that_is_all_alike_are_measured_too() -> None:
+    alike = replace(rated([3], [3]), guide_response_GN=np.array([GUIDE[2]] * 5, dtype=np.float16))
+    rows = [Row("prompt", "answer", line=1)]
+
+    for shard in (rated([9], [9]), rated([-9], [-9]), alike):
+        selection = select_rows([shard], HEADS, 1.0, rows, seed=0, guide_apart=True)
+        assert selection.kept_rows == [0]
+        assert np.isfinite(selection.score_R).all()
+
+
+def test_in_fast_mode_rows_that_were_not_scored_stay_behind_a_pool_like_the_guide() -> None:
+    shard = replace(rated([1, 2, 3, 4, 5], [1, 2, 3, 4, 5]), span=range(8), row_R=np.array([0, 2, 4, 5, 7]))
+    rows = [Row(f"prompt{n}", f"answer{n}", line=n) for n in range(8)]
+
+    selection = select_rows([shard], HEADS, 1.0, rows, seed=0, guide_apart=True)
+
+    assert selection.like_guide
+    assert selection.kept_rows == [0, 2, 4, 5, 7]
+    assert np.isnan(selection.score_R[[1, 3, 6]]).all()
 
 
 def test_what_is_kept_below_the_bar_is_told() -> None:
@@ -210,7 +236,7 @@ def test_what_is_kept_below_the_bar_is_told() -> None:
     enough, too_few, every = (summarise(selected([shard], HEADS, ratio)) for ratio in (0.5, 0.75, 1.0))
 
     assert (enough.warnings, every.warnings, enough.good_enough) == ([], [], 2)
-    assert too_few.warnings[0].startswith("1 of the 3 kept rows are less good than 80% of the held-out rows")
+    assert too_few.warnings[0].startswith("1 of the 3 kept rows are less good than 60% of the held-out rows")
 
 
 def test_a_guide_that_is_too_small_to_measure_is_told() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -50,16 +51,18 @@ def table_of(folder: Path, made: list[ResponseShard], ratio: float = 0.2) -> Sel
     return read_table(path.read_bytes().removesuffix(b"\n").split(b"\n"))
 
 
-def added_up(reason: RowReason, table: SelectionTable, row: int) -> float:
+def added_up(reason: RowReason, table: SelectionTable, row: int, *, all_drawn: bool = False) -> float:
     response = sum(head.response for head in reason.heads) + reason.stand_ins * reason.stand_in
     if reason.guide is not None and reason.quality is not None:
         guide = reason.guide
         by_response = (response - guide.response_median) / guide.response_spread
         own = min(by_response, (reason.quality - guide.quality_median) / guide.quality_spread)
-        score = float(table.score_R[row])
-        bar = reason.bar(score)
-        assert (bar is None) == (0 <= score < 1)
-        return score if bar is None else own - bar
+        assert reason.bar is not None
+        if own < reason.bar and not all_drawn:
+            return own
+        drawn = float(table.score_R[row])
+        assert reason.bar <= drawn < reason.bar + 1
+        return drawn
     if reason.combine == "worse_rank":
         parts = table.rank_parts(row, reason.combine)
         return table.scored - 1 - (max(parts) + min(parts) / table.scored)
@@ -78,7 +81,6 @@ def test_the_figures_of_every_row_add_up_to_its_score(
     made = shards(combine, seed, layers=layers, pool=pool)
     table = table_of(tmp_path, made)
     good_enough = 0
-    bars: list[float] = []
 
     for shard in made:
         path = tmp_path / f"{shard.span.start}.safetensors"
@@ -88,15 +90,30 @@ def test_the_figures_of_every_row_add_up_to_its_score(
             if reason is None:
                 assert np.isnan(table.score_R[row])
                 continue
-            assert added_up(reason, table, row) == pytest.approx(table.score_R[row], abs=1e-12)
+            assert added_up(reason, table, row) == table.score_R[row]
             assert len(reason.heads) + reason.stand_ins == len(CHOSEN)
             assert reason.response == sum(head.response for head in reason.heads) + reason.stand_ins * reason.stand_in
-            good_enough += reason.guide is not None and table.score_R[row] >= 0
-            bar = reason.bar(float(table.score_R[row]))
-            bars += [] if bar is None else [bar]
+            good_enough += reason.bar is not None and table.score_R[row] >= reason.bar
     assert good_enough == (select_rows(made, CHOSEN, 0.2, TEXTS, seed=0).good_enough or 0)
     assert (good_enough > 0) == (combine == "guide")
-    assert not bars or max(bars) - min(bars) < 1e-9  # one bar for all rows
+
+
+def test_of_a_pool_that_is_like_the_guide_every_score_is_a_drawn_one(tmp_path: Path, seed: int) -> None:
+    made = shards("guide", seed)
+    first = made[0]
+    assert first.quality_R is not None
+    like = [replace(one, guide_response_GN=first.response_RN, guide_quality_G=first.quality_R) for one in made]
+    path = tmp_path / "selection.jsonl"
+    selection = select_rows(like, CHOSEN, 0.2, TEXTS, seed=0, guide_apart=True)
+    write_selection(path, selection, TEXTS)
+    table = read_table(path.read_bytes().removesuffix(b"\n").split(b"\n"))
+
+    assert selection.like_guide
+    for shard in like:
+        for row in shard.span:
+            reason = explain(shard, row, CHOSEN)
+            assert reason is not None
+            assert added_up(reason, table, row, all_drawn=True) == table.score_R[row]
 
 
 def test_the_rank_by_response_is_the_one_of_the_responses(tmp_path: Path, seed: int) -> None:
