@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from benchmarks.quality.__main__ import _options
-from benchmarks.quality.arms import ARMS, REFERENCE, Arm, Weights
+from benchmarks.quality.arms import ARMS, HEADS, RANDOM, REFERENCE, Arm, Weights
 from benchmarks.quality.cells import Cell, Cells, Laboratory
 from benchmarks.quality.matrix import joined, run
 from benchmarks.quality.measures import Measured, Measures
@@ -342,6 +342,37 @@ def test_a_page_names_what_there_was_no_time_for(tiny: BaseModel, tmp_path: Path
     assert [str(one) for one in made.skipped] == [
         f"{REFERENCE}, gsm8k, 8 rows, clean, seed 0, rate {reference.weights.first_rate:g}"
     ]
+
+
+def test_heads_are_compared_with_random_ones_of_the_same_size_and_rows_with_rows_for_others() -> None:
+    whole, low = Weights(kind="slices"), Weights(kind="slices", rank=8)
+    heads = [
+        found("whole, chosen", 10, 1.0, 2.0, weights=whole, heads="attribution", heads_ratio=0.1, groups=HEADS),
+        found("whole, random", 10, 1.0, 2.5, weights=whole, heads=RANDOM, heads_ratio=0.1, groups=HEADS),
+        found("low, chosen", 10, 1.0, 3.0, weights=low, heads="attribution", heads_ratio=0.3, groups=HEADS),
+        found("low, random", 10, 1.0, 4.0, weights=low, heads=RANDOM, heads_ratio=0.3, groups=HEADS),
+        found("own", 10, 1.0, 5.0, weights=whole, heads="pad", heads_ratio=0.1, rows="alignment", groups=HEADS),
+        found(
+            "others'",
+            10,
+            1.0,
+            7.0,
+            weights=whole,
+            heads="pad",
+            heads_ratio=0.1,
+            rows="alignment",
+            rows_for=RANDOM,
+            groups=HEADS,
+        ),
+    ]
+
+    text = page({"a pool": heads}, base={"a pool": 9.0}, facts={}, notes=[])
+
+    table = text.partition("### Heads")[2]
+    assert "| whole, chosen | 0.00 M | 2.0000 | -0.5000 (" in table
+    assert "| low, chosen | 0.00 M | 3.0000 | -1.0000 (" in table
+    assert "| own | 0.00 M | 5.0000 | -2.0000 (" in table
+    assert table.count("|\n") == 8
 
 
 def test_a_rate_whose_search_had_no_time_to_end_is_marked_so() -> None:
