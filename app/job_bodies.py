@@ -11,7 +11,8 @@ from pydantic import ValidationError
 
 from app.problems import body_faults, invalid
 from app.schemas import Body, JobBody
-from p2d.config import JobConfig, Kind, check
+from p2d.config import JobConfig, Kind
+from p2d.config_checks import check
 from p2d.errors import ConfigError, ErrorDetail
 
 _GROUPS = frozenset({"heads", "data", "training", "limits"})
@@ -25,7 +26,7 @@ class AskedJob:
     body: JobBody
     """A field that cannot be read counts as left out, and so does one that is not known."""
     faults: Sequence[ErrorDetail] = ()
-    """Wrong types, missing and unknown fields; wrong values are found by `p2d.config.check`."""
+    """Wrong types, missing and unknown fields; wrong values are found by `p2d.config_checks.check`."""
     unread: frozenset[tuple[str, ...]] = frozenset()
     """The fields with those faults, each by the way to it."""
 

@@ -26,14 +26,18 @@ def summary(report: Mapping[str, Any]) -> RenderableType:
 
 def _results(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     heads, selection, training = report["heads"], report["selection"], report["training"]
-    chosen = ", ".join(f"{layer}.{head}" for layer, head in heads["chosen"])
-    yield "heads found", f"{heads['kept']} of {heads['total']} by {heads['scorer']} (layer.head): {chosen}"
-    again = heads["reproducibility"]
-    yield (
-        "found again",
-        f"two half-proxies share {again['top_k_overlap']} of their top {again['k']} heads (chance {again['chance']:.1f}), "
-        f"rank correlation {again['rank_correlation']:.2f}",
-    )
+    if heads["kept"] == heads["total"]:
+        yield "heads", f"all {heads['total']}: none had to be found"
+    else:
+        chosen = ", ".join(f"{layer}.{head}" for layer, head in heads["chosen"])
+        yield "heads found", f"{heads['kept']} of {heads['total']} by {heads['scorer']} (layer.head): {chosen}"
+    if heads["proxy"] is not None:
+        again = heads["reproducibility"]
+        yield (
+            "found again",
+            f"two half-proxies share {again['top_k_overlap']} of their top {again['k']} heads (chance {again['chance']:.1f}), "
+            f"rank correlation {again['rank_correlation']:.2f}",
+        )
     kept = f"{selection['kept']} of {selection['rows']} by {selection['scorer']}"
     if (good := selection.get("good_enough")) is not None:
         enough = f"{good} of {selection['scored']} scored rows are as good as most held-out rows"

@@ -1,6 +1,6 @@
 """The wire, inwards: what JSON the service takes. Shapes and types only; what it gives is app/views.py.
 
-Ranges and names are checked by `p2d.config.check`, for HTTP, command line and Python alike; the bounds noted here are
+Ranges and names are checked by `p2d.config_checks.check`, for HTTP, command line and Python alike; the bounds noted here are
 documentation for OpenAPI.
 """
 
@@ -25,8 +25,12 @@ from pydantic import (
 from p2d.columns import FIELDS
 from p2d.config import (
     DEFAULT_RATIO,
+    MAX_EPOCHS,
     MIN_ROWS,
+    MIN_STEPS,
     PROXY_ROWS,
+    RECIPES,
+    AskedMode,
     Control,
     DataConfig,
     HeadsConfig,
@@ -34,7 +38,6 @@ from p2d.config import (
     Kind,
     Limits,
     Metric,
-    Mode,
     Precision,
     Projection,
     Reuse,
@@ -43,6 +46,7 @@ from p2d.config import (
 from p2d.model_info import MODEL_NAME
 
 Auto = Literal["auto"]
+_DEFAULT, _PAPER = RECIPES["default"], RECIPES["paper"]
 
 
 def _plain(text: str) -> str:
@@ -167,10 +171,18 @@ DatasetRef = Annotated[
 class HeadsBody(Body):
     """Stage 1: which heads count as task-sensitive."""
 
-    scorer: Text = Field(default="auto", description="Name of a head scorer; `auto` = the recipe's.")
-    ratio: Ratio = Field(default=DEFAULT_RATIO, description="Share of query heads kept, above 0 and at most 1.")
+    scorer: Text = Field(
+        default="auto",
+        description="Name of a head scorer; `auto` = `uniform`, which costs nothing, where all heads are kept, else the recipe's.",
+    )
+    ratio: Ratio | Auto = Field(
+        default="auto",
+        description="Share of query heads kept, above 0 and at most 1; `auto` = all in recipe `default`, unless `scorer`, "
+        f"`head_map` or the control `random_heads` is given, else {DEFAULT_RATIO:.0%}.",
+    )
     proxy_rows: Count | Auto = Field(
-        default="auto", description=f"Rows of the proxy run; `auto` = {PROXY_ROWS}, or all training rows if fewer."
+        default="auto",
+        description=f"Rows of the proxy run; `auto` = {PROXY_ROWS}, or all training rows if fewer. Unused where no proxy is run.",
     )
     head_map: Id | None = Field(
         default=None, description="Id of an earlier head map of the same base model: stage 1 is skipped."
@@ -182,9 +194,15 @@ class DataBody(Body):
 
     scorer: Text = Field(default="auto", description="Name of a data scorer; `auto` = the recipe's.")
     ratio: Ratio | Auto = Field(
-        default="auto", description=f"Share of rows kept; `auto` = {DEFAULT_RATIO:.0%}, but at least {MIN_ROWS} rows."
+        default="auto",
+        description=f"Share of rows kept; `auto` = {_DEFAULT.data_ratio:.0%} in recipe `default`, {_PAPER.data_ratio:.0%} in "
+        f"`paper`, but at least {MIN_ROWS} rows.",
     )
-    mode: Mode = Field(default="faithful", description="`fast` = a fraction of the cost: fewer rows are scored.")
+    mode: AskedMode = Field(
+        default="auto",
+        description="`fast` = a fraction of the cost: fewer rows are scored, and of long answers the beginning; `auto` = `fast` in "
+        "recipe `default` where all rows are scored even so, else `faithful`.",
+    )
     metric: Metric = Field(
         default="log_likelihood", description="`icl`: how answers are judged; the last two generate, which costs more."
     )
@@ -203,10 +221,16 @@ class TrainingBody(Body):
     slices: list[Projection] | Auto = Field(
         default="auto", description="Projections that are sliced; `auto` = the recipe's."
     )
-    rank: Count | None = Field(
-        default=None, description="Rank of the update inside each slice, at most the head width; absent = whole slices."
+    rank: Count | Auto | None = Field(
+        default="auto",
+        description="Rank of the update inside each slice, at most the head width; null = whole slices; `auto` = "
+        f"{_DEFAULT.rank} where recipe `default` trains all heads, else whole slices.",
     )
-    epochs: Count = Field(default=TrainingConfig().epochs, description="Passes over the selected rows.")
+    epochs: Count | Auto = Field(
+        default="auto",
+        description=f"Passes over the selected rows; `auto` = {_DEFAULT.epochs} in recipe `default`, or as many as make "
+        f"{MIN_STEPS} optimizer steps, at most {MAX_EPOCHS}; {_PAPER.epochs} in `paper`.",
+    )
     learning_rate: Annotated[float, Field(le=1)] | Auto = Field(
         default="auto", description="Peak rate, at most 1; `auto` = a short search on held-out rows."
     )

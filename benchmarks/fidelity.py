@@ -28,10 +28,22 @@ import numpy as np
 import torch
 
 from p2d import flops
-from p2d.config import DATA_SCORERS, RECIPES, DataConfig, HeadsConfig, JobConfig, TrainingConfig, top_count
+from p2d.config import (
+    DATA_SCORERS,
+    DEFAULT_RATIO,
+    RECIPES,
+    DataConfig,
+    HeadsConfig,
+    JobConfig,
+    TrainingConfig,
+    epochs_of,
+    heads_ratio,
+    top_count,
+)
 from p2d.evaluation import row_losses
 from p2d.head_maps import Head, spearman
 from p2d.identify import identify_heads
+from p2d.model_info import ModelInfo
 from p2d.models import BaseModel, load_base_model
 from p2d.registry import load
 from p2d.resolution import resolve
@@ -125,11 +137,9 @@ def measure(
     whole, seconds = None, 0.0
     for seed in range(options.seeds):
         began = time.perf_counter()
-        faithful, fast = (
-            _config(options, mode, len(rows), base.info.context_length, seed) for mode in ("faithful", "fast")
-        )
+        faithful, fast = (_config(options, mode, len(rows), base.info, seed) for mode in ("faithful", "fast"))
         head_map = identify_heads(base, texts, guide, faithful, _silent)
-        heads = head_map.top(faithful.heads.ratio)
+        heads = head_map.top(heads_ratio(faithful.heads))
         if whole is None or faithful.data.scorer == "icl":  # whose groups are drawn by the seed
             whole, seconds = _respond(base, texts, guide, faithful)
         pool.faithful_s.append(seconds)
@@ -194,7 +204,7 @@ def _train(
     work = flops.work_of([(base.renderer.length(row), len(row.answer_ids)) for row in rendered])
     spent = flops.slice_training(base.info, work, heads=heads, projections=config.training.slices)
     again = flops.slice_training(base.info, work, heads=heads, projections=config.training.slices, cached=True)
-    operations = spent + again * (config.training.epochs - 1)
+    operations = spent + again * (epochs_of(config.training) - 1)
     return Arm(name, config.training.seed, loss, result.seconds, round(operations), junk)
 
 
@@ -244,14 +254,17 @@ def _read(path: Path) -> list[Row]:
     return [row for row in read_rows(path, "json" if path.suffix == ".json" else "jsonl") if isinstance(row, Row)]
 
 
-def _config(options: argparse.Namespace, mode: Any, rows: int, context_length: int, seed: int) -> JobConfig:
+def _config(options: argparse.Namespace, mode: Any, rows: int, info: ModelInfo, seed: int) -> JobConfig:
+    """Whole slices of the best tenth of the heads: by which both modes were compared."""
     config = JobConfig(
         recipe=options.recipe,
-        heads=HeadsConfig(proxy_rows=options.proxy_rows),
+        heads=HeadsConfig(
+            scorer=RECIPES[options.recipe].head_scorer, ratio=DEFAULT_RATIO, proxy_rows=options.proxy_rows
+        ),
         data=DataConfig(ratio=options.ratio, mode=mode),
-        training=TrainingConfig(epochs=options.epochs, learning_rate=options.learning_rate, seed=seed),
+        training=TrainingConfig(rank=None, epochs=options.epochs, learning_rate=options.learning_rate, seed=seed),
     )
-    return resolve(config, rows=rows, context_length=context_length).config
+    return resolve(config, rows=rows, context_length=info.context_length, head_dim=info.head_dim).config
 
 
 def _silent(done: int, total: int, metrics: Mapping[str, float], /) -> None:

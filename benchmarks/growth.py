@@ -130,8 +130,9 @@ def one_job(count: int, precision: Precision = "auto") -> Facts:
     """A whole job of `count` rows; what each step took."""
     import torch
 
-    from p2d.config import JobConfig, TrainingConfig
+    from p2d.config import DEFAULT_RATIO, MIN_ROWS, DataConfig, HeadsConfig, JobConfig, TrainingConfig, top_count
     from p2d.pipeline import SHARD_ROWS, ModelCache, StepCall, plan_steps, run_step
+    from p2d.plans import held_out_count
     from p2d.response_matrix import load_shard
     from p2d.validation import validate_file
     from tests.factories import tiny_model_dir
@@ -147,8 +148,15 @@ def one_job(count: int, precision: Precision = "auto") -> Facts:
         base_peak = peak_bytes()
         with step(steps, "ingest", work):
             validate_file(sent, "jsonl", normalised=work / "dataset.jsonl")
-        training = TrainingConfig(epochs=1, learning_rate=1e-3, batch_size=32, precision=precision)
-        config = JobConfig(training=training)
+        training = TrainingConfig(rank=None, epochs=1, learning_rate=1e-3, batch_size=32, precision=precision)
+        # A tenth of heads and of rows, all scored whole: as the default recipe was when the committed results were made.
+        trained = count - held_out_count(count, None, proxy_rows=0)
+        kept = max(top_count(DEFAULT_RATIO, trained), MIN_ROWS)
+        config = JobConfig(
+            heads=HeadsConfig(ratio=DEFAULT_RATIO),
+            data=DataConfig(ratio=min(1.0, kept / trained), mode="faithful"),
+            training=training,
+        )
         models = ModelCache()
         for planned in plan_steps(config, count, SHARD_ROWS):
             call = StepCall(

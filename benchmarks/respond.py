@@ -70,7 +70,10 @@ class _Scoring:
     def span(self, rows: range) -> Responses:
         """The engine's own `icl` over a span, all included."""
         base, every = self.bench.base, self.bench.rows
-        config = resolve(JobConfig(recipe="paper"), rows=len(every), context_length=base.info.context_length).config
+        info = base.info
+        config = resolve(
+            JobConfig(recipe="paper"), rows=len(every), context_length=info.context_length, head_dim=info.head_dim
+        ).config
         slices = config.training.slices
         assert slices != "auto"
         return icl(ResponseInput(base=base, rows=every, guide=[], span=rows, slices=slices, config=config))

@@ -21,7 +21,7 @@ from torch import Tensor
 from p2d import __version__
 from p2d.arch import ARCHS
 from p2d.arch.spec import ArchSpec, unit_view, units_of
-from p2d.config import JobConfig, Projection
+from p2d.config import JobConfig, Projection, rank_of
 from p2d.errors import AdapterMismatch, ModelError
 from p2d.files import read_json, sha256_of, write_json
 from p2d.model_info import DIGEST_CACHE, ModelInfo, read_model_info, weight_files
@@ -131,7 +131,7 @@ def save_adapter(
         heads=tuple(sorted(set(heads))),
         projections=tuple(projections),
         slices=entries,
-        parameters=_parameters(base.info, entries, config.training.rank),
+        parameters=_parameters(base.info, entries, rank_of(config.training)),
         dtype="bf16" if base.dtype == torch.bfloat16 else "fp32",
         sha256=sha256_of(directory / WEIGHTS),
         learning_rate=learning_rate,

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from p2d.batches import TOKEN_BUDGET, Batch, answer_nll, pack, packed_batches
-from p2d.config import TrainingConfig
+from p2d.config import TrainingConfig, epochs_of
 from p2d.device import backward
 from p2d.flops import LORA_RANK
 from p2d.memory_guard import memory_guard
@@ -162,7 +162,11 @@ def _workload(base: BaseModel, rendered: Sequence[RenderedRow], settings: Traini
         steps.append([[rows[place] for place in places] for places in cut])
         tokens.append(sum(lengths))
     return Workload(
-        steps, tokens, settings.epochs, len(rendered) / len(order), steps_per_epoch(len(rendered), settings.batch_size)
+        steps,
+        tokens,
+        epochs_of(settings),
+        len(rendered) / len(order),
+        steps_per_epoch(len(rendered), settings.batch_size),
     )
 
 

@@ -1,22 +1,17 @@
 """What a job asks for: frozen dataclasses, one per stage, used alike by HTTP, command line and Python. No torch here.
 
 Users write `"auto"` where they want the service to decide; `p2d.resolution` replaces every `"auto"` that can be decided before
-the run and says why. `check` names every field that is wrong at once. Where rows, models and files come from is not
-this file's business.
+the run and says why. What may be asked for is `p2d.config_checks`. Where rows, models and files come from is not this file's
+business.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from datetime import datetime
-from typing import Any, Literal, get_args
-
-from p2d.config_types import wrong_types
-from p2d.errors import ConfigError, ErrorDetail, UnknownName
-from p2d.registry import check_name
-from p2d.wording import counted
+from typing import Any, Literal
 
 Auto = Literal["auto"]
 Kind = Literal["identify_heads", "select_data", "adapt"]
@@ -24,6 +19,7 @@ Precision = Literal["auto", "fp32", "bf16"]
 Projection = Literal["q", "k", "v", "o"]
 Control = Literal["random_heads", "random_data", "lora"]
 Mode = Literal["faithful", "fast"]
+AskedMode = Literal[Auto, Mode]
 Reuse = Literal["auto", "never"]
 Metric = Literal["log_likelihood", "token_accuracy", "exact_match", "rouge_l"]
 
@@ -34,9 +30,16 @@ HEAD_SCORERS = {
     "cosine": "p2d.scorers.cosine:cosine",
     "shift": "p2d.scorers.shift:shift",
     "relative_shift": "p2d.scorers.relative_shift:relative_shift",
+    "uniform": "p2d.scorers.uniform:uniform",
     "random": "p2d.scorers.random:random",  # control arm, never a default
 }
 """Head scorers: name -> function; one file each in p2d/scorers/."""
+
+UNIFORM = "uniform"
+"""Head scorer that ranks nothing: for jobs that train every head."""
+
+WITHOUT_PROXY = frozenset({UNIFORM, "random"})
+"""Head scorers that look at no trained weights: no proxy is trained for them."""
 
 COMBINED_SCORERS = frozenset({"pad", "kl", "cosine"})
 """Head scorers that look at `W_q W_k^T W_v` alone: a proxy that trains none of q, k and v moves nothing that they see."""
@@ -52,6 +55,10 @@ DATA_SCORERS = {
 """Data scorers: name -> function that fills a response matrix; one file each in p2d/responses/."""
 
 
+DEFAULT_RATIO = 0.10
+"""Share of heads kept by default where heads are chosen, and of rows in recipe `paper`: the paper's 10 %."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Recipe:
     """The defaults that a recipe name stands for."""
@@ -59,6 +66,15 @@ class Recipe:
     head_scorer: str
     data_scorer: str
     slices: tuple[Projection, ...]
+    heads_ratio: float
+    """Of a job that leaves its heads to the service (`head_choice`)."""
+    rank: int | None
+    """Of the update inside each slice, where all heads are trained; a head's slices are trained whole where heads are chosen."""
+    data_ratio: float
+    mode: Mode
+    """Of a job whose rows are all scored even in fast mode."""
+    epochs: int
+    """Where these make MIN_STEPS optimizer steps."""
     reason: str
 
 
@@ -67,18 +83,35 @@ RECIPES = {
         head_scorer="attribution",
         data_scorer="alignment_likelihood",
         slices=("v", "o"),
+        heads_ratio=1.0,
+        rank=8,
+        data_ratio=0.5,
+        mode="fast",
+        epochs=1,
         reason="best of our own measurements (docs/LOG.md)",
     ),
     "paper": Recipe(
         head_scorer="pad",
         data_scorer="icl",
         slices=("q", "k", "v"),
+        heads_ratio=DEFAULT_RATIO,
+        rank=None,
+        data_ratio=DEFAULT_RATIO,
+        mode="faithful",
+        epochs=3,
         reason="as published (arXiv 2605.21558, 2505.18799, 2505.12212)",
     ),
 }
 
 MIN_ROWS = 200
-"""Fewest rows that an automatic data ratio leaves. A guess until the learning curve is measured (docs/LOG.md)."""
+"""Fewest rows that an automatic data ratio leaves. A guess: by the learning curve as measured no number of rows is enough, for
+held-out loss falls with every further row that is not bad, up to all of them (docs/results/quality.md)."""
+
+MIN_STEPS = 60
+"""Optimizer steps that a training has by default: with fewer, rows are seen more than once. A guess."""
+
+MAX_EPOCHS = 3
+"""Most passes over the kept rows by default. A guess."""
 
 POOL_FACTOR = 2.5
 """Fast mode scores a random pool of this many times the rows that are kept (docs/decisions/0012)."""
@@ -112,18 +145,16 @@ PROXY_ROWS = 100
 MIN_PROXY_ROWS = 16
 """Fewest rows of which a proxy is made by default: two halves of two optimizer steps each. A guess."""
 
-DEFAULT_RATIO = 0.10
-"""Share of heads and of rows kept by default: the paper's 10 %."""
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HeadsConfig:
     """Stage 1: which heads count as task-sensitive."""
 
     scorer: str = "auto"
-    """Name in HEAD_SCORERS; `auto` = the recipe's."""
-    ratio: float = DEFAULT_RATIO
-    """Share of query heads kept, (0, 1]. A view on the head map: the map itself ranks all heads."""
+    """Name in HEAD_SCORERS; `auto` = `uniform` where every head is trained, so that there is none to choose, else the recipe's."""
+    ratio: float | Auto = "auto"
+    """Share of query heads kept, (0, 1]. A view on the head map: the map itself ranks all heads. `auto` = the recipe's where
+    the service chooses the heads, else 10 %; all of a head map that ranks none."""
     proxy_rows: int | Auto = "auto"
     """Rows of the proxy (two half-proxies of half as many). `auto` = PROXY_ROWS, or all training rows where there are fewer."""
     head_map: str | None = None
@@ -137,9 +168,10 @@ class DataConfig:
     scorer: str = "auto"
     """Name in DATA_SCORERS; `auto` = the recipe's."""
     ratio: float | Auto = "auto"
-    """Share of rows kept, (0, 1]. `auto` = 10 %, but never fewer than MIN_ROWS rows."""
-    mode: Mode = "faithful"
-    """`fast` = a fraction of the cost: fewer rows are scored, and of long answers the beginning."""
+    """Share of rows kept, (0, 1]. `auto` = the recipe's, half of them or 10 %, but never fewer than MIN_ROWS rows."""
+    mode: AskedMode = "auto"
+    """`fast` = a fraction of the cost: fewer rows are scored, and of long answers the beginning. `auto` = the recipe's where
+    that leaves no row unscored, else `faithful`."""
     metric: Metric = "log_likelihood"
     """`icl`: how the answers of a group are judged; the last two generate, which costs far more."""
     n_demos: int = 5
@@ -156,10 +188,11 @@ class TrainingConfig:
 
     slices: tuple[Projection, ...] | Auto = "auto"
     """Which projections are sliced, of q, k, v (rows) and o (columns); `auto` = the recipe's."""
-    rank: int | None = None
-    """Rank of the update inside each slice, at most the head width; None = the full slice is trained."""
-    epochs: int = 3
-    """Passes over the selected rows."""
+    rank: int | Auto | None = "auto"
+    """Rank of the update inside each slice, at most the head width; None = the full slice is trained. `auto` = the recipe's
+    where every head is trained, else None."""
+    epochs: int | Auto = "auto"
+    """Passes over the selected rows. `auto` = the recipe's, or as many as make MIN_STEPS steps, at most MAX_EPOCHS."""
     learning_rate: float | Auto = "auto"
     """Peak of the cosine. `auto` = a short search on held-out rows inside the training step, counted in the cost."""
     batch_size: int = 4
@@ -213,10 +246,10 @@ def top_count(ratio: float, total: int) -> int:
 
 def pool_count(data: DataConfig, rows: int) -> int:
     """How many of `rows` rows are scored: all, or in fast mode a pool of POOL_FACTOR times the rows that are kept."""
+    assert data.mode != "auto", "resolve the config first"
     if data.mode == "faithful":
         return rows
-    assert data.ratio != "auto", "resolve the config first"
-    return min(rows, math.ceil(POOL_FACTOR * top_count(data.ratio, rows)))
+    return min(rows, math.ceil(POOL_FACTOR * top_count(data_ratio(data), rows)))
 
 
 def alignment_layers(layers: int) -> range:
@@ -240,20 +273,68 @@ def icl_demos(data: DataConfig, rows: int) -> int:
     In fast mode up to FAST_DEMOS, but no more than leave FAST_SLOT_ROWS rows for each slot: a row's mass is divided by the
     mean of its slot, which a few rows do not tell.
     """
+    assert data.mode != "auto", "resolve the config first"
     if data.mode == "faithful":
         return data.n_demos
     return max(data.n_demos, min(FAST_DEMOS, rows // FAST_SLOT_ROWS))
 
 
-def least_proxy_rows(heads: HeadsConfig) -> int:
-    """Fewest training rows with which stage 1 can be done as asked; 0 where an earlier head map replaces it."""
-    if heads.head_map is not None:
+def head_choice(config: JobConfig, map_scorer: str | None = None) -> tuple[str, float]:
+    """Scorer and ratio of the heads: neither rows nor model decide them.
+
+    All heads are trained by default only where nothing asks for a choice: no scorer, no head map, no control of random heads.
+
+    Args:    map_scorer: what made the head map that is given, once it is read.
+    """
+    recipe, heads = RECIPES[config.recipe], config.heads
+    scorer = map_scorer or heads.scorer
+    free = scorer == "auto" and heads.head_map is None and config.kind != "identify_heads"
+    if heads.ratio != "auto":
+        ratio = heads.ratio
+    elif scorer == UNIFORM:
+        ratio = 1.0
+    else:
+        ratio = recipe.heads_ratio if free and "random_heads" not in config.controls else DEFAULT_RATIO
+    if scorer == "auto":
+        scorer = UNIFORM if free and ratio == 1 else recipe.head_scorer
+    return scorer, ratio
+
+
+def heads_ratio(heads: HeadsConfig) -> float:
+    """Share of heads kept, of a resolved config."""
+    assert heads.ratio != "auto", "resolve the config first"
+    return heads.ratio
+
+
+def data_ratio(data: DataConfig) -> float:
+    """Share of rows kept, of a resolved config."""
+    assert data.ratio != "auto", "resolve the config first"
+    return data.ratio
+
+
+def rank_of(training: TrainingConfig) -> int | None:
+    """Rank of the update inside each slice, of a resolved config; None = whole slices."""
+    assert training.rank != "auto", "resolve the config first"
+    return training.rank
+
+
+def epochs_of(training: TrainingConfig) -> int:
+    """Passes over the selected rows, of a resolved config."""
+    assert training.epochs != "auto", "resolve the config first"
+    return training.epochs
+
+
+def least_proxy_rows(config: JobConfig) -> int:
+    """Fewest training rows with which stage 1 can be done as asked; 0 where it trains no proxy or a head map is given."""
+    if config.heads.head_map is not None or head_choice(config)[0] in WITHOUT_PROXY:
         return 0
-    return MIN_PROXY_ROWS if heads.proxy_rows == "auto" else heads.proxy_rows
+    return MIN_PROXY_ROWS if config.heads.proxy_rows == "auto" else config.heads.proxy_rows
 
 
 def proxy_count(heads: HeadsConfig) -> int:
-    """Rows of the proxy, of a resolved config."""
+    """Rows of the proxy, of a resolved config; 0 for scorers that need none."""
+    if heads.scorer in WITHOUT_PROXY:
+        return 0
     assert heads.proxy_rows != "auto", "resolve the config first"
     return heads.proxy_rows
 
@@ -264,190 +345,6 @@ def proxy_guide_rows(proxy_rows: int, guide_rows: int) -> int:
     `attribution` passes them up to five times, so all 32 would cost more than a small proxy itself.
     """
     return min(guide_rows, max(16, math.ceil(proxy_rows / 3)))
-
-
-def check(config: JobConfig) -> None:
-    """Raise ConfigError (`config.invalid`) with one entry in errors[] for every field that is wrong; types come first.
-
-    Of a head map that the config names only `check_given_heads` can judge.
-    """
-    _refuse(list(wrong_types(config, JobConfig)))
-    _refuse([*_faults(config), *_unproven(config, None)])
-
-
-def check_fields(config: JobConfig) -> None:
-    """The same for values alone, and without what is not offered before its worth is shown: a benchmark may measure it."""
-    _refuse(list(_faults(config)))
-
-
-def check_given_heads(config: JobConfig, map_scorer: str) -> None:
-    """Raise ConfigError if the job may not use a head map of this scorer, which no field of the config says."""
-    _refuse(list(_unproven(config, map_scorer)))
-
-
-def _refuse(errors: list[ErrorDetail]) -> None:
-    if errors:
-        raise ConfigError(
-            counted(len(errors), "field of the job is wrong.", "fields of the job are wrong."), errors=errors
-        )
-
-
-def _faults(config: JobConfig) -> Iterator[ErrorDetail]:
-    heads, data, training = config.heads, config.data, config.training
-    names: list[tuple[Collection[str], str, str, str]] = [(RECIPES, config.recipe, "recipe", "/recipe")]
-    names += [(HEAD_SCORERS, heads.scorer, "head scorer", "/heads/scorer")] if heads.scorer != "auto" else []
-    names += [(DATA_SCORERS, data.scorer, "data scorer", "/data/scorer")] if data.scorer != "auto" else []
-    for table, name, what, pointer in names:
-        try:
-            check_name(table, name, what=what, pointer=pointer)
-        except UnknownName as error:
-            yield from error.errors
-    yield from _unknown_words(config)
-    for pointer, ratio in (("/heads/ratio", heads.ratio), ("/data/ratio", data.ratio)):
-        if ratio != "auto" and not 0 < ratio <= 1:
-            yield _wrong("config.ratio", "a ratio above 0 and at most 1", ratio, pointer)
-    at_least = [
-        ("/heads/proxy_rows", heads.proxy_rows, 4),  # two half-proxies of two rows each
-        ("/data/n_demos", data.n_demos, 1),
-        ("/data/n_queries", data.n_queries, 1),
-        ("/training/rank", training.rank, 1),
-        ("/training/epochs", training.epochs, 1),
-        ("/training/batch_size", training.batch_size, 1),
-        ("/training/max_length", training.max_length, 8),
-        ("/training/seed", training.seed, 0),
-        ("/limits/max_seconds", config.limits.max_seconds, 1),
-        ("/limits/max_gpu_seconds", config.limits.max_gpu_seconds, 1),
-    ]
-    for pointer, value, least in at_least:
-        if isinstance(value, int) and value < least:
-            yield _wrong("config.too_small", f"at least {least}", value, pointer)
-    yield from _contradictions(config)
-    if not _is_moment(config.limits):
-        got = repr(config.limits.deadline)
-        yield _wrong("config.deadline", "an RFC 3339 time, with its offset", got, "/limits/deadline")
-    rate = training.learning_rate
-    if rate != "auto" and not (math.isfinite(rate) and rate > 0):
-        yield _wrong("config.learning_rate", "a positive number", rate, "/training/learning_rate")
-    if training.slices != "auto" and (not training.slices or len(set(training.slices)) < len(training.slices)):
-        yield ErrorDetail(
-            code="config.slices", message="Expected one or more of q, k, v, o, each once.", pointer="/training/slices"
-        )
-
-
-def _is_moment(limits: Limits) -> bool:
-    """Whether the deadline, if there is one, names one moment everywhere."""
-    try:
-        return limits.ends_at is None or limits.ends_at.tzinfo is not None
-    except ValueError:
-        return False
-
-
-def _wrong(code: str, expected: str, got: object, pointer: str) -> ErrorDetail:
-    message = f"Expected {expected}, got {got}."
-    return ErrorDetail(code=code, message=message, pointer=pointer, expected=expected, got=str(got))
-
-
-def _unknown_words(config: JobConfig) -> Iterator[ErrorDetail]:
-    """Fields that take one of a few words; types alone do not stop a caller from Python."""
-    slices = () if config.training.slices == "auto" else config.training.slices
-    fields: list[tuple[str, Any, Any]] = [
-        ("/kind", Kind, [config.kind]),
-        ("/reuse", Reuse, [config.reuse]),
-        ("/controls", Control, config.controls),
-        ("/data/mode", Mode, [config.data.mode]),
-        ("/data/metric", Metric, [config.data.metric]),
-        ("/training/precision", Precision, [config.training.precision]),
-        ("/training/slices", Projection, slices),
-    ]
-    for pointer, words, given in fields:
-        known = get_args(words)
-        for word in given:
-            if word not in known:
-                yield _wrong("config.unknown_word", f"one of {', '.join(known)}", repr(word), pointer)
-
-
-def check_rank(config: JobConfig, *, head_dim: int) -> None:
-    """Raise ConfigError if the rank is above the head width: the factors would outnumber the slice that they stand for."""
-    rank = config.training.rank
-    if rank is not None and rank > head_dim:
-        most = f"at most {head_dim}, the width of a head of the base model"
-        detail = _wrong("config.rank", most, rank, "/training/rank")
-        raise ConfigError("training.rank is above the head width.", errors=[detail])
-
-
-def _contradictions(config: JobConfig) -> Iterator[ErrorDetail]:
-    """Settings that each are right and together mean nothing."""
-    data, head_scorer = config.data, config.heads.scorer
-    if head_scorer == "auto" and config.recipe in RECIPES:
-        head_scorer = RECIPES[config.recipe].head_scorer
-    slices = config.training.slices
-    if head_scorer in COMBINED_SCORERS and slices != "auto" and not {"q", "k", "v"} & set(slices):
-        yield ErrorDetail(
-            code="config.scorer",
-            message=f"The head scorer {head_scorer!r} sees q, k and v alone; training.slices has none of them.",
-            pointer="/heads/scorer",
-        )
-    if len(set(config.controls)) < len(config.controls):
-        yield ErrorDetail(
-            code="config.controls", message="A control is named twice; one of each is trained.", pointer="/controls"
-        )
-    if config.controls and config.kind != "adapt":
-        yield ErrorDetail(
-            code="config.controls",
-            message=f"Controls are trained beside an adapter; a job of kind {config.kind!r} trains none.",
-            pointer="/controls",
-        )
-    scorer = _data_scorer(config)
-    metric = DataConfig().metric
-    if data.metric != metric and scorer != "icl":
-        yield ErrorDetail(
-            code="config.metric",
-            message=f"The data scorer {scorer!r} judges no answers; only 'icl' has a metric.",
-            pointer="/data/metric",
-        )
-    if data.mode == "fast" and scorer == "random":
-        yield ErrorDetail(
-            code="config.mode",
-            message="The data scorer 'random' costs nothing: it has no fast mode.",
-            pointer="/data/mode",
-        )
-
-
-def _data_scorer(config: JobConfig) -> str:
-    """The one that is named, or the recipe's."""
-    if config.data.scorer != "auto" or config.recipe not in RECIPES:
-        return config.data.scorer
-    return RECIPES[config.recipe].data_scorer
-
-
-def _unproven(config: JobConfig, map_scorer: str | None) -> Iterator[ErrorDetail]:
-    """What can be computed, and measured by a benchmark, but is not offered before its worth is shown.
-
-    Fast mode was compared with faithful mode for FAST_MEASURED as it stands: its scorers, its slices. A head map that is named
-    decides the head scorer, once it is known.
-    """
-    recipe, data_scorer = RECIPES.get(config.recipe), _data_scorer(config)
-    if config.data.mode != "fast" or recipe is None or data_scorer == "random":
-        return
-    head_scorer = map_scorer or (recipe.head_scorer if config.heads.scorer == "auto" else config.heads.scorer)
-    slices = recipe.slices if config.training.slices == "auto" else config.training.slices
-    measured = RECIPES[FAST_MEASURED]
-    if config.heads.head_map is not None and map_scorer is None:
-        head_scorer = measured.head_scorer  # until the map is read
-    names = (measured.head_scorer, measured.data_scorer, measured.slices)
-    if (head_scorer, data_scorer, set(slices)) == (*names[:2], set(measured.slices)):
-        return
-    yield ErrorDetail(
-        code="config.mode",
-        message=f"Fast mode was compared with faithful mode for {_combination(*names)} alone (docs/results/fast_mode.md); nothing "
-        f"shows yet that it is as good for {_combination(head_scorer, data_scorer, slices)}. Leave data.mode out, or leave "
-        f"recipe, heads.scorer, heads.head_map, data.scorer and training.slices out (recipe {FAST_MEASURED!r}).",
-        pointer="/data/mode",
-    )
-
-
-def _combination(head_scorer: str, data_scorer: str, slices: Collection[str]) -> str:
-    return f"the head scorer {head_scorer!r}, the data scorer {data_scorer!r} and the slices {', '.join(slices)}"
 
 
 def config_json(config: JobConfig) -> dict[str, Any]:

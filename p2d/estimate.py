@@ -10,9 +10,13 @@ from dataclasses import dataclass
 from p2d.arch.spec import every_head
 from p2d.config import (
     FAST_ANSWER_TOKENS,
+    WITHOUT_PROXY,
     JobConfig,
     alignment_layers,
     alignment_projections,
+    data_ratio,
+    epochs_of,
+    heads_ratio,
     icl_demos,
     pool_count,
     proxy_count,
@@ -117,7 +121,7 @@ def evaluation_cost(info: ModelInfo, config: JobConfig, *, train: RowCounts, eva
     answer = evaluation.answer_tokens / max(1, evaluation.rows) * min(evaluation.rows, 200)
     token = forward(info, Work(tokens=1, pairs=evaluation.longest, logits=1))
     batch = _work(train).times(min(1.0, config.training.batch_size / train.rows))
-    share = top_count(_ratio(config), train.rows) / train.rows
+    share = top_count(data_ratio(config.data), train.rows) / train.rows
     return EvaluationCost(
         loss=forward(info, _work(evaluation)),
         # Most rows write until the limit, a little over the longest reference: twice the mean.
@@ -125,7 +129,7 @@ def evaluation_cost(info: ModelInfo, config: JobConfig, *, train: RowCounts, eva
         full_step=full_fine_tuning(info, batch),
         lora_step=lora_training(info, batch),
         control=_train(info, config, _work(train).times(share), rows=share * train.rows),
-        lora=lora_training(info, _work(train).times(config.training.epochs + _trial_epochs(config, train.rows))),
+        lora=lora_training(info, _work(train).times(epochs_of(config.training) + _trial_epochs(config, train.rows))),
     )
 
 
@@ -135,7 +139,7 @@ def estimate_flops(info: ModelInfo, config: JobConfig, *, train: RowCounts, guid
     slices = config.training.slices
     assert slices != "auto", "resolve the config first"
     heads = every_head(info)
-    share = top_count(_ratio(config), train.rows) / train.rows
+    share = top_count(data_ratio(config.data), train.rows) / train.rows
     proxy = every.times(min(1.0, proxy_count(config.heads) / train.rows))
     judging = asked.times(proxy_guide_rows(proxy_count(config.heads), guide.rows) / max(1, guide.rows))
     # Held-out loss before and after each half; attribution needs gradients there, and mostly halfway as well.
@@ -146,7 +150,7 @@ def estimate_flops(info: ModelInfo, config: JobConfig, *, train: RowCounts, guid
     )
     proxies = slice_training(info, proxy, heads=heads, projections=slices) + looks
     return {
-        "heads": 0.0 if config.heads.scorer == "random" else proxies,
+        "heads": 0.0 if config.heads.scorer in WITHOUT_PROXY else proxies,
         "respond": _respond(info, config, train, guide),
         "train": _train(info, config, every.times(share), rows=share * train.rows),
     }
@@ -158,8 +162,8 @@ def _train(info: ModelInfo, config: JobConfig, kept: Work, *, rows: float) -> fl
     assert slices != "auto", "resolve the config first"
     heads = every_head(info)
     # Chosen heads at even distances: the lowest layer has one, as it nearly always has in a random choice.
-    chosen = heads[:: max(1, len(heads) // top_count(config.heads.ratio, len(heads)))]
-    passes = config.training.epochs + _search_epochs(config, rows)
+    chosen = heads[:: max(1, len(heads) // top_count(heads_ratio(config.heads), len(heads)))]
+    passes = epochs_of(config.training) + _search_epochs(config, rows)
     return slice_training(info, kept.times(passes), heads=chosen, projections=slices)
 
 
@@ -169,13 +173,8 @@ def _search_epochs(config: JobConfig, rows: float) -> float:
 
 
 def _trial_epochs(config: JobConfig, rows: float) -> float:
-    steps = max(1.0, rows / config.training.batch_size * config.training.epochs)
-    return TRIALS * max(4.0, min(16.0, steps / 8)) / steps * config.training.epochs
-
-
-def _ratio(config: JobConfig) -> float:
-    assert config.data.ratio != "auto", "resolve the config first"
-    return config.data.ratio
+    steps = max(1.0, rows / config.training.batch_size * epochs_of(config.training))
+    return TRIALS * max(4.0, min(16.0, steps / 8)) / steps * epochs_of(config.training)
 
 
 def _work(counts: RowCounts) -> Work:

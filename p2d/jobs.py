@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from p2d.columns import Columns, mapped
-from p2d.config import JobConfig, Kind, check, check_given_heads, config_json
+from p2d.config import JobConfig, Kind, config_json
+from p2d.config_checks import check, check_given_heads
 from p2d.errors import ConfigError, DatasetError, DatasetFileMissing, ErrorDetail, P2DError
 from p2d.files import read_json, sha256_of, write_json
 from p2d.head_maps import check_head_map

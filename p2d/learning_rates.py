@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from p2d.batches import TOKEN_BUDGET, mean_answer_nll
-from p2d.config import JobConfig
+from p2d.config import JobConfig, rank_of
 from p2d.errors import Diverged, EngineError
 from p2d.memory_guard import memory_guard
 from p2d.models import BaseModel
@@ -123,7 +123,7 @@ def find_learning_rate(
         raise EngineError("The learning rate cannot be searched without held-out rows.")
     judges = list(guide)[: judged_rows(len(rows), len(guide))]
     search = _Search(base, trained, rows, judges, config, steps, progress, known, on_trial)
-    rate, factor = first or first_rate(config.training.rank), 2.0
+    rate, factor = first or first_rate(rank_of(config.training)), 2.0
     best = search.trial(rate)
     if (other := search.trial(rate * 2)) < best * (1 - MARGIN):
         best, rate = other, rate * 2

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from p2d.baselines import lora_layers
-from p2d.config import JobConfig
+from p2d.config import JobConfig, epochs_of
 from p2d.flops import LORA_RANK
 from p2d.learning_rates import find_learning_rate, search_steps, watched_rows
 from p2d.masters import Masters
@@ -51,7 +51,7 @@ def lora_control(
     """
     started, settings = time.perf_counter(), config.training
     per_epoch = steps_per_epoch(len(rows), settings.batch_size)
-    steps = per_epoch * settings.epochs
+    steps = per_epoch * epochs_of(settings)
     total = search_steps(steps) + steps
     watch = list(guide)[: watched_rows(len(rows), len(guide))]
     lora = lora_layers(base, settings.seed, r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules="all-linear")

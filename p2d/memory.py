@@ -15,14 +15,19 @@ from dataclasses import dataclass
 
 from p2d.arch.spec import n_units
 from p2d.config import (
+    WITHOUT_PROXY,
     JobConfig,
     Projection,
     alignment_layers,
     alignment_projections,
+    data_ratio,
+    epochs_of,
+    heads_ratio,
     icl_demos,
     pool_count,
     proxy_count,
     proxy_guide_rows,
+    rank_of,
     top_count,
 )
 from p2d.flops import LORA_RANK, PROJECTIONS, lora_parameters, projection_weights
@@ -88,7 +93,7 @@ def step_peaks(
     longest = max(train.longest, guide.longest, evaluation.longest)
     slices = _slices(config)
     batch = _micro_batch(config.training.batch_size * longest, longest)
-    kept = top_count(_ratio(config), train.rows) * train.tokens // max(1, train.rows)
+    kept = top_count(data_ratio(config.data), train.rows) * train.tokens // max(1, train.rows)
     beside = {
         "heads": _heads(info, config, machine, batch, guide, longest),
         "respond": _respond(info, config, machine, train, guide, longest),
@@ -99,8 +104,8 @@ def step_peaks(
         # Dot products and norms of the rows of one shard, in fp64.
         "respond": 24 * min(train.rows, shard_rows) * len(alignment_layers(info.n_layers)) * info.n_heads,
         # Checkpoints are written from a copy; frozen layers' outputs of kept rows are remembered, where there is room.
-        "train": _units(info, config) * _slice_bytes(info, 3 * FP32 + MOMENTS)
-        + (kept * info.hidden_size * machine.number if config.training.epochs > 1 else 0),
+        "train": _units(info, config) * _checkpoint(info, rank_of(config.training))
+        + (kept * info.hidden_size * machine.number if epochs_of(config.training) > 1 else 0),
     }
     return {step: _peak(info, machine, beside[step], host.get(step, 0)) for step in beside}
 
@@ -135,6 +140,8 @@ def _peak(info: ModelInfo, machine: Machine, beside: int, host: int) -> Peak:
 
 def _heads(info: ModelInfo, config: JobConfig, machine: Machine, batch: int, guide: RowCounts, longest: int) -> int:
     slices, answers = _slices(config), _answers(guide)
+    if config.heads.scorer in WITHOUT_PROXY:
+        return 0
     # Base values, masters, gradients, moments, two copies to go back to; of attribution the guide's gradients before training,
     # and at the end and in the middle of the first half, which last while the second one is trained.
     copies = 7 if config.heads.scorer == "attribution" else 4
@@ -196,21 +203,31 @@ def _lora(info: ModelInfo, machine: Machine, batch: int, longest: int, answers: 
 def _state(info: ModelInfo, machine: Machine, config: JobConfig) -> int:
     """Slices of the chosen heads: base values, masters, gradients, moments, the start of the search and the best epoch."""
     units = _units(info, config)
-    rank = config.training.rank
+    rank = rank_of(config.training)
     if rank is None:
         return units * _slice_bytes(info, machine.number + 4 * FP32 + MOMENTS)
-    factors = rank * (info.head_dim + info.hidden_size) * (4 * FP32 + MOMENTS)
-    return units * (_slice_bytes(info, machine.number + FP32) + factors)
+    return units * (_slice_bytes(info, machine.number + FP32) + _factor_bytes(info, rank, 4 * FP32 + MOMENTS))
+
+
+def _checkpoint(info: ModelInfo, rank: int | None) -> int:
+    """Of one slice: masters, moments, the best epoch; with a rank those of its factors, and in the end the values themselves."""
+    if rank is None:
+        return _slice_bytes(info, 3 * FP32 + MOMENTS)
+    return _slice_bytes(info, FP32) + _factor_bytes(info, rank, 3 * FP32 + MOMENTS)
 
 
 def _units(info: ModelInfo, config: JobConfig) -> int:
     """Most slices that the chosen heads have: each in a KV group of its own, while there are such."""
-    heads = top_count(config.heads.ratio, info.n_layers * info.n_heads)
+    heads = top_count(heads_ratio(config.heads), info.n_layers * info.n_heads)
     return sum(min(heads, info.n_layers * n_units(info, name)) for name in _slices(config))
 
 
 def _slice_bytes(info: ModelInfo, per_number: int) -> int:
     return info.head_dim * info.hidden_size * per_number
+
+
+def _factor_bytes(info: ModelInfo, rank: int, per_number: int) -> int:
+    return rank * (info.head_dim + info.hidden_size) * per_number
 
 
 # --- passes ----------------------------------------------------------------------------------------------------------
@@ -282,8 +299,3 @@ def _answers(counts: RowCounts) -> float:
 def _slices(config: JobConfig) -> tuple[Projection, ...]:
     assert config.training.slices != "auto", "resolve the config first"
     return config.training.slices
-
-
-def _ratio(config: JobConfig) -> float:
-    assert config.data.ratio != "auto", "resolve the config first"
-    return config.data.ratio

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from p2d.accounting import Alternatives, Bill, StepCost, attempts_of, bill, reused_of, step_cost
-from p2d.config import config_json
+from p2d.config import config_json, epochs_of, heads_ratio
 from p2d.files import read_json, write_json
 from p2d.flops import full_fine_tuning, lora_training, typical_work
 from p2d.head_maps import HeadMap
@@ -69,7 +69,8 @@ def _heads(inputs: Path, plan: Plan, training: Any) -> dict[str, Any] | None:
     if not (inputs / "head_map.json").is_file():
         return None
     head_map = HeadMap.load(inputs / "head_map.json")
-    chosen = head_map.top(plan.config.heads.ratio)
+    ratio = heads_ratio(plan.config.heads)
+    chosen = head_map.top(ratio)
     return {
         "scorer": head_map.scorer,
         "projections": list(head_map.projections),
@@ -78,7 +79,7 @@ def _heads(inputs: Path, plan: Plan, training: Any) -> dict[str, Any] | None:
         "chosen": [[layer, head] for layer, head in sorted(chosen)],
         "trained_parameters": None if training is None else training["n_parameters"],
         "trained_share": None if training is None else training["n_parameters"] / plan.model.parameters,
-        "reproducibility": asdict(head_map.agreement(plan.config.heads.ratio)),
+        "reproducibility": asdict(head_map.agreement(ratio)),
         "proxy": None if head_map.proxy is None else asdict(head_map.proxy),
         "earlier_head_map": plan.config.heads.head_map,
     }
@@ -103,7 +104,7 @@ def _cost(inputs: Path, plan: Plan, evaluation: Any, *, started: float, device: 
     return {
         **asdict(total),
         "not_known": _not_known(plan, {cost.step for cost in costs}),
-        "epochs": plan.config.training.epochs,
+        "epochs": epochs_of(plan.config.training),
         "flops_are": FLOPS_ARE,
         "baselines": "projected from a few measured steps, see evaluation" if evaluation else None,
         "steps": [
@@ -122,7 +123,7 @@ def _not_known(plan: Plan, costed: set[str]) -> list[str]:
 
 def _alternatives(plan: Plan, evaluation: Any) -> Alternatives:
     """Both baselines over all training rows, which count as being of their mean length."""
-    rows, epochs = plan.train, plan.config.training.epochs
+    rows, epochs = plan.train, epochs_of(plan.config.training)
     work = typical_work(rows=rows.rows, tokens=rows.tokens, answer_tokens=rows.answer_tokens)
     return Alternatives(
         full_s=evaluation["full_fine_tuning"]["seconds"],

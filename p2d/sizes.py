@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from p2d.arch.spec import every_head, heads_per_group, units_of
-from p2d.config import JobConfig, alignment_layers, pool_count, rates_guide, top_count
+from p2d.config import JobConfig, alignment_layers, heads_ratio, pool_count, rates_guide, top_count
 from p2d.flops import LORA_RANK, lora_parameters
 from p2d.model_info import ModelInfo
 from p2d.pipeline import shard_range
@@ -51,7 +51,7 @@ def adapter_size(info: ModelInfo, config: JobConfig, *, wide: bool) -> Size:
     At the least the heads fill whole KV groups of few layers, at the most each has a layer, then a group, of its own.
     """
     heads = every_head(info)
-    count, share = top_count(config.heads.ratio, len(heads)), heads_per_group(info)
+    count, share = top_count(heads_ratio(config.heads), len(heads)), heads_per_group(info)
     spread = sorted(heads, key=lambda at: (at[1] // share + at[1] % share * info.n_kv_groups, -at[0]))
     # Headers name shapes and offsets: a digit more or less for each.
     tensors = min(count, info.n_layers) * len(config.training.slices)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from p2d.config import JobConfig, config_json
+from p2d.config import WITHOUT_PROXY, JobConfig, config_json
 from p2d.pipeline import STEPS
 from p2d.versions import fingerprint
 
@@ -21,7 +21,8 @@ def fields_read(step: str, config: JobConfig) -> list[str]:
     """The fields of a resolved config that decide the step's output. A test watches the steps read them, and no others."""
     training = ["training.slices", "training.precision", "training.seed"]
     if step == "heads":
-        return ["heads.scorer", "heads.proxy_rows", "training.batch_size", *training]
+        proxy = [] if config.heads.scorer in WITHOUT_PROXY else ["heads.proxy_rows", "training.batch_size"]
+        return ["heads.scorer", *proxy, *training]
     assert step == "respond", step
     fields = ["data.scorer", "data.mode", *training]
     if config.data.mode == "fast":  # the ratio decides how many rows are drawn into the pool

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from p2d import flops
-from p2d.config import JobConfig, proxy_count, proxy_guide_rows
+from p2d.config import JobConfig, epochs_of, proxy_count, proxy_guide_rows
 from p2d.flops import Work
 from p2d.head_maps import HeadMap
 from p2d.identify import half_proxies
@@ -65,7 +65,7 @@ def training_flops(
     settings = config.training
     assert settings.slices != "auto", "resolve the config first"
     trial_steps = sum(trial.steps for trial in result.trials)
-    passes = settings.epochs + trial_steps / steps_per_epoch(len(rows), settings.batch_size)
+    passes = epochs_of(settings) + trial_steps / steps_per_epoch(len(rows), settings.batch_size)
     trained = work_of_rendered(base, rows).times(passes)
     watched = work_of_rendered(base, guide[: result.watched_rows]).times(len(result.watched))
     judged = work_of_rendered(base, guide[: judged_rows(len(rows), len(guide))]).times(len(result.trials))

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from p2d.accounting import StepCost, host_memory_bytes, peak_memory_bytes
-from p2d.config import DATA_SCORERS, JobConfig, Precision, check_given_heads, check_rank, least_proxy_rows, proxy_count
+from p2d.config import DATA_SCORERS, JobConfig, Precision, data_ratio, heads_ratio, least_proxy_rows, proxy_count
+from p2d.config_checks import check_given_heads, check_rank
 from p2d.errors import ErrorDetail, RowTooLong, TemplateRefuses
 from p2d.files import write_json
 from p2d.model_info import ModelInfo, read_model_info
@@ -105,11 +106,17 @@ def validate(call: StepCall, progress: Progress, models: ModelCache, on_checkpoi
         rows,
         open_rows(apart) if apart.is_file() else None,
         seed=call.config.training.seed,
-        proxy_rows=least_proxy_rows(call.config.heads),
+        proxy_rows=least_proxy_rows(call.config),
     )
     given = _given_map(call, info)
     scorer = given.scorer if given is not None else None
-    resolution = resolve(call.config, rows=len(split.train), context_length=info.context_length, map_scorer=scorer)
+    resolution = resolve(
+        call.config,
+        rows=len(split.train),
+        context_length=info.context_length,
+        head_dim=info.head_dim,
+        map_scorer=scorer,
+    )
     config, reasons, warnings = resolution.config, dict(resolution.reasons), list(resolution.warnings)
     held_out = "/validation_dataset" if apart.is_file() else "/dataset"
     train, guide, evaluation = _count_tokens(renderer, split, config, held_out, progress)
@@ -250,11 +257,10 @@ def select(call: StepCall, progress: Progress, models: ModelCache, on_checkpoint
     rows = open_rows(call.inputs / "rows.jsonl")
     chosen = _chosen_heads(call, plan)
     shards = read_shards(list(call.inputs.glob("responses-*.safetensors")))
-    assert plan.config.data.ratio != "auto"
     selection = select_rows(
         shards,
         chosen,
-        plan.config.data.ratio,
+        data_ratio(plan.config.data),
         rows,
         seed=plan.config.training.seed,
         guide_apart=plan.guide_apart,
@@ -281,7 +287,7 @@ def _chosen_heads(call: StepCall, plan: Plan) -> list[Head]:
     from p2d.head_maps import check_head_map
 
     head_map = check_head_map(call.inputs / "head_map.json", plan.model)
-    return head_map.top(plan.config.heads.ratio)
+    return head_map.top(heads_ratio(plan.config.heads))
 
 
 # --- train -----------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from torch import Tensor
 from p2d.activation_cache import remember_below
 from p2d.batches import TOKEN_BUDGET, mean_answer_nll
 from p2d.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
-from p2d.config import JobConfig
+from p2d.config import JobConfig, epochs_of, rank_of
 from p2d.learning_rates import Found, Searched, Trial, find_learning_rate, search_steps, watched_rows
 from p2d.memory_guard import memory_guard
 from p2d.models import BaseModel
@@ -109,15 +109,16 @@ def train(
     started = time.perf_counter()
     settings = config.training
     assert settings.slices != "auto", "resolve the config first"
+    epochs, rank = epochs_of(settings), rank_of(settings)
     per_epoch = steps_per_epoch(len(rows), settings.batch_size)
-    steps = per_epoch * settings.epochs
+    steps = per_epoch * epochs
     searching = search_steps(steps) if settings.learning_rate == "auto" else 0
     watch = list(guide)[: watched_rows(len(rows), len(guide))]
     identity = run_identity(base, rows, guide, heads, config)
     # Layers below the shallowest chosen one are worth remembering as soon as a row is seen twice.
-    below = min(heads)[0] if settings.epochs > 1 or searching else 0
+    below = min(heads)[0] if epochs > 1 or searching else 0
     with (
-        HeadSlices(base, heads, settings.slices, settings.rank, seed=settings.seed) as slices,
+        HeadSlices(base, heads, settings.slices, rank, seed=settings.seed) as slices,
         remember_below(base, below, checkpoint_dir),
     ):
         trainer = SliceTrainer(base, slices, rows, batch_size=settings.batch_size, seed=str(settings.seed))
@@ -160,7 +161,7 @@ def train(
         tokens=run.tokens,
         n_parameters=n_parameters,
         remembered_below=below,
-        rank=settings.rank,
+        rank=rank,
         token_budget=trainer.token_budget,
         warnings=run.warnings + _memory_warning(trainer.token_budget),
         seconds=time.perf_counter() - started,

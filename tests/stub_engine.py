@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from p2d.config import least_proxy_rows, top_count
+from p2d.config import heads_ratio, least_proxy_rows, top_count
 from p2d.errors import Diverged
 from p2d.files import write_json
 from p2d.head_maps import HeadMap, Reproducibility
@@ -112,13 +112,14 @@ def _validate(call: StepCall) -> None:
         load_rows(call.inputs / "dataset.jsonl"),
         load_rows(validation) if validation.exists() else None,
         seed=call.config.training.seed,
-        proxy_rows=least_proxy_rows(call.config.heads),
+        proxy_rows=least_proxy_rows(call.config),
     )
     for name, rows in (("rows", split.train), ("guide", split.guide), ("evaluation", split.evaluation)):
         write_rows(call.out / f"{name}.jsonl", rows)
     given = HeadMap.load(call.inputs / "head_map.json") if call.config.heads.head_map is not None else None
     scorer = given.scorer if given is not None else None
-    resolution = resolve(call.config, rows=len(split.train), context_length=model.context_length, map_scorer=scorer)
+    size = {"context_length": model.context_length, "head_dim": model.head_dim}
+    resolution = resolve(call.config, rows=len(split.train), **size, map_scorer=scorer)
     plan = Plan(
         config=resolution.config,
         reasons=resolution.reasons,
@@ -188,7 +189,7 @@ def _select(call: StepCall) -> None:
     assert [a for a, _ in covered] == [0, *(b for _, b in covered[:-1])], "shards leave a gap"
     assert covered[-1][1] == len(rows), "shards do not cover all rows"
     kept = max(1, len(rows) // 10)
-    heads = top_count(plan.config.heads.ratio, plan.model.n_layers * plan.model.n_heads)
+    heads = top_count(heads_ratio(plan.config.heads), plan.model.n_layers * plan.model.n_heads)
     with (call.out / "selection.jsonl").open("w") as file:
         for index, row in enumerate(rows):
             score = -index / 8 * heads
@@ -215,7 +216,7 @@ def _evaluate(call: StepCall) -> None:
     weights = (call.inputs / "heads.safetensors").stat().st_size
     write_json(call.out / "evaluation.json", {"loss_before": 2.0, "loss_after": 1.0, "adapter_bytes": weights})
     rows = load_rows(call.inputs / "evaluation.jsonl")
-    gain = 0.5 + load_plan(call.inputs / "plan.json").config.heads.ratio  # more heads, a lower loss
+    gain = 0.5 + heads_ratio(load_plan(call.inputs / "plan.json").config.heads)  # more heads, a lower loss
     losses = {"before": [10.0] * len(rows), "after": [10.0 - gain - n % 3 / 10 for n in range(len(rows))]}
     facts = {"format": 1, "rows_hash": content_hash(rows), "tokens": [5] * len(rows)}
     write_json(call.out / "row_losses.json", facts | losses)

@@ -38,7 +38,8 @@ from app.result_errors import ArtifactExpired, NotABaseModel
 from app.schemas import Body, JobBody, RowsBody, SourceBody
 from app.webhook_errors import WebhookNotFound
 from p2d.columns import Columns, mapped
-from p2d.config import Kind, check
+from p2d.config import Kind
+from p2d.config_checks import check
 from p2d.errors import (
     ConfigError,
     DatasetEmpty,

@@ -20,7 +20,7 @@ from app.core.submit import Content, resolution_of
 from app.db.engine import Connection
 from app.db.estimates import Error, MeasuredSpeed, measured_rows, measured_speed, past_errors
 from app.db.jobs import seconds_until
-from p2d.config import JobConfig, proxy_count, top_count
+from p2d.config import JobConfig, data_ratio, epochs_of, proxy_count, top_count
 from p2d.estimate import EFFICIENCY, Speed, estimate_seconds
 from p2d.flops import full_fine_tuning, lora_training, typical_work
 from p2d.memory import Peak, full_peak, lora_peak
@@ -177,7 +177,7 @@ def forecast(
         rows={
             **{name: count.rows for name, count in counts.items()},
             "proxy": proxy_count(config.heads) if config.heads.head_map is None else 0,
-            "kept": top_count(_ratio(config), found.train_rows),
+            "kept": top_count(data_ratio(config.data), found.train_rows),
         },
         tokens={name: count.tokens for name, count in counts.items()},
         size_bytes={name: size.most for name, size in artifacts.items()},
@@ -236,7 +236,7 @@ def _alternatives(
     """Full fine-tuning, and LoRA on all linear layers: all rows, same epochs, at the same speed, on the same machine."""
     model, train, machine = sizing.model, sizing.counts["train"], sizing.machine
     work = typical_work(rows=train.rows, tokens=train.tokens, answer_tokens=train.answer_tokens)
-    once = config.training.epochs / (flop_per_s * EFFICIENCY)
+    once = epochs_of(config.training) / (flop_per_s * EFFICIENCY)
 
     def other(flops: float, peak: Peak, size: int) -> Alternative:
         seconds = once * flops
@@ -348,8 +348,3 @@ def _priced(seconds: Interval, per_hour: float) -> Interval:
 
 def _money(seconds: float, per_hour: float) -> float:
     return round(seconds / 3600 * per_hour, 4)
-
-
-def _ratio(config: JobConfig) -> float:
-    assert config.data.ratio != "auto", "resolve the config first"
-    return config.data.ratio

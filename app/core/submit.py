@@ -27,7 +27,8 @@ from app.errors import (
     SelectionMismatch,
     SelectionNotFound,
 )
-from p2d.config import JobConfig, check, check_given_heads, check_rank, config_json, least_proxy_rows
+from p2d.config import JobConfig, config_json, least_proxy_rows
+from p2d.config_checks import check, check_given_heads, check_rank
 from p2d.errors import ConfigError, DatasetTooSmall, ErrorDetail, P2DError
 from p2d.model_info import ModelInfo
 from p2d.plans import held_out_count
@@ -173,7 +174,13 @@ def resolution_of(
     """Resolve a config that was checked. The validate step does it again, from the rows themselves."""
     held_out = held_out_count(rows, validation_rows, proxy_rows=0)
     train_rows = rows - held_out if validation_rows is None else rows
-    resolution = resolve(config, rows=train_rows, context_length=model.context_length, map_scorer=map_scorer)
+    resolution = resolve(
+        config,
+        rows=train_rows,
+        context_length=model.context_length,
+        head_dim=model.head_dim,
+        map_scorer=map_scorer,
+    )
     return FirstResolution(resolution=resolution, train_rows=train_rows, held_out=held_out)
 
 
@@ -196,7 +203,7 @@ def refusals(conn: Connection, config: JobConfig, inputs: Inputs, earlier: Earli
         except ConfigError as error:
             yield error
     if dataset is not None and inputs.validation_known:
-        own, proxy_rows = validation.rows if validation else None, least_proxy_rows(config.heads)
+        own, proxy_rows = validation.rows if validation else None, least_proxy_rows(config)
         try:
             held_out_count(dataset.rows, own, proxy_rows=proxy_rows)
         except DatasetTooSmall as error:

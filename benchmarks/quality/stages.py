@@ -126,10 +126,16 @@ class Stages:
             ),
             # LoRA has no slices of its own: rows are scored on those of the default recipe.
             training=TrainingConfig(
-                slices=arm.weights.slices or ("v", "o"), epochs=arm.epochs, learning_rate=1e-3, seed=seed
+                slices=arm.weights.slices or ("v", "o"),
+                rank=None,
+                epochs=arm.epochs,
+                learning_rate=1e-3,
+                seed=seed,
             ),
         )
-        return resolve(config, rows=len(self.pool.rows), context_length=self.base.info.context_length).config
+        info = self.base.info
+        found = resolve(config, rows=len(self.pool.rows), context_length=info.context_length, head_dim=info.head_dim)
+        return found.config
 
     def _flops(self, config: JobConfig) -> dict[str, float]:
         return estimate_flops(

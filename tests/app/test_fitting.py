@@ -14,7 +14,7 @@ from tests.p2d.test_estimate import SMOLLM2
 
 GB = 10**9
 BOX = Equipment(device="cpu", host_bytes=8 * GB, device_bytes=0, precision="fp32")
-CONFIG = resolve(JobConfig(training=TrainingConfig(batch_size=16)), rows=300, context_length=8192).config
+CONFIG = resolve(JobConfig(training=TrainingConfig(batch_size=16)), rows=300, context_length=8192, head_dim=64).config
 
 
 def sizing(config: JobConfig = CONFIG, box: Equipment = BOX) -> Sizing:

@@ -11,7 +11,7 @@ import torch
 from benchmarks import scoring
 from benchmarks.quality.pools import PoolSpec, Task, build
 from benchmarks.scoring import GUIDES, POOL, Products, Study, auc, forms, guide_parts, page
-from p2d.config import JobConfig
+from p2d.config import DataConfig, JobConfig
 from p2d.models import load_base_model
 from p2d.responses import ResponseInput
 from p2d.responses.alignment import align
@@ -50,7 +50,12 @@ def test_a_score_is_the_mean_of_the_cosines_that_the_product_takes(study: Study)
     base, rows, guide = study.base, study.pool.rows, study.task.validation[:4]
     form = forms(base.info.n_layers)[2]
     given = ResponseInput(
-        base=base, rows=rows, guide=guide, span=range(len(rows)), slices=form.projections, config=JobConfig()
+        base=base,
+        rows=rows,
+        guide=guide,
+        span=range(len(rows)),
+        slices=form.projections,
+        config=JobConfig(data=DataConfig(mode="faithful")),
     )
     found = align(given, form.layers, form.projections)
 

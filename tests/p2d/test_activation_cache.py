@@ -27,7 +27,7 @@ from tests.p2d.test_slices import assert_same
 LAYER = 2
 HEADS = [(2, 1), (2, 5)]
 ORDER = [3, 0, 4, 7, 1]
-CONFIG = JobConfig(training=TrainingConfig(slices=("v", "o"), epochs=3, learning_rate=1e-2, batch_size=3))
+CONFIG = JobConfig(training=TrainingConfig(slices=("v", "o"), rank=None, epochs=3, learning_rate=1e-2, batch_size=3))
 
 
 def run(

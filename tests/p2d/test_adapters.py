@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from p2d.adapters import load_adapter, merge, save_adapter
 from p2d.batches import collate
-from p2d.config import JobConfig, Projection
+from p2d.config import JobConfig, Projection, TrainingConfig
 from p2d.errors import AdapterMismatch, ModelError
 from p2d.models import BaseModel, load_base_model
 from p2d.slices import HeadSlices
@@ -35,7 +35,7 @@ def trained_adapter(base: BaseModel, directory: Path) -> dict[str, torch.Tensor]
             heads=HEADS,
             projections=PROJECTIONS,
             state=slices.state(),
-            config=JobConfig(),
+            config=JobConfig(training=TrainingConfig(rank=None)),
             learning_rate=1e-3,
         )
         return weights_of(base)

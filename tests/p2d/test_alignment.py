@@ -25,7 +25,9 @@ ROWS, GUIDE = some_rows(6), some_rows(3, first=40)
 
 
 def given(base: BaseModel, slices: tuple[Projection, ...], span: range = range(6)) -> ResponseInput:
-    return ResponseInput(base=base, rows=ROWS, guide=GUIDE, span=span, slices=slices, config=JobConfig())
+    return ResponseInput(
+        base=base, rows=ROWS, guide=GUIDE, span=span, slices=slices, config=JobConfig(data=DataConfig(mode="faithful"))
+    )
 
 
 def gradients(base: BaseModel, rows: list[Row], head: tuple[int, int], slices: tuple[Projection, ...]) -> list[Tensor]:

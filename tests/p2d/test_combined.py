@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from p2d.arch.spec import group_of
-from p2d.config import COMBINED_SCORERS, HEAD_SCORERS, HeadsConfig, JobConfig, Projection, TrainingConfig, check
+from p2d.config import COMBINED_SCORERS, HEAD_SCORERS, HeadsConfig, JobConfig, Projection, TrainingConfig
+from p2d.config_checks import check
 from p2d.errors import ConfigError
 from p2d.head_maps import spearman
 from p2d.registry import load

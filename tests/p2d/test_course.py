@@ -82,7 +82,7 @@ def test_an_evaluation_gives_its_timed_steps_and_its_controls_the_part_of_progre
     trained_adapter(tiny, tmp_path)
     training = TrainingConfig(epochs=1, batch_size=4, learning_rate=1e-3, slices=("v", "o"))
     asked = JobConfig(controls=controls, training=training, data=DataConfig(ratio=0.5))
-    config = resolve(asked, rows=24, context_length=tiny.info.context_length).config
+    config = resolve(asked, rows=24, context_length=tiny.info.context_length, head_dim=tiny.info.head_dim).config
     rows = some_rows(40)
     counts = [counted(tiny, some) for some in (rows[:24], rows[24:30])]
     cost = evaluation_cost(tiny.info, config, train=counts[0], evaluation=counts[1])

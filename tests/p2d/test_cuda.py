@@ -55,8 +55,8 @@ def on(device: str, directory: Path) -> BaseModel:
 
 
 def config(**parts: Any) -> JobConfig:
-    training = TrainingConfig(slices=("v", "o"), learning_rate=1e-3, epochs=2)
-    return resolve(JobConfig(**{"training": training} | parts), rows=len(ROWS), context_length=512).config
+    training = TrainingConfig(slices=("v", "o"), rank=None, learning_rate=1e-3, epochs=2)
+    return resolve(JobConfig(**{"training": training} | parts), rows=len(ROWS), context_length=512, head_dim=64).config
 
 
 def trained(

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from p2d import flops
 from p2d.batches import answer_nll, collate
-from p2d.config import JobConfig, Projection
+from p2d.config import DataConfig, JobConfig, Projection
 from p2d.flops import Work
 from p2d.models import BaseModel, load_base_model
 from p2d.probe import probe_attention
@@ -123,7 +123,10 @@ def test_a_causal_row_meets_half_of_its_square() -> None:
 @pytest.mark.parametrize("rated", [False, True])
 def test_alignment_scoring(tiny: BaseModel, projections: tuple[Projection, ...], first: int, rated: bool) -> None:
     # One prompt and one length: nothing is padded.
-    row, config = Row(prompt="What is 2 plus 2?", answer="It is 4.", line=1), JobConfig()
+    row, config = (
+        Row(prompt="What is 2 plus 2?", answer="It is 4.", line=1),
+        JobConfig(data=DataConfig(mode="faithful")),
+    )
     given = ResponseInput(base=tiny, rows=[row] * 4, guide=[row] * 2, span=range(4), slices=projections, config=config)
     rendered = tiny.renderer.render(row)
     size = (tiny.renderer.length(rendered), len(rendered.answer_ids))

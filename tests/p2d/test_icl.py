@@ -45,7 +45,7 @@ ROWS = some_rows(20)
 
 
 def given(base: BaseModel, span: range = range(20), data: DataConfig | None = None) -> ResponseInput:
-    config = JobConfig(data=data or DataConfig(n_demos=3, n_queries=2))
+    config = JobConfig(data=data or DataConfig(mode="faithful", n_demos=3, n_queries=2))
     return ResponseInput(base=base, rows=ROWS, guide=[], span=span, slices=("v",), config=config)
 
 
@@ -176,7 +176,7 @@ def test_written_answers_are_judged_by_the_text_metric(tiny: BaseModel) -> None:
 
 @pytest.mark.parametrize("metric", sorted(METRICS))
 def test_every_metric_is_the_quality_of_the_rows_shown(tiny: BaseModel, metric: Metric) -> None:
-    shard = icl(given(tiny, range(6), DataConfig(n_demos=3, n_queries=2, metric=metric))).shard
+    shard = icl(given(tiny, range(6), DataConfig(mode="faithful", n_demos=3, n_queries=2, metric=metric))).shard
 
     assert shard.combine == "product"
     assert shard.quality_R is not None

@@ -48,7 +48,17 @@ def test_every_scorer_ranks_all_heads_and_leaves_the_base_bit_identical(tiny: Ba
     assert head_map.dataset_hash == content_hash(ROWS)
     assert head_map.agreement(0.2).k == 4
     assert head_map.agreement(0.2).chance == pytest.approx(16 / 18)
-    assert len({score for row in head_map.scores for score in row}) == 18
+    assert len({score for row in head_map.scores for score in row}) == (1 if scorer == "uniform" else 18)
+
+
+def test_a_uniform_map_ranks_heads_by_their_place_and_is_no_more_reproducible_than_chance(tiny: BaseModel) -> None:
+    head_map = mapped(tiny, "uniform")
+
+    assert head_map.ranked() == [(layer, head) for layer in range(3) for head in range(6)]
+    assert head_map.proxy is None
+    for ratio in (0.2, 1.0):
+        assert head_map.agreement(ratio).rank_correlation == 0.0
+        assert head_map.agreement(ratio).top_k_overlap == head_map.agreement(ratio).k
 
 
 def test_the_ratio_of_a_job_is_not_in_its_map(tiny: BaseModel) -> None:

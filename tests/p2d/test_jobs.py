@@ -367,7 +367,7 @@ def test_a_refused_job_leaves_no_folder_and_a_missing_file_is_said(tiny_dir: Pat
 
 
 def test_a_proxy_larger_than_the_dataset_is_refused(tiny_dir: Path, files: Path, tmp_path: Path) -> None:
-    config = replace(a_config(), heads=HeadsConfig(proxy_rows=100))
+    config = replace(a_config(), heads=HeadsConfig(scorer="attribution", proxy_rows=100))
 
     with pytest.raises(DatasetTooSmall):
         adapt(model=tiny_dir, data=files / "train.jsonl", out=tmp_path, config=config, device="cpu")

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from p2d.adapters import load_adapter, save_adapter
-from p2d.config import JobConfig, TrainingConfig, check_rank
+from p2d.config import JobConfig, TrainingConfig
+from p2d.config_checks import check_rank
 from p2d.errors import ConfigError
 from p2d.low_rank import SCALE, Factors
 from p2d.models import BaseModel, load_base_model

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from p2d import baselines, batches, cpu_attention, generation, loss
 from p2d.arch.spec import every_head
-from p2d.config import HeadsConfig, JobConfig, TrainingConfig, top_count
+from p2d.config import HeadsConfig, JobConfig, TrainingConfig, heads_ratio, top_count
 from p2d.identify import identify_heads
 from p2d.memory import (
     ALIGNMENT_TOKENS,
@@ -108,7 +108,7 @@ def machine(base: BaseModel) -> Machine:
 
 def config(base: BaseModel, **heads: Any) -> JobConfig:
     asked = JobConfig(heads=HeadsConfig(proxy_rows=8, **heads), training=TrainingConfig(epochs=1, learning_rate=1e-3))
-    return resolve(asked, rows=8, context_length=base.info.context_length).config
+    return resolve(asked, rows=8, context_length=base.info.context_length, head_dim=base.info.head_dim).config
 
 
 def foreseen(base: BaseModel, config: JobConfig, step: str) -> int:
@@ -131,11 +131,12 @@ def assert_tight(foreseen: int, measured: int) -> None:
     assert measured <= foreseen <= 1.6 * measured, f"{foreseen / 1e6:.1f} MB foreseen, {measured / 1e6:.1f} MB held"
 
 
-def test_a_training_holds_what_was_foreseen(base: BaseModel) -> None:
-    asked = config(base)
-    heads = every_head(base.info)[: top_count(asked.heads.ratio, len(every_head(base.info)))]
+@pytest.mark.parametrize("heads", [{}, {"ratio": 0.1}], ids=["a rank in all heads", "whole slices of some"])
+def test_a_training_holds_what_was_foreseen(base: BaseModel, heads: dict[str, float]) -> None:
+    asked = config(base, **heads)
+    some = every_head(base.info)[: top_count(heads_ratio(asked.heads), len(every_head(base.info)))]
 
-    held = measured(lambda: train(base, rendered(base, ROWS[:8]), rendered(base, ROWS[8:]), heads, asked, no_progress))
+    held = measured(lambda: train(base, rendered(base, ROWS[:8]), rendered(base, ROWS[8:]), some, asked, no_progress))
 
     assert_tight(foreseen(base, asked, "train"), held)
 
@@ -192,4 +193,4 @@ def test_on_a_gpu_the_weights_lie_on_the_device_and_the_process_on_the_host(base
     )
 
     assert all(peak.host >= PROCESS_BYTES[True] for peak in peaks.values())
-    assert all(peak.device > 2 * base.info.parameters for peak in peaks.values())
+    assert all(peak.device >= 2 * base.info.parameters for peak in peaks.values())

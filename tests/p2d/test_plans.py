@@ -57,17 +57,18 @@ def test_too_few_rows_are_refused_with_numbers(rows: int, validation: int | None
 
 def test_proxy_rows_left_to_auto_are_what_small_data_allow() -> None:
     for rows, expected in ((1000, 100), (100, 100), (99, 99), (16, 16)):
-        found = resolve(JobConfig(), rows=rows, context_length=64)
+        found = resolve(JobConfig(kind="identify_heads"), rows=rows, context_length=64, head_dim=64)
         assert proxy_count(found.config.heads) == expected
         assert str(expected) in found.reasons["/heads/proxy_rows"]
-    given = resolve(JobConfig(heads=HeadsConfig(proxy_rows=40)), rows=1000, context_length=64)
+    asked = JobConfig(heads=HeadsConfig(scorer="shift", proxy_rows=40))
+    given = resolve(asked, rows=1000, context_length=64, head_dim=64)
     assert proxy_count(given.config.heads) == 40
     assert "/heads/proxy_rows" not in given.reasons
 
 
 @pytest.mark.parametrize(("rows", "needed"), [("auto", MIN_PROXY_ROWS), (40, 40)])
 def test_an_automatic_proxy_has_a_floor_and_a_given_one_is_obeyed_or_refused(rows: int | Auto, needed: int) -> None:
-    proxy_rows = least_proxy_rows(HeadsConfig(proxy_rows=rows))
+    proxy_rows = least_proxy_rows(JobConfig(heads=HeadsConfig(scorer="attribution", proxy_rows=rows)))
 
     assert len(split_rows(ROWS[: needed * 5 // 4], None, seed=0, proxy_rows=proxy_rows).train) == needed
     with pytest.raises(DatasetTooSmall, match=f"needs at least {needed}"):
@@ -87,7 +88,7 @@ def test_a_plan_reads_back_as_it_was_written(tmp_path: Path) -> None:
         intermediate_size=16, vocab_size=32, context_length=64, parameters=999, dtype="fp32",
     )  # fmt: skip
     plan = Plan(
-        config=resolve(JobConfig(controls=("random_heads",)), rows=300, context_length=64).config,
+        config=resolve(JobConfig(controls=("random_heads",)), rows=300, context_length=64, head_dim=64).config,
         reasons={"/data/ratio": "because"},
         warnings=["mind"],
         model=info,

@@ -32,7 +32,7 @@ def given(base: BaseModel, span: range, progress: Progress = no_progress) -> Res
         guide=some_rows(4, first=50),
         span=span,
         slices=("v", "o"),
-        config=JobConfig(data=DataConfig(n_demos=3, n_queries=2)),
+        config=JobConfig(data=DataConfig(mode="faithful", n_demos=3, n_queries=2)),
         progress=progress,
     )
 

@@ -80,7 +80,7 @@ def test_a_shard_reads_its_own_rows_and_the_queries_alone(tiny: BaseModel, tmp_p
             guide=some_rows(3, first=500),
             span=range(200, 206),
             slices=("v",),
-            config=JobConfig(data=DataConfig(scorer=scorer)),
+            config=JobConfig(data=DataConfig(scorer=scorer, mode="faithful")),
         )
     )
 

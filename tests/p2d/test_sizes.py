@@ -26,7 +26,7 @@ def config(ratio: float, *slices: str, **data: object) -> JobConfig:
         data=DataConfig(ratio=0.2, **data),  # type: ignore[arg-type]
         training=TrainingConfig(slices=slices or "auto"),  # type: ignore[arg-type]
     )
-    return resolve(asked, rows=40, context_length=512).config
+    return resolve(asked, rows=40, context_length=512, head_dim=64).config
 
 
 def saved(base: BaseModel, heads: list[tuple[int, int]], asked: JobConfig, folder: Path) -> int:

@@ -16,10 +16,9 @@ from p2d.config import (
     Limits,
     Mode,
     TrainingConfig,
-    check,
-    check_given_heads,
     pool_count,
 )
+from p2d.config_checks import check, check_given_heads
 from p2d.errors import ConfigError
 from p2d.resolution import resolve
 
@@ -65,7 +64,7 @@ def test_fast_mode_is_refused_for_all_but_the_combination_that_was_measured() ->
     for config in wrong:
         assert list(refused(config)) == [("config.mode", "/data/mode")]
         if config.data.scorer != "random":
-            resolve(config, rows=1000, context_length=64)  # a benchmark may
+            resolve(config, rows=1000, context_length=64, head_dim=64)  # a benchmark may
 
     with pytest.raises(ConfigError, match="1 field") as caught:
         check(fast("information"))
@@ -83,7 +82,7 @@ def test_a_head_map_that_is_given_decides_the_head_scorer_and_so_whether_fast_mo
     given = JobConfig(heads=HeadsConfig(head_map="map"), data=DataConfig(mode="fast"))
     check(given)  # nobody has looked into the map yet
     check_given_heads(given, "attribution")
-    check_given_heads(JobConfig(heads=HeadsConfig(head_map="map")), "pad")  # faithful
+    check_given_heads(JobConfig(heads=HeadsConfig(head_map="map")), "pad")  # faithful, by itself
 
     with pytest.raises(ConfigError) as caught:
         check_given_heads(given, "pad")
@@ -92,13 +91,13 @@ def test_a_head_map_that_is_given_decides_the_head_scorer_and_so_whether_fast_mo
     assert "as good for the head scorer 'pad'" in fault.message
     assert "heads.head_map" in fault.message
 
-    resolution = resolve(given, rows=1000, context_length=64, map_scorer="pad")
+    resolution = resolve(given, rows=1000, context_length=64, head_dim=64, map_scorer="pad")
     assert resolution.config.heads.scorer == "pad"
     assert "head map that is given" in resolution.reasons["/heads/scorer"]
 
 
 def test_a_faithful_job_scores_every_row() -> None:
-    assert pool_count(DataConfig(ratio=0.1), 1000) == 1000
+    assert pool_count(DataConfig(ratio=0.1, mode="faithful"), 1000) == 1000
 
 
 def test_a_fast_job_scores_a_pool() -> None:
@@ -119,7 +118,9 @@ def test_a_fast_job_scores_a_pool() -> None:
 )
 def test_each_mode_has_the_recipes_scorer_and_obeys_a_named_one(recipe: str, mode: Mode, scorer: str) -> None:
     def resolved(data: DataConfig) -> str:
-        return resolve(JobConfig(recipe=recipe, data=data), rows=1000, context_length=64).config.data.scorer
+        return resolve(
+            JobConfig(recipe=recipe, data=data), rows=1000, context_length=64, head_dim=64
+        ).config.data.scorer
 
     assert resolved(DataConfig(mode=mode)) == scorer
     assert resolved(DataConfig(mode=mode, scorer="information")) == "information"
@@ -151,7 +152,7 @@ def test_a_deadline_is_one_moment_everywhere() -> None:
 
 
 def test_every_field_of_a_wrong_type_is_named_before_any_value_is_judged() -> None:
-    heads: Any = HeadsConfig(scorer=3, ratio="auto", proxy_rows=True)  # type: ignore[arg-type]
+    heads: Any = HeadsConfig(scorer=3, ratio="all", proxy_rows=True)  # type: ignore[arg-type]
     data: Any = DataConfig(ratio="0.1", n_demos=5.0, mode="quick")  # type: ignore[arg-type]
     training: Any = TrainingConfig(
         slices="vo",  # type: ignore[arg-type]
@@ -168,12 +169,12 @@ def test_every_field_of_a_wrong_type_is_named_before_any_value_is_judged() -> No
     assert {error.code for error in caught.value.errors} == {"config.wrong_type"}
     assert {str(error.pointer): error.message for error in caught.value.errors} == {
         "/heads/scorer": "Expected text, got int 3.",
-        "/heads/ratio": "Expected a number, got str 'auto'.",
+        "/heads/ratio": "Expected a number or 'auto', got str 'all'.",
         "/heads/proxy_rows": "Expected a whole number or 'auto', got bool True.",
         "/data/ratio": "Expected a number or 'auto', got str '0.1'.",
         "/data/n_demos": "Expected a whole number, got float 5.0.",
         "/training/slices": "Expected a tuple of 'q' or 'k' or 'v' or 'o' or 'auto', got str 'vo'.",
-        "/training/epochs": "Expected a whole number, got float 2.5.",
+        "/training/epochs": "Expected a whole number or 'auto', got float 2.5.",
         "/training/learning_rate": "Expected a number or 'auto', got str '1e-3'.",
         "/training/batch_size": "Expected a whole number, got NoneType.",
         "/controls": "Expected a tuple of 'random_heads' or 'random_data' or 'lora', got str 'random_data'.",

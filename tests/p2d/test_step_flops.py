@@ -45,7 +45,7 @@ def a_config(recipe: str) -> JobConfig:
         heads=HeadsConfig(proxy_rows=8),
         training=TrainingConfig(epochs=2, batch_size=4, learning_rate="auto"),
     )
-    return resolve(config, rows=len(ROWS), context_length=512).config
+    return resolve(config, rows=len(ROWS), context_length=512, head_dim=64).config
 
 
 @pytest.mark.parametrize("recipe", ["default", "paper"])

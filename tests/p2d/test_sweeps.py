@@ -39,7 +39,7 @@ def counted_forwards(base: BaseModel) -> Iterator[list[int]]:
 @pytest.mark.parametrize("scorer", sorted(set(DATA_SCORERS) - {"random"}))
 def test_ten_head_sets_and_ratios_run_no_model_pass(tiny: BaseModel, tmp_path: Path, scorer: str) -> None:
     respond = load(DATA_SCORERS, scorer, what="data scorer", pointer="/data/scorer")
-    config = JobConfig(data=DataConfig(scorer=scorer, n_demos=3, n_queries=2))
+    config = JobConfig(data=DataConfig(scorer=scorer, mode="faithful", n_demos=3, n_queries=2))
     rng = np.random.default_rng(0)
     paths = []
     with counted_forwards(tiny) as passes:
@@ -64,7 +64,14 @@ def test_a_matrix_grows_by_a_shard_and_keeps_half_precision(tmp_path: Path, tiny
     respond = load(DATA_SCORERS, "alignment", what="data scorer", pointer="/data/scorer")
     paths = []
     for number, span in enumerate((range(6), range(6, 10), range(10, 24))):
-        given = ResponseInput(base=tiny, rows=ROWS, guide=GUIDE, span=span, slices=("v",), config=JobConfig())
+        given = ResponseInput(
+            base=tiny,
+            rows=ROWS,
+            guide=GUIDE,
+            span=span,
+            slices=("v",),
+            config=JobConfig(data=DataConfig(mode="faithful")),
+        )
         paths.append(tmp_path / f"{number}.safetensors")
         save_shard(paths[-1], respond(given).shard)
         first = paths[0].read_bytes()

@@ -22,7 +22,9 @@ from p2d.training import TrainingResult, train
 from tests.factories import some_rows, tiny_model_dir
 from tests.p2d.test_slices import HEADS, assert_same, weights_of
 
-CONFIG = JobConfig(training=TrainingConfig(slices=("q", "k", "v", "o"), epochs=3, learning_rate=1e-2, batch_size=3))
+CONFIG = JobConfig(
+    training=TrainingConfig(slices=("q", "k", "v", "o"), rank=None, epochs=3, learning_rate=1e-2, batch_size=3)
+)
 
 
 def quiet(done: int, total: int, metrics: Mapping[str, float]) -> None:
