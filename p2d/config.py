@@ -286,7 +286,8 @@ def head_choice(config: JobConfig, map_scorer: str | None = None) -> tuple[str, 
 
     Args:    map_scorer: what made the head map that is given, once it is read.
     """
-    recipe, heads = RECIPES[config.recipe], config.heads
+    # A recipe that is unknown is refused, but with whatever else is wrong.
+    recipe, heads = RECIPES.get(config.recipe, RECIPES["default"]), config.heads
     scorer = map_scorer or heads.scorer
     free = scorer == "auto" and heads.head_map is None and config.kind != "identify_heads"
     if heads.ratio != "auto":

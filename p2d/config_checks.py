@@ -145,8 +145,7 @@ def check_rank(config: JobConfig, *, head_dim: int) -> None:
 
 def _contradictions(config: JobConfig) -> Iterator[ErrorDetail]:
     """Settings that each are right and together mean nothing."""
-    data = config.data
-    head_scorer = head_choice(config)[0] if config.recipe in RECIPES else config.heads.scorer
+    data, head_scorer = config.data, head_choice(config)[0]
     slices = config.training.slices
     if head_scorer in COMBINED_SCORERS and slices != "auto" and not {"q", "k", "v"} & set(slices):
         yield ErrorDetail(

@@ -179,7 +179,7 @@ def test_a_head_map_comes_as_json_picture_and_table(
 
     assert hashlib.sha256(raw.content).hexdigest() == files["head_map.json"]["sha256"]
     assert view["map"] == raw.json()
-    assert (view["job_id"], view["scorer"]) == (job["id"], "attribution")
+    assert (view["job_id"], view["scorer"]) == (job["id"], "uniform")
     assert svg.headers["content-type"] == "image/svg+xml"
     assert ET.fromstring(svg.text).tag.endswith("svg")
     assert table.text.splitlines()[0] == "rank,layer,head,score"

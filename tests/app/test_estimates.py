@@ -47,8 +47,8 @@ def test_an_estimate_tells_what_would_be_done_and_makes_nothing(api: Api) -> Non
     for quantile in ("p10", "p50", "p90"):
         parts = sum(step["seconds"][quantile] for step in found["steps"])
         assert found["seconds"][quantile] == pytest.approx(parts)
-    assert found["rows"] == {"train": 48, "guide": 4, "evaluation": 8, "proxy": 8, "kept": 48}
-    assert found["config"]["heads"]["scorer"] == "attribution"
+    assert found["rows"] == {"train": 48, "guide": 4, "evaluation": 8, "proxy": 0, "kept": 48}
+    assert found["config"]["heads"]["scorer"] == "uniform"
     assert "/data/ratio" in found["reasons"]
     assert found["fits"]
     assert found["basis"]["interval"] == "a guess"
@@ -78,7 +78,8 @@ def test_a_file_that_is_sent_along_is_checked_and_let_go(api: Api) -> None:
     before = state(api)
 
     def send(content: bytes) -> httpx.Response:
-        files: Any = {"dataset": ("data.jsonl", content), "job": (None, b'{"base_model": "stub"}', "application/json")}
+        job = b'{"base_model": "stub", "heads": {"scorer": "attribution"}}'
+        files: Any = {"dataset": ("data.jsonl", content), "job": (None, job, "application/json")}
         return api.http.post("/estimates", files=files)
 
     good, bad = send(rows(70, start=900)), send(b'{"question": 1}\n')

@@ -113,7 +113,7 @@ def test_the_configuration_says_all_that_the_job_is_computed_from(api: Api) -> N
     config, job = answer.json(), api.http.get(f"/jobs/{job_id}").json()
     assert (config["config"], config["seed"]) == (before["config"], 7)
     assert config["config"]["heads"]["scorer"] == "auto"
-    assert config["resolved"]["heads"]["scorer"] == "attribution"
+    assert config["resolved"]["heads"]["scorer"] == "uniform"
     assert "/heads/scorer" in config["reasons"]
     assert (config["model_digest"], config["dataset_id"]) == (job["model_digest"], job["dataset_id"])
     assert config["versions"]["p2d"] == p2d.__version__

@@ -28,8 +28,13 @@ def test_a_job_is_accepted_with_its_place_and_with_every_auto_explained(api: Api
     assert answer.headers["Retry-After"] == "2"
     assert (job["status"], job["name"], job["metadata"]) == ("queued", "sums", {"team": "blue"})
     assert job["config"]["heads"]["scorer"] == "auto"
-    assert job["resolved"]["heads"]["scorer"] == "attribution"
-    assert set(job["reasons"]) >= {"/heads/scorer", "/data/scorer", "/data/ratio", "/training/slices"}
+    assert job["resolved"]["heads"]["scorer"] == "uniform"
+    autos = [(group, name) for group in ("heads", "data", "training") for name in job["config"][group]]
+    autos = [(group, name) for group, name in autos if job["config"][group][name] == "auto"]
+    assert {name for _, name in autos} >= {"scorer", "ratio", "mode", "slices", "rank", "epochs"}
+    inside = {"learning_rate", "precision"}  # the run decides
+    assert set(job["reasons"]) == {f"/{group}/{name}" for group, name in autos if name not in inside}
+    assert all(job["resolved"][group][name] != "auto" for group, name in autos if name not in inside)
     assert api.http.get(f"/jobs/{job['id']}").json() == job
 
 
@@ -54,11 +59,13 @@ REFUSED: dict[str, tuple[dict[str, Any], int, dict[str, str]]] = {
     "a path as model": ({"base_model": "../models/stub"}, 404, {"/base_model": "model.not_found"}),
     "another revision": ({"revision": "0" * 64}, 404, {"/revision": "model.not_found"}),
     "too few rows for any proxy": (
-        {"heads": {}},
+        {"heads": {"scorer": "attribution"}},
         422,
         {"/heads/proxy_rows": "dataset.too_small"},
     ),
-    "too few rows for the proxy": ({"heads": {"proxy_rows": 100}}, 422, {"/heads/proxy_rows": "dataset.too_small"}),
+    "too few rows for the proxy": (
+        {"heads": {"scorer": "attribution", "proxy_rows": 100}}, 422, {"/heads/proxy_rows": "dataset.too_small"},
+    ),
     "a head map that is not there": ({"heads": {"head_map": "hm_x"}}, 404, {"/heads/head_map": "head_map.not_found"}),
     "a selection that is not there": ({"data": {"selection": "s"}}, 404, {"/data/selection": "selection.not_found"}),
     "no such dataset": ({"dataset": "ds_x"}, 404, {"/dataset": "dataset.not_found"}),
