@@ -16,7 +16,7 @@ from tests.p2d.test_estimate import SMOLLM2
 AERS = {job.name: sum(job_flops(SMOLLM2, job, 3).values()) / full_flops(SMOLLM2, 3) for job in JOBS}
 
 
-def test_the_default_recipe_reaches_its_targets_at_three_epochs() -> None:
+def test_the_former_default_recipe_reaches_its_targets_at_three_epochs() -> None:
     assert AERS["recipe default, faithful"] <= 0.25
     assert AERS["recipe default, fast"] <= 0.10
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from p2d.config import DATA_SCORERS, DataConfig, JobConfig
-from p2d.estimate import Speed, estimate_seconds
+from p2d.config import DATA_SCORERS, DataConfig, HeadsConfig, JobConfig
+from p2d.estimate import Speed, estimate_flops, estimate_seconds
 from p2d.model_info import ModelInfo
 from p2d.plans import RowCounts
 from p2d.resolution import resolve
@@ -31,10 +31,22 @@ def test_every_step_has_an_estimate() -> None:
 
 
 def test_responses_grow_with_the_rows_and_the_proxy_does_not() -> None:
-    small, large = seconds(count=1000), seconds(count=10_000)
+    small, large = (seconds("paper", count=count) for count in (1000, 10_000))
 
     assert 8 < large["respond"] / small["respond"] < 11
     assert large["heads"] < 1.1 * small["heads"]
+
+
+def test_a_job_that_trains_all_heads_pays_nothing_for_choosing_them() -> None:
+    def flops(**asked: HeadsConfig) -> dict[str, float]:
+        config = resolve(JobConfig(**asked), rows=2000, context_length=8192, head_dim=64).config  # type: ignore[arg-type]
+        return estimate_flops(SMOLLM2, config, train=rows(2000), guide=rows(24))
+
+    assert flops()["heads"] == 0
+    assert flops(heads=HeadsConfig(ratio=1.0))["heads"] == 0
+    assert flops(heads=HeadsConfig(scorer="random"))["heads"] == 0
+    assert flops(heads=HeadsConfig(ratio=0.1))["heads"] > 0
+    assert seconds()["heads"] < 10 < seconds("paper")["heads"]  # what loading takes
 
 
 def test_a_faster_device_needs_less() -> None:

@@ -112,6 +112,29 @@ def test_a_recipe_adapts_the_model_and_reports(recipe: str, tiny_dir: Path, file
     assert (report["heads"]["scorer"], report["selection"]["scorer"], report["heads"]["projections"]) == expected
 
 
+def test_a_job_without_settings_trains_a_low_rank_in_all_heads_and_no_proxy(
+    tiny_dir: Path, files: Path, tmp_path: Path
+) -> None:
+    held_out = files / "held_out.jsonl"
+    result = adapt(model=tiny_dir, data=files / "train.jsonl", validation=held_out, out=tmp_path, device="cpu")
+
+    report = result.report
+    heads, training, config = report["heads"], report["training"], report["config"]
+    assert (heads["scorer"], heads["kept"], heads["proxy"]) == ("uniform", 18, None)
+    assert heads["reproducibility"]["rank_correlation"] == 0.0
+    assert (training["rank"], config["training"]["rank"]) == (8, 8)
+    assert training["n_parameters"] == 3 * (6 + 2) * 8 * (
+        8 + 48
+    )  # layers, units of o and v, rank, both sides of a slice
+    assert (report["selection"]["kept"], report["selection"]["mode"]) == (24, "fast")
+    assert config["training"]["epochs"] == 3  # 6 steps each
+    assert report["evaluation"]["loss_after"] < report["evaluation"]["loss_before"]
+    spent = {step["step"]: (step["flops"], step["tokens"], step["rows"]) for step in report["cost"]["steps"]}
+    assert spent["heads"] == (0, 0, 0)
+    assert "all 18: none had to be found" in shown(report)
+    assert "half-proxies" not in shown(report)
+
+
 @pytest.mark.parametrize("family", ["gpt2", "gemma3_text"])
 def test_a_family_with_fused_weights_and_one_with_windows_are_adapted_the_same_way(
     family: str, files: Path, tmp_path: Path
