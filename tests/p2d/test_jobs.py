@@ -123,9 +123,8 @@ def test_a_job_without_settings_trains_a_low_rank_in_all_heads_and_no_proxy(
     assert (heads["scorer"], heads["kept"], heads["proxy"]) == ("uniform", 18, None)
     assert heads["reproducibility"]["rank_correlation"] == 0.0
     assert (training["rank"], config["training"]["rank"]) == (8, 8)
-    assert training["n_parameters"] == 3 * (6 + 2) * 8 * (
-        8 + 48
-    )  # layers, units of o and v, rank, both sides of a slice
+    # Layers, units of o and of v, the rank, both sides of a slice.
+    assert training["n_parameters"] == 3 * (6 + 2) * 8 * (16 + 96)
     assert (report["selection"]["kept"], report["selection"]["mode"]) == (24, "fast")
     assert config["training"]["epochs"] == 3  # 6 steps each
     assert report["evaluation"]["loss_after"] < report["evaluation"]["loss_before"]
