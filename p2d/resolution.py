@@ -115,7 +115,7 @@ def _ratio_reason(recipe: Recipe, scorer: str, ratio: float, *, named: bool) -> 
     if named:
         return f"all heads: the head scorer {scorer!r} ranks none before another"
     if ratio == 1:
-        return f"all heads: at a low rank they end at a lower held-out loss than whole slices of the best 10%, for less {MEASURED}"
+        return f"all heads: with a low rank in each, jobs end at a lower held-out loss than with whole slices of the best {MEASURED}"
     if recipe.heads_ratio == ratio:
         return f"{ratio:.0%}, as in the paper"
     return f"{ratio:.0%}, as in the paper: all heads are the default only where nothing asks for a choice of them {MEASURED}"
@@ -168,7 +168,7 @@ def _training(
         if every_head and recipe.rank is not None:
             rank = min(recipe.rank, head_dim)
             reasons["/training/rank"] = (
-                f"{rank} in every head ends at a lower held-out loss than whole slices of the best 10%, for less {MEASURED}"
+                f"{rank} in every head: jobs end at a lower held-out loss than with whole slices of the best 10% {MEASURED}"
                 if rank == recipe.rank
                 else f"{rank}, the width of a head; {recipe.rank} where heads are wider {MEASURED}"
             )

@@ -14,6 +14,6 @@ def uniform(given: ScorerInput) -> Tensor:
     A ratio below 1 would keep the first heads of the map, by layer and head.
 
     Returns: scores_LH fp32, all 1.
-    Source:  ours: rank 8 in all heads ends below whole slices of the best 10 % of them, at less cost (docs/results/quality.md).
+    Source:  ours: jobs with rank 8 in all heads end below those with whole slices of the best 10 % (docs/results/quality.md).
     """
     return torch.ones(given.info.n_layers, given.info.n_heads)
