@@ -115,7 +115,7 @@ def _ratio_reason(recipe: Recipe, scorer: str, ratio: float, *, named: bool) -> 
     if named:
         return f"all heads: the head scorer {scorer!r} ranks none before another"
     if ratio == 1:
-        return f"all heads: with a low rank in each, jobs end at a lower held-out loss than with whole slices of the best {MEASURED}"
+        return f"all heads: with a low rank in each, jobs end at a lower held-out loss than with the best 10% whole {MEASURED}"
     if recipe.heads_ratio == ratio:
         return f"{ratio:.0%}, as in the paper"
     return f"{ratio:.0%}, as in the paper: all heads are the default only where nothing asks for a choice of them {MEASURED}"

@@ -109,16 +109,15 @@ def train(
     started = time.perf_counter()
     settings = config.training
     assert settings.slices != "auto", "resolve the config first"
-    epochs, rank = epochs_of(settings), rank_of(settings)
     per_epoch = steps_per_epoch(len(rows), settings.batch_size)
-    steps = per_epoch * epochs
+    steps = per_epoch * epochs_of(settings)
     searching = search_steps(steps) if settings.learning_rate == "auto" else 0
     watch = list(guide)[: watched_rows(len(rows), len(guide))]
     identity = run_identity(base, rows, guide, heads, config)
     # Layers below the shallowest chosen one are worth remembering as soon as a row is seen twice.
-    below = min(heads)[0] if epochs > 1 or searching else 0
+    below = min(heads)[0] if epochs_of(settings) > 1 or searching else 0
     with (
-        HeadSlices(base, heads, settings.slices, rank, seed=settings.seed) as slices,
+        HeadSlices(base, heads, settings.slices, rank_of(settings), seed=settings.seed) as slices,
         remember_below(base, below, checkpoint_dir),
     ):
         trainer = SliceTrainer(base, slices, rows, batch_size=settings.batch_size, seed=str(settings.seed))
@@ -161,7 +160,7 @@ def train(
         tokens=run.tokens,
         n_parameters=n_parameters,
         remembered_below=below,
-        rank=rank,
+        rank=rank_of(settings),
         token_budget=trainer.token_budget,
         warnings=run.warnings + _memory_warning(trainer.token_budget),
         seconds=time.perf_counter() - started,
