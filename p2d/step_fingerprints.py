@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from p2d.config import WITHOUT_PROXY, JobConfig, config_json
+from p2d.config import POOL_FACTOR, WITHOUT_PROXY, JobConfig, config_json, data_ratio
 from p2d.pipeline import STEPS
 from p2d.versions import fingerprint
 
@@ -25,7 +25,8 @@ def fields_read(step: str, config: JobConfig) -> list[str]:
         return ["heads.scorer", *proxy, *training]
     assert step == "respond", step
     fields = ["data.scorer", "data.mode", *training]
-    if config.data.mode == "fast":  # the ratio decides how many rows are drawn into the pool
+    # The ratio decides how many rows are drawn into the pool, unless it is so large that all are (`p2d.config.pool_count`).
+    if config.data.mode == "fast" and POOL_FACTOR * data_ratio(config.data) < 1:
         fields.append("data.ratio")
     if config.data.scorer == "icl":
         fields += ["data.metric", "data.n_demos", "data.n_queries"]

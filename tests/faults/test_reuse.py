@@ -25,7 +25,8 @@ _seeds = itertools.count()
 def config() -> JobConfig:
     """A job that no other test has computed."""
     training = TrainingConfig(seed=next(_seeds))
-    return JobConfig(heads=HeadsConfig(proxy_rows=8), data=DataConfig(ratio=0.2), training=training)
+    heads, data = HeadsConfig(ratio=0.1, proxy_rows=8), DataConfig(ratio=0.2, mode="faithful")
+    return JobConfig(heads=heads, data=data, training=training)
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from p2d import steps
-from p2d.config import DATA_SCORERS, HEAD_SCORERS, DataConfig, HeadsConfig, JobConfig, TrainingConfig
+from p2d.config import DATA_SCORERS, HEAD_SCORERS, DataConfig, HeadsConfig, JobConfig, TrainingConfig, pool_count
 from p2d.pipeline import ModelCache, StepCall, run_step
 from p2d.plans import Plan, load_plan
 from p2d.rows import write_rows
@@ -78,7 +78,7 @@ def test_respond_reads_the_fields_of_its_fingerprint(
 ) -> None:
     if (scorer, mode) == ("random", "fast"):
         pytest.skip("there is no such mode")
-    config = replace(CONFIG, data=replace(CONFIG.data, scorer=scorer, mode=mode))
+    config = replace(CONFIG, data=replace(CONFIG.data, scorer=scorer, mode=mode, ratio=0.3))
 
     resolved = run("respond", config, tiny_dir, tmp_path)
 
@@ -132,6 +132,17 @@ def test_a_ratio_or_a_training_setting_costs_no_pass_over_the_model_and_a_seed_d
     assert changed(training=replace(config.training, batch_size=2)) == {"heads"}
     assert changed(data=replace(config.data, scorer="icl")) == {"respond"}
     assert changed(data=replace(config.data, mode="fast", ratio=0.2)) == {"respond"}
+
+
+def test_where_fast_mode_leaves_no_row_unscored_another_ratio_costs_no_pass() -> None:
+    def scored(ratio: float) -> tuple[str, list[int]]:
+        data = DataConfig(scorer="alignment_likelihood", mode="fast", ratio=ratio)
+        config = replace(FACTS["config"], data=data)
+        return step_fingerprint("respond", **FACTS | {"config": config}), [pool_count(data, n) for n in range(1, 3000)]
+
+    assert scored(0.4) == scored(0.5) == scored(1.0) == (scored(0.4)[0], list(range(1, 3000)))
+    assert scored(0.39) != scored(0.4)
+    assert scored(0.3)[0] != scored(0.2)[0]
 
 
 def test_the_code_and_the_packages_are_in_the_fingerprint(monkeypatch: pytest.MonkeyPatch) -> None:

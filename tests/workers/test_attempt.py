@@ -24,7 +24,7 @@ def test_a_job_runs_from_its_dataset_to_its_report(rig: Rig) -> None:
 
     assert job.status == "succeeded", job.error
     assert job.resolved is not None
-    assert job.resolved["config"]["heads"]["scorer"] == "attribution"
+    assert job.resolved["config"]["heads"]["scorer"] == "uniform"
     assert job.estimate is not None
     rig.check(job_id)
 
