@@ -38,6 +38,20 @@ def test_a_job_is_accepted_with_its_place_and_with_every_auto_explained(api: Api
     assert api.http.get(f"/jobs/{job['id']}").json() == job
 
 
+def test_an_auto_may_be_written_out_and_null_is_no_rank(api: Api) -> None:
+    dataset = api.dataset()
+    plain = api.post(a_job(dataset=dataset, heads={})).json()
+    autos = {"heads": {"ratio": "auto"}, "data": {"mode": "auto"}, "training": {"rank": "auto", "epochs": "auto"}}
+    spelt = api.post(a_job(dataset=dataset, **autos)).json()
+    whole = api.post(a_job(dataset=dataset, training={"rank": None, "epochs": 2}, heads={"ratio": 1})).json()
+
+    assert spelt["resolved"] == plain["resolved"]
+    # The width of the stub's heads.
+    assert (plain["resolved"]["training"]["rank"], plain["resolved"]["training"]["epochs"]) == (4, 3)
+    assert (whole["resolved"]["training"]["rank"], whole["resolved"]["training"]["epochs"]) == (None, 2)
+    assert whole["resolved"]["heads"]["scorer"] == "uniform"
+
+
 def test_a_job_with_its_files_stores_both_datasets(api: Api) -> None:
     answer = api.send(a_job(), rows(40, start=1000), validation_dataset=rows(10, start=2000))
 

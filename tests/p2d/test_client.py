@@ -20,7 +20,7 @@ from p2d.client import (
     ServiceUnreachable,
     without_defaults,
 )
-from p2d.config import HeadsConfig, JobConfig
+from p2d.config import HeadsConfig, JobConfig, TrainingConfig
 
 CONTENT = bytes(range(256)) * 4096  # 1 MiB
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
@@ -268,3 +268,5 @@ def test_a_config_is_sent_as_what_differs_from_the_defaults() -> None:
     config = JobConfig(kind="identify_heads", heads=HeadsConfig(ratio=0.2))
 
     assert without_defaults(config) == {"kind": "identify_heads", "heads": {"ratio": 0.2}}
+    whole = JobConfig(training=TrainingConfig(rank=None))
+    assert without_defaults(whole) == {"kind": "adapt", "training": {"rank": None}}
