@@ -60,7 +60,7 @@ from app.db.engine import NOBODY, SchemaBehind, for_project, make_engine
 from app.errors import NoKeys
 from app.settings import Settings
 
-DESCRIPTION = "Adapt a language model by training about 10 % of its attention heads on about 10 % of the data."
+DESCRIPTION = "Adapt a language model by training its attention heads on the part of the data that they respond to."
 
 ROOMS = (
     jobs,

@@ -1,4 +1,4 @@
-"""From Parameters to Data: adapt a base model through about 10 % of its attention heads and 10 % of the rows.
+"""From Parameters to Data: adapt a base model through its attention heads, all or a few, and the rows that they respond to.
 
     from p2d import adapt
     result = adapt(model="smollm2", data="train.jsonl", out="out")

@@ -1,0 +1,169 @@
+"""What is good enough: rows are measured by the guide's own, and chance decides among those that reach it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from p2d.response_matrix import ResponseShard, read_shards, save_shard
+from p2d.rows import Row
+from p2d.selection import outscored, select_rows, summarise
+from tests.p2d.test_selection import HEADS, a_shard, selected
+
+GUIDE = [[0.0, response, 0, 0] for response in (1, 2, 3, 4, 5)]
+"""With the same qualities: median 3, spread 1.48, and the bar is 0.4 of the way up: 2.6 in both."""
+
+
+def rated(responses: list[float], qualities: list[float]) -> ResponseShard:
+    return a_shard(
+        [[0, response, 0, 0] for response in responses],
+        qualities,
+        combine="guide",
+        guide_response_GN=np.array(GUIDE, dtype=np.float16),
+        guide_quality_G=np.array([1, 2, 3, 4, 5], dtype=np.float32),
+    )
+
+
+def test_rows_that_are_as_good_as_most_of_the_guides_come_first_in_an_order_by_chance(seed: int) -> None:
+    good, bad = [(3 + n, 10 - n) for n in range(8)], [(9, 2.4), (2.0, 9), (0, 0), (1.5, 1.5)]
+    shard = rated(*map(list, zip(*(bad + good), strict=True)))
+    rows = [Row(f"prompt{n}", f"answer{n}", line=n) for n in range(12)]
+
+    selections = [select_rows([shard], HEADS, 0.5, rows, seed=seed + n) for n in range(200)]
+
+    assert {one.good_enough for one in selections} == {8}
+    for one in selections:
+        assert set(one.rank_R[4:].tolist()) == set(range(8))
+        assert one.rank_R[:4].tolist() == [8, 9, 11, 10]
+    firsts = {int(np.flatnonzero(one.rank_R == 0)[0]) for one in selections}
+    assert firsts == set(range(4, 12))
+    again = select_rows([shard], HEADS, 0.5, rows, seed=seed)
+    assert again.score_R.tolist() == selections[0].score_R.tolist()
+    assert len(set(again.score_R.tolist())) == 12
+
+
+def test_below_the_bar_a_score_is_the_lesser_part_in_spreads_from_the_guides_median() -> None:
+    score_R = selected([rated([2, 9, 1], [9, 0, 1])], HEADS, 1.0).score_R
+
+    assert score_R.tolist() == pytest.approx([-1 / 1.4826, -3 / 1.4826, -2 / 1.4826])
+
+
+def test_a_guide_of_rows_that_are_all_alike_measures_in_units() -> None:
+    shard = replace(rated([2, 3, 4], [3, 3, 3]), guide_response_GN=np.array([GUIDE[2]] * 5, dtype=np.float16))
+
+    selection = selected([shard], HEADS, 1.0)
+
+    assert selection.score_R[0] == -1
+    assert selection.good_enough == 2
+
+
+LIKE = [1.0, 2, 3, 4, 5] * 4
+"""Scores as the guide's own."""
+
+
+@pytest.mark.parametrize(("bad", "like_guide"), [(0, True), (2, True), (10, False), (20, False)])
+def test_of_a_pool_that_scores_like_the_guide_every_row_is_good_enough(bad: int, like_guide: bool) -> None:
+    values = LIKE + [-9] * bad
+    rows = [Row(f"prompt{n}", f"answer{n}", line=n) for n in range(len(values))]
+
+    selection = select_rows([rated(values, values)], HEADS, 0.5, rows, seed=0, guide_apart=True)
+
+    assert selection.like_guide == like_guide
+    assert selection.good_enough == (len(values) if like_guide else 12)
+    if like_guide:
+        assert summarise(selection).warnings == []
+        assert summarise(selection).like_guide
+        assert len(set(selection.score_R.tolist())) == len(values)
+        assert not set(selection.kept_rows) <= {n for n, value in enumerate(values) if value >= 3}
+
+
+def test_rows_held_out_of_the_pool_itself_say_nothing_of_how_good_it_is() -> None:
+    selection = selected([rated(LIKE, LIKE)], HEADS, 0.5)
+
+    assert (selection.like_guide, selection.good_enough) == (False, 12)
+
+
+@pytest.mark.parametrize(
+    ("guide", "pool", "share"),
+    [
+        ([1, 2], [1, 2], 0.5),
+        ([3, 4], [1, 2], 1.0),
+        ([0, 0], [1, 2], 0.0),
+        ([2, 2], [2, 2, 2], 0.5),
+        ([2], [1, 2, 3, 0], 0.625),
+    ],
+)
+def test_how_often_the_guide_outscores_the_pool_counts_every_pair_and_ties_half(
+    guide: list[float], pool: list[float], share: float
+) -> None:
+    assert outscored(np.array(guide, dtype=float), np.array(pool, dtype=float)) == share
+
+
+def test_a_pool_of_one_row_and_a_guide_that_is_all_alike_are_measured_too() -> None:
+    alike = replace(rated([3], [3]), guide_response_GN=np.array([GUIDE[2]] * 5, dtype=np.float16))
+    rows = [Row("prompt", "answer", line=1)]
+
+    for shard in (rated([9], [9]), rated([-9], [-9]), alike):
+        selection = select_rows([shard], HEADS, 1.0, rows, seed=0, guide_apart=True)
+        assert selection.kept_rows == [0]
+        assert np.isfinite(selection.score_R).all()
+
+
+def test_in_fast_mode_rows_that_were_not_scored_stay_behind_a_pool_like_the_guide() -> None:
+    shard = replace(rated([1, 2, 3, 4, 5], [1, 2, 3, 4, 5]), span=range(8), row_R=np.array([0, 2, 4, 5, 7]))
+    rows = [Row(f"prompt{n}", f"answer{n}", line=n) for n in range(8)]
+
+    selection = select_rows([shard], HEADS, 1.0, rows, seed=0, guide_apart=True)
+
+    assert selection.like_guide
+    assert selection.kept_rows == [0, 2, 4, 5, 7]
+    assert np.isnan(selection.score_R[[1, 3, 6]]).all()
+
+
+def test_what_is_kept_below_the_bar_is_told() -> None:
+    shard = rated([3, 4, 1, 0], [3, 4, 1, 0])
+
+    enough, too_few, every = (summarise(selected([shard], HEADS, ratio)) for ratio in (0.5, 0.75, 1.0))
+
+    assert (enough.warnings, every.warnings, enough.good_enough) == ([], [], 2)
+    assert too_few.warnings[0].startswith("1 of the 3 kept rows are less good than 60% of the held-out rows")
+
+
+def test_a_guide_that_is_too_small_to_measure_is_told() -> None:
+    shard = replace(
+        a_shard([[0, 3, 0, 0], [0, 2, 0, 0]], [3.0, 2.0], combine="worse_rank"), scorer="alignment_likelihood"
+    )
+
+    assert summarise(selected([shard], HEADS, 0.5)).warnings[0].startswith("Too few held-out rows guide the choice")
+    assert summarise(selected([shard], HEADS, 1.0)).warnings == []
+    assert summarise(selected([replace(shard, scorer="alignment_information")], HEADS, 0.5)).warnings == []
+
+
+def test_the_measure_is_of_the_heads_that_were_chosen() -> None:
+    guide = np.array([[0, response, 10, 0] for response in (1, 2, 3, 4, 5)], dtype=np.float16)
+    shard = replace(rated([3, 9], [3, 3]), guide_response_GN=guide)
+
+    assert selected([shard], [(0, 1)], 0.5).good_enough == 2
+    assert selected([shard], HEADS, 0.5).good_enough == 0  # 9 alone is less than 2 and 10
+
+
+def test_shards_of_two_versions_are_joined_by_what_both_know() -> None:
+    older = a_shard([[0, 2, 0, 0], [0, 3, 0, 0]], [3.0, 2.0], start=4, combine="worse_rank")
+
+    selection = selected([rated([5, 4, 1, 0], [5, 4, 1, 0]), older], HEADS, 0.5)
+
+    assert (selection.combine, selection.good_enough) == ("worse_rank", None)
+    assert selection.kept_rows == [0, 1, 4]
+
+
+def test_a_guide_that_was_rated_reads_back(tmp_path: Path) -> None:
+    shard = rated([2, 3], [2, 3])
+    save_shard(tmp_path / "a.safetensors", shard)
+
+    (found,) = read_shards([tmp_path / "a.safetensors"])
+
+    for name in ("guide_response_GN", "guide_quality_G"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(shard, name))
