@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import stdev
+from textwrap import fill
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
@@ -16,6 +17,8 @@ COLOURS = {"lora": "#3465a4", "slices": "#cc0000", "full": "#555753"}
 MARKERS = {"all": "s", "random": "x", "oracle": "*"}
 CHOSEN = "o"
 """Of rows by a data scorer."""
+TITLE_WIDTH = 48
+"""Characters that fit above one pool."""
 
 
 def draw(pools: Mapping[str, Sequence[Found]], path: Path) -> None:
@@ -50,7 +53,9 @@ def _pool(axes: mpl.axes.Axes, pool: str, found: Sequence[Found]) -> None:
         )
     axes.axhline(reference.loss, color=COLOURS["lora"], linewidth=0.6, linestyle=":")
     axes.axvline(0.35, color="#888a85", linewidth=0.6, linestyle=":")
-    axes.set(title=pool, xlabel="operations / LoRA on all rows", ylabel="held-out loss", xscale="log")
+    axes.set(
+        title=fill(pool, TITLE_WIDTH), xlabel="operations / LoRA on all rows", ylabel="held-out loss", xscale="log"
+    )
     named = [
         ("LoRA", COLOURS["lora"], "s"),
         ("slices of heads", COLOURS["slices"], "s"),
