@@ -17,7 +17,7 @@ from benchmarks.quality.measures import Measures
 from benchmarks.quality.plots import draw
 from benchmarks.quality.pools import READERS, PoolSpec, Task, build
 from benchmarks.quality.stages import Stages
-from benchmarks.quality.tables import Found, page
+from benchmarks.quality.tables import Before, Found, page
 from benchmarks.workbench import machine
 from p2d.config import DEFAULT_RATIO, MIN_ROWS, top_count
 from p2d.models import BaseModel, load_base_model
@@ -42,11 +42,12 @@ def run(options: argparse.Namespace, say: Say) -> str:
         notes = share_out(options, matrix.orders(), cells, say, ends)
         matrix.ends = 0.0  # what they did not come to is said to be missing, not computed here
     pools: dict[str, list[Found]] = {}
-    before: dict[str, float] = {}
+    before: dict[str, Before] = {}
     for spec in matrix.specs:
         laboratory = matrix.laboratory(spec)
-        before[spec.name] = laboratory.measures.loss(matrix.base, laboratory.task.held_out)
-        say(f"{spec.name}: held-out loss before training {before[spec.name]:.4f}")
+        loss = laboratory.measures.loss(matrix.base, laboratory.task.held_out)
+        before[spec.name] = Before(loss, laboratory.measures.other_before)
+        say(f"{spec.name}: held-out loss before training {loss:.4f}")
         found = [Found(arm, laboratory.best(arm, options.seeds)) for arm in matrix.arms]
         cut = {one.arm for one in laboratory.skipped if one.seed == 0}
         found = [replace(one, cut=one.arm.name in cut) for one in found]

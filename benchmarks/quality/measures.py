@@ -56,6 +56,8 @@ class Measures:
     """Of another task."""
     metric: str | None = None
     """`exact_match` or `rouge_l`, by generation, which costs some hundred times the loss."""
+    other_before: float | None = None
+    """Loss of the untouched model on `other`; None without such rows, or before `prepare`."""
     _base: list[Tensor] = field(default_factory=list)
     """The base model's log-probabilities on `other`, fp16 [N, V] by batch, made once."""
 
@@ -67,7 +69,13 @@ class Measures:
 
     def prepare(self, base: BaseModel) -> None:
         """Note what the untouched model says of the other task."""
-        self._base = [log_NV.half() for _, log_NV, _ in _answers(base, self.other)]
+        nll = tokens = 0.0
+        self._base = []
+        for _, log_NV, target_N in _answers(base, self.other):
+            self._base.append(log_NV.half())
+            nll -= float(log_NV.gather(1, target_N[:, None]).sum())
+            tokens += len(target_N)
+        self.other_before = nll / tokens if tokens else None
 
     def loss(self, base: BaseModel, rows: Sequence[Row]) -> float:
         """Mean loss of some rows. Raises Diverged if one is not finite."""

@@ -156,7 +156,7 @@ class Stages:
 def choosing_code(arm: Arm) -> list[str]:
     """Hashes of the modules that decide which heads and rows an arm chooses: with another scorer it is another cell.
 
-    None where nothing is chosen by a score.
+    Empty where nothing is chosen by a score.
     """
     modules: set[str] = set()
     if arm.rows in DATA_SCORERS and arm.rows != RANDOM:

@@ -39,6 +39,15 @@ class Found:
         return self.cells[0].rate in (self.arm.weights.rates[0], self.arm.weights.rates[-1])
 
 
+@dataclass(frozen=True, slots=True)
+class Before:
+    """The untouched model's losses."""
+
+    held_out: float
+    other: float | None = None
+    """On the rows of the other task."""
+
+
 def difference(one: Found, other: Found) -> Change:
     """`one` minus `other`, each row's loss averaged over the seeds that both have; a bootstrap over rows, always in pairs."""
     seeds = {cell.seed for cell in one.cells} & {cell.seed for cell in other.cells}
@@ -51,15 +60,17 @@ def _mean(found: Found, seeds: set[int]) -> RowLosses:
     return RowLosses(nll_SR.mean(axis=0), np.array(measured[0].tokens, dtype=np.float64))
 
 
-def page(pools: dict[str, list[Found]], *, base: dict[str, float], facts: dict[str, Any], notes: Sequence[str]) -> str:
-    """All tables as Markdown. base: the untouched model's held-out loss by pool."""
+def page(pools: dict[str, list[Found]], *, base: dict[str, Before], facts: dict[str, Any], notes: Sequence[str]) -> str:
+    """All tables as Markdown. base: the untouched model's losses by pool."""
     lines = ["# What an adapted model is worth, and what it cost", ""]
     lines += [f"{name}: {value}." for name, value in facts.items()]
     lines += ["", *[f"* {note}" for note in notes], ""]
     if any(_named(found, REFERENCE) for found in pools.values()):
         lines += ["![held-out loss of each arm against what it cost](quality.svg)", ""]
     for pool, found in pools.items():
-        lines += [f"## {pool}", f"Held-out loss before training {base[pool]:.4f}.", ""]
+        other = base[pool].other
+        forgotten = "" if other is None else f" The other task's loss before training {other:.4f}."
+        lines += [f"## {pool}", f"Held-out loss before training {base[pool].held_out:.4f}.{forgotten}", ""]
         lines += _main(found) + _costs(found) + _parameters(found) + _curve(found) + _rows(found) + _heads(found)
     return "\n".join(lines).rstrip() + "\n"
 

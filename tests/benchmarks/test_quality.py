@@ -23,7 +23,7 @@ from benchmarks.quality.measures import Measured, Measures
 from benchmarks.quality.plots import draw
 from benchmarks.quality.pools import MAKERS, Pool, PoolSpec, Task, build
 from benchmarks.quality.stages import Stages
-from benchmarks.quality.tables import Found, page
+from benchmarks.quality.tables import Before, Found, page
 from benchmarks.quality.weights import installed
 from benchmarks.quality.workers import _work, share_out
 from p2d.batches import mean_answer_nll
@@ -366,7 +366,7 @@ def test_heads_are_compared_with_random_ones_of_the_same_size_and_rows_with_rows
         ),
     ]
 
-    text = page({"a pool": heads}, base={"a pool": 9.0}, facts={}, notes=[])
+    text = page({"a pool": heads}, base={"a pool": Before(9.0)}, facts={}, notes=[])
 
     table = text.partition("### Heads")[2]
     assert "| whole, chosen | 0.00 M | 2.0000 | -0.5000 (" in table
@@ -378,7 +378,7 @@ def test_heads_are_compared_with_random_ones_of_the_same_size_and_rows_with_rows
 def test_a_rate_whose_search_had_no_time_to_end_is_marked_so() -> None:
     cut = replace(found("one", 100, 1.0, 2.0), cut=True)
 
-    text = page({"a pool": [cut, found("other", 100, 1.0, 3.0)]}, base={"a pool": 4.0}, facts={}, notes=[])
+    text = page({"a pool": [cut, found("other", 100, 1.0, 3.0)]}, base={"a pool": Before(4.0)}, facts={}, notes=[])
 
     assert "| one | 4 | 0% | 0.00 M | 0.001 (search cut) | 1 |" in text
     assert "| other | 4 | 0% | 0.00 M | 0.001 | 1 |" in text
@@ -409,7 +409,9 @@ def test_the_learning_curve_sets_more_rows_beside_more_epochs() -> None:
         found("other weights", 1, 25.0, 0.80, ratio=0.25, weights=EVERY[1], **joined),
     ]
 
-    text = page({"pool": arms}, base={"pool": 1.4}, facts={}, notes=[])
+    text = page({"pool": arms}, base={"pool": Before(1.4, 2.1)}, facts={}, notes=[])
+
+    assert "before training 1.4000. The other task's loss before training 2.1000." in text
 
     assert "| rows x epochs | random rows | clean rows by an oracle | by alignment_likelihood, fast |" in text
     assert "| 25% x 2 | 0.9700 (4 rows, 0% bad) |  | 0.9300 (4 rows, 0% bad) |" in text
@@ -428,7 +430,7 @@ def test_the_tables_compare_at_equal_cost_and_at_equal_parameters(tmp_path: Path
         found("small", 300_000, 90.0, 0.94, groups=weights, weights=Weights(kind="lora", rank=1)),
     ]
 
-    text = page({"pool": arms}, base={"pool": 1.4}, facts={}, notes=[])
+    text = page({"pool": arms}, base={"pool": Before(1.4, 2.1)}, facts={}, notes=[])
     draw({"pool": arms}, tmp_path / "quality.svg")
 
     assert "| 0.10 |  |  |  |  |  |" in text
