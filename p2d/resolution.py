@@ -115,7 +115,7 @@ def _ratio_reason(recipe: Recipe, scorer: str, ratio: float, *, named: bool) -> 
     if named:
         return f"all heads: the head scorer {scorer!r} ranks none before another"
     if ratio == 1:
-        return f"all heads: with a low rank in each, jobs end at a lower held-out loss than with the best 10% whole {MEASURED}"
+        return f"all heads: choosing 10% of them ended at a higher held-out loss {MEASURED}"
     if recipe.heads_ratio == ratio:
         return f"{ratio:.0%}, as in the paper"
     return f"{ratio:.0%}, as in the paper: all heads are the default only where nothing asks for a choice of them {MEASURED}"
@@ -129,7 +129,9 @@ def _data(config: JobConfig, recipe: Recipe, rows: int, map_scorer: str | None, 
         kept = min(rows, max(top_count(recipe.data_ratio, rows), MIN_ROWS))
         data = replace(data, ratio=kept / rows)
         reasons["/data/ratio"] = (
-            f"{recipe.data_ratio:.0%} of {rows} rows, but at least {MIN_ROWS} rows where there are so many: held-out loss falls "
+            f"all {rows} rows: {MIN_ROWS} are the fewest that are kept where there are so many"
+            if kept == rows
+            else f"{recipe.data_ratio:.0%} of {rows} rows, but at least {MIN_ROWS}: held-out loss falls "
             f"with every further row that is not bad, up to all of them {MEASURED}"
             if recipe.data_ratio > DEFAULT_RATIO
             else f"{recipe.data_ratio:.0%} of {rows} rows, as in the paper, but at least {MIN_ROWS} where there are so many"

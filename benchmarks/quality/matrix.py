@@ -30,12 +30,15 @@ Say = Callable[[str], None]
 
 
 def run(options: argparse.Namespace, say: Say) -> str:
-    """Compute the cells that are missing, write quality.md, return it. Raises ValueError for tasks that do not serve."""
+    """Compute the cells that are missing, write quality.md, return it. Raises ValueError for tasks or names that do not serve."""
     from benchmarks.quality.workers import share_out  # which begins processes that import this module
 
     ends = time.monotonic() + 60 * options.minutes
     cells = Cells(options.out / "quality.json")
     matrix = Matrix(options, cells, say, ends)
+    if not (matrix.arms and matrix.specs):
+        raise ValueError(f"no arm or no pool has {options.arm!r} or {options.pool!r} in its name")
+    options.out.mkdir(parents=True, exist_ok=True)
     cells.facts = joined(cells.facts, matrix.facts)
     notes = []
     if options.workers > 1:

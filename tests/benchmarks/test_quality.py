@@ -240,6 +240,15 @@ def test_a_run_writes_a_page_with_every_arm_and_a_second_run_computes_nothing(
     assert not (tmp_path / "results/quality.svg").exists()  # nothing to compare with
 
 
+def test_a_run_without_time_writes_its_page_and_one_without_arms_says_so(tmp_path: Path) -> None:
+    assert "No time was left" in run(
+        options_of(tmp_path, arm="all rows, 1 epoch", share=0.0, minutes=0.0), lambda line: None
+    )
+
+    with pytest.raises(ValueError, match="no arm or no pool has 'nothing like it'"):
+        run(options_of(tmp_path, arm="nothing like it", share=0.0), lambda line: None)
+
+
 def test_a_page_names_rows_that_leak_and_pools_too_small_to_judge_a_tenth(tmp_path: Path) -> None:
     options = options_of(tmp_path, arm="all rows, 1 epoch", share=0.0)
     rows = [*some_rows(17), some_rows(1, first=50)[0], some_rows(1, first=55)[0]]
