@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from p2d.batches import TOKEN_BUDGET, answer_nll, mean_answer_nll, pack, packed_batches
-from p2d.config import DEFAULT_RATIO, HEAD_SCORERS, JobConfig, Projection, proxy_count, proxy_guide_rows
+from p2d.config import DEFAULT_RATIO, HEAD_SCORERS, WITHOUT_PROXY, JobConfig, Projection, proxy_count, proxy_guide_rows
 from p2d.device import backward
 from p2d.errors import DatasetTooSmall, Diverged, EngineError
 from p2d.head_maps import HeadMap, ProxyFacts, reproducibility
@@ -25,7 +25,7 @@ from p2d.pipeline import Progress
 from p2d.registry import load
 from p2d.rendering import RenderedRow
 from p2d.rows import Row, content_hash
-from p2d.scorers import WITH_GRADIENTS, WITHOUT_PROXY, PathPoint, Scorer, ScorerInput
+from p2d.scorers import WITH_GRADIENTS, PathPoint, Scorer, ScorerInput
 from p2d.slices import HeadSlices, all_heads
 
 PROXY_RATES = (2.5e-4, 6.25e-5, 1.6e-5)

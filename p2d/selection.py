@@ -59,10 +59,22 @@ LIKE_GUIDE = 0.58
 class GuideScale:
     """What the guide's rows have of a row's two parts, by which all rows are measured."""
 
+    response_G: Floats
+    quality_G: Floats
     response_median: float
     response_spread: float
     quality_median: float
     quality_spread: float
+
+    @property
+    def score_G(self) -> Floats:
+        """The guide's own scores, [guide rows]."""
+        return self.scores(self.response_G, self.quality_G)
+
+    @property
+    def bar(self) -> float:
+        """Score from which on a row is good enough."""
+        return float(np.quantile(self.score_G, BAR))
 
     def scores(self, response_R: Floats, quality_R: Floats) -> Floats:
         """The lesser of response and quality, each in spreads from the guide's median, [R]."""
@@ -169,8 +181,8 @@ def select_rows(
     place_R = np.concatenate(places)
     quality = np.concatenate(qualities).astype(np.float64) if qualities else None
     # Of shards of two versions only what both know counts.
-    rated, how = (rated_guide(shard, heads), shard.combine) if len(ways) == 1 else (None, "worse_rank")
-    score = combine(np.concatenate(sums), quality, how, rated[0] if rated else None)
+    scale, how = (guide_scale(shard, heads), shard.combine) if len(ways) == 1 else (None, "worse_rank")
+    score = combine(np.concatenate(sums), quality, how, scale)
     bad = place_R[~np.isfinite(score)]
     if len(bad):
         raise EngineError(f"The scores of {len(bad)} rows are not finite.", rows=[int(row) for row in bad[:20]])
@@ -179,11 +191,10 @@ def select_rows(
             f"{shard.scorer!r} could score no row: each fills the model's context without room for another beside it."
         )
         raise ConfigError(text, errors=[ErrorDetail(code="config.scorer", message=text, pointer="/data/scorer")])
-    bar = None if rated is None else bar_of(rated[1])
-    like_guide = rated is not None and guide_apart and outscored(rated[1], score) <= LIKE_GUIDE
-    if bar is not None:
-        good = (score >= bar) | like_guide
-        score[good] = bar + _draws(len(rows), seed)[place_R[good]]
+    like_guide = scale is not None and guide_apart and outscored(scale.score_G, score) <= LIKE_GUIDE
+    if scale is not None:
+        good = (score >= scale.bar) | like_guide
+        score[good] = scale.bar + _draws(len(rows), seed)[place_R[good]]
     score_R = _spread(score, place_R, len(rows))
     repeats_R = np.full(len(rows), -1, dtype=np.int64)
     if shard.scorer != CONTROL:
@@ -200,7 +211,7 @@ def select_rows(
         combine=how,
         heads=len(heads),
         heads_scored=len(_columns(shard, heads)),
-        bar=bar,
+        bar=None if scale is None else scale.bar,
         like_guide=like_guide,
     )
 
@@ -210,25 +221,21 @@ def _draws(rows: int, seed: int) -> Floats:
     return np.random.default_rng([seed, rows]).permutation(rows) / rows
 
 
-def rated_guide(shard: ResponseShard, heads: Sequence[tuple[int, int]]) -> tuple[GuideScale, Floats] | None:
-    """What the guide's rows have with these heads, and their own scores by it [guide rows]; None where they were not rated."""
+def guide_scale(shard: ResponseShard, heads: Sequence[tuple[int, int]]) -> GuideScale | None:
+    """What the guide's rows have with these heads; None where the scorer has not rated them."""
     if shard.guide_response_GN is None or shard.guide_quality_G is None:
         return None
     response_G = _summed(shard.guide_response_GN, shard, heads)
     quality_G = shard.guide_quality_G.astype(np.float64)
     (response, response_spread), (quality, quality_spread) = map(median_and_spread, (response_G, quality_G))
-    scale = GuideScale(
+    return GuideScale(
+        response_G=response_G,
+        quality_G=quality_G,
         response_median=response,
         response_spread=response_spread or 1.0,  # rows that are all alike
         quality_median=quality,
         quality_spread=quality_spread or 1.0,
     )
-    return scale, scale.scores(response_G, quality_G)
-
-
-def bar_of(score_G: Floats) -> float:
-    """Score from which on a row is good enough, from the guide's own scores."""
-    return float(np.quantile(score_G, BAR))
 
 
 def outscored(score_G: Floats, score_R: Floats) -> float:

@@ -12,7 +12,7 @@ import numpy as np
 
 from p2d.head_maps import Head
 from p2d.response_matrix import Combine, ResponseShard
-from p2d.selection import GuideScale, bar_of, rated_guide
+from p2d.selection import GuideScale, guide_scale
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,8 +40,6 @@ class RowReason:
     quality: float | None
     guide: GuideScale | None
     """What both are measured by; None where the guide was not rated."""
-    bar: float | None
-    """The same."""
 
 
 FORMULAS: dict[Combine, str] = {
@@ -75,7 +73,6 @@ def explain(shard: ResponseShard, row: int, heads: Sequence[Head]) -> RowReason 
     ]
     stand_ins = len(heads) - len(scored) if len(shard.layers) else 0
     stand_in = float(response_N.mean()) if stand_ins else 0.0
-    rated = rated_guide(shard, heads)
     return RowReason(
         combine=shard.combine,
         heads=tuple(scored),
@@ -83,6 +80,5 @@ def explain(shard: ResponseShard, row: int, heads: Sequence[Head]) -> RowReason 
         stand_in=stand_in,
         response=sum(head.response for head in scored) + stand_ins * stand_in,
         quality=None if shard.quality_R is None else float(shard.quality_R[place]),
-        guide=rated[0] if rated else None,
-        bar=bar_of(rated[1]) if rated else None,
+        guide=guide_scale(shard, heads),
     )

@@ -45,7 +45,7 @@ from app.result_schemas import GuideScaleView, PlacedRowView, RowReasonView, Sel
 from app.views import JobView, Page, TurnView
 from p2d.config import top_count
 from p2d.rows import Row, conversation, stored_row
-from p2d.selection_reasons import FORMULAS, RowReason
+from p2d.selection_reasons import FORMULAS
 from p2d.selection_table import SelectionTable
 
 router = APIRouter(tags=["selections"])
@@ -186,9 +186,7 @@ def get_selection_row(
         stand_ins=reason.stand_ins if reason else 0,
         stand_in=reason.stand_in if reason else 0.0,
         scored=table.scored,
-        guide=GuideScaleView(**asdict(reason.guide), bar=reason.bar)
-        if reason and reason.guide and reason.bar
-        else None,
+        guide=GuideScaleView.model_validate(reason.guide) if reason and reason.guide else None,
         response_rank=by_response,
         quality_rank=by_quality,
         border=float(table.score_R[table.row_by_rank[kept - 1]]),
@@ -263,12 +261,6 @@ def _seen_at(row: dict[str, Any], found: SelectionRecord, ratio: float | None) -
     kept = _is_kept(row, found, ratio)
     shown = row if kept else {name: value for name, value in row.items() if name not in ("prompt", "answer")}
     return {**shown, "kept": kept}
-
-
-def _guide(reason: RowReason) -> GuideScaleView | None:
-    if reason.guide is None or reason.bar is None:
-        return None
-    return GuideScaleView(**asdict(reason.guide), bar=reason.bar)
 
 
 def _placed(table: SelectionTable, row: int, kept: int) -> PlacedRowView:

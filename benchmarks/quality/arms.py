@@ -185,10 +185,10 @@ ARMS = (
         name=PAPER,
         weights=Weights(kind="slices", slices=RECIPES["paper"].slices),
         rows=RECIPES["paper"].data_scorer,
-        ratio=0.10,
+        ratio=RECIPES["paper"].data_ratio,
         heads=RECIPES["paper"].head_scorer,
-        heads_ratio=0.10,
-        epochs=3,
+        heads_ratio=RECIPES["paper"].heads_ratio,
+        epochs=RECIPES["paper"].epochs,
     ),
 )
 """The table, what tells most first: time may run out."""

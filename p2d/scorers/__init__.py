@@ -14,10 +14,8 @@ import torch
 from torch import Tensor
 
 from p2d.arch.spec import HEAD_WISE, heads_per_group
-from p2d.config import WITHOUT_PROXY, Projection
+from p2d.config import Projection
 from p2d.model_info import ModelInfo
-
-__all__ = ["WITHOUT_PROXY", "WITH_GRADIENTS", "PathPoint", "Proxy", "Scorer", "ScorerInput", "per_head"]
 
 Scorer = Callable[["ScorerInput"], Tensor]
 """What every scorer is; returns scores_LH."""

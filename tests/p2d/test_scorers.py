@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from p2d.arch.spec import group_of
-from p2d.config import HEAD_SCORERS, Projection
+from p2d.config import HEAD_SCORERS, WITHOUT_PROXY, Projection
 from p2d.model_info import ModelInfo
 from p2d.registry import load
-from p2d.scorers import WITHOUT_PROXY, PathPoint, ScorerInput
+from p2d.scorers import PathPoint, ScorerInput
 from p2d.scorers.attribution import attribution
 from p2d.scorers.relative_shift import relative_shift
 from p2d.scorers.shift import shift

@@ -57,11 +57,10 @@ def added_up(reason: RowReason, table: SelectionTable, row: int, *, all_drawn: b
         guide = reason.guide
         by_response = (response - guide.response_median) / guide.response_spread
         own = min(by_response, (reason.quality - guide.quality_median) / guide.quality_spread)
-        assert reason.bar is not None
-        if own < reason.bar and not all_drawn:
+        if own < guide.bar and not all_drawn:
             return own
         drawn = float(table.score_R[row])
-        assert reason.bar <= drawn < reason.bar + 1
+        assert guide.bar <= drawn < guide.bar + 1
         return drawn
     if reason.combine == "worse_rank":
         parts = table.rank_parts(row, reason.combine)
@@ -93,7 +92,7 @@ def test_the_figures_of_every_row_add_up_to_its_score(
             assert added_up(reason, table, row) == table.score_R[row]
             assert len(reason.heads) + reason.stand_ins == len(CHOSEN)
             assert reason.response == sum(head.response for head in reason.heads) + reason.stand_ins * reason.stand_in
-            good_enough += reason.bar is not None and table.score_R[row] >= reason.bar
+            good_enough += reason.guide is not None and table.score_R[row] >= reason.guide.bar
     assert good_enough == (select_rows(made, CHOSEN, 0.2, TEXTS, seed=0).good_enough or 0)
     assert (good_enough > 0) == (combine == "guide")
 
