@@ -33,7 +33,8 @@ NOBODY = ""
 """The project of a caller who is not known yet: no row is one of its."""
 
 DatabaseUnavailable = OperationalError
-"""What any statement raises when PostgreSQL cannot be reached or gave up on it; safe to try again later."""
+"""What any statement raises when PostgreSQL cannot be reached, gave up on it or had closed its connection, as it does to a
+process that slept in a transaction; safe to try again later."""
 
 
 class SchemaBehind(OperationalError):
@@ -73,7 +74,7 @@ def make_engine(
         },
     )
     event.listen(engine, "begin", _speak_for_project)
-    event.listen(engine, "handle_error", _tell_behind)
+    event.listen(engine, "handle_error", _tell_later)
     _ping_rested(engine)
     return engine
 
@@ -97,7 +98,7 @@ def _speak_for_project(conn: Connection) -> None:
 _SPEAK = "select set_config('role', 'p2d_api', true), set_config('p2d.project', %s, true)"
 
 
-def _tell_behind(context: ExceptionContext) -> None:
+def _tell_later(context: ExceptionContext) -> None:
     found = context.original_exception
     if not isinstance(found, PsycopgError):
         return
@@ -105,6 +106,9 @@ def _tell_behind(context: ExceptionContext) -> None:
     no_role = found.sqlstate == "22023" and context.statement == _SPEAK
     if found.sqlstate in MISSING or no_role:
         raise SchemaBehind(context.statement, context.parameters, found) from found
+    # psycopg has other classes too for a connection that PostgreSQL closed: InternalError for one idle in its transaction.
+    if context.is_disconnect and not isinstance(context.sqlalchemy_exception, OperationalError):
+        raise DatabaseUnavailable(context.statement, context.parameters, found, connection_invalidated=True) from found
 
 
 def _ping_rested(engine: Engine) -> None:
