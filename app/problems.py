@@ -105,6 +105,8 @@ STATUS = {
     "head_map.mismatch": 409,
     "head_map.invalid": 422,
     "head_map.in_use": 409,
+    "head_map.ranks_nothing": 409,
+    "selection.ranks_nothing": 409,
     "selection.not_found": 404,
     "comparison.not_found": 404,
     "selection.mismatch": 409,
@@ -148,8 +150,8 @@ RETRY_AFTER_S = {
 }
 """Seconds in Retry-After; 5 for every other retryable answer."""
 
-_AUTO = "literal['auto']"
-"""What pydantic calls the second half of a type such as `int | Auto`."""
+_AUTO = {"literal['auto']": ", or 'auto'", "literal['auto',None]": ", 'auto' or null"}
+"""What pydantic calls the second half of a type such as `int | Auto`, and how we name it behind the first."""
 
 _TAG = re.compile(r"<\w+>")
 """Our names for the types that a field may have, which pydantic puts among the places of a fault."""
@@ -267,19 +269,21 @@ def body_faults(errors: Iterable[ErrorDetails], *, root: str = "") -> list[Error
     Of a field that is something or "auto" pydantic tells two faults, one for each, under names of its own: here it is one.
     """
     found = list(errors)
-    autos = {error["loc"][:-1] for error in found if error["loc"] and error["loc"][-1] == _AUTO}
+    autos = {
+        error["loc"][:-1]: _AUTO[str(error["loc"][-1])] for error in found if error["loc"] and error["loc"][-1] in _AUTO
+    }
     faults = []
     for error in found:
         loc, message = error["loc"], _expected(error)
         field = next((auto for auto in autos if len(loc) > len(auto) and loc[: len(auto)] == auto), None)
         if field is not None:
-            if loc[-1] == _AUTO:
+            if loc[-1] in _AUTO:
                 continue
             loc = field + loc[len(field) + 1 :]
-            message += ", or 'auto'" if loc == field else ""
+            message += autos[field] if loc == field else ""
         expected, got = expected_and_got(error)
         if expected and field is not None:
-            expected += ", or 'auto'" if loc == field else ""
+            expected += autos[field] if loc == field else ""
         pointer = root + _pointer(loc)
         faults.append(
             ErrorDetail(

@@ -6,6 +6,7 @@ Shows; every number was made by the engine (`p2d.report`). Says what was project
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -14,6 +15,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from app.progress import duration
+from p2d.config import UNIFORM
 
 
 def summary(report: Mapping[str, Any]) -> RenderableType:
@@ -39,11 +41,18 @@ def _results(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             f"rank correlation {again['rank_correlation']:.2f}",
         )
     kept = f"{selection['kept']} of {selection['rows']} by {selection['scorer']}"
+    if selection["scorer"] == UNIFORM and selection["kept"] == selection["rows"]:
+        kept = f"all {selection['rows']}: none had to be chosen"
+    if selection.get("trusted"):  # reports of earlier versions know of none
+        kept += f"; {selection['scored']} were scored, and for {selection['trusted']} a random sample vouches"
     if (good := selection.get("good_enough")) is not None:
-        enough = f"{good} of {selection['scored']} scored rows are as good as most held-out rows"
+        enough = f"{good} are taken to be as good as most held-out rows"
         if selection.get("like_guide"):
-            enough = "the scored rows as a whole are like the held-out rows"
-        kept += f"; {enough}, and chance decided among them"
+            enough = "all in all they are like the held-out rows"
+        kept += f"; {enough}" + (", and chance decides among them" if selection["kept"] < selection["rows"] else "")
+    if (seem_good := selection.get("seem_good")) is not None:
+        known = selection["scored"] + selection["trusted"] - selection["repeating"]
+        kept += f"; about {seem_good} of {known} that repeat no other seem to be like them" if seem_good < known else ""
     if repeating := selection.get("repeating"):  # reports of earlier versions know of none
         kept += f"; {repeating} nearly repeat a better one and stood behind"
     yield "rows kept", kept
@@ -83,10 +92,15 @@ def _verdict(control: Mapping[str, Any]) -> str:
 def _beside(control: Mapping[str, Any]) -> str:
     """A control, and whether the job did better."""
     change = control["against_job"]
-    interval = f"{change['difference']:+.4f} (95 % interval {change['low']:+.4f} to {change['high']:+.4f})"
+    verdict = _verdict(control)
+    if verdict == "no comparison":
+        verdict += ", for it trained the same heads and rows as this job"
+    else:
+        interval = f"95 % interval {change['low']:+.4f} to {change['high']:+.4f}"
+        verdict = f"this job: {verdict}, {change['difference']:+.4f} ({interval})"
     return (
         f"held-out loss {control['loss']:.4f} at {control['trained_parameters']:,} parameters on {control['rows']:,} rows; "
-        f"this job: {_verdict(control)}, {interval}"
+        f"{verdict}"
     )
 
 
@@ -228,11 +242,29 @@ def foreseen(estimate: Mapping[str, Any]) -> RenderableType:
             said += f", {other['artifact_bytes'] / 1e6:,.1f} MB of weights{price}"
             lines.append(f"{word} instead: {said}{'' if other['fits'] else ', does not fit'}")
     lines += [f"{name}: {text}" for name, text in estimate["basis"].items()]
+    lines += _decided(estimate)
     lines += [f"Note: {text}" for text in estimate["warnings"]] + [
         f"Does not fit: {text}" for text in estimate["misfits"]
     ]
     lines += [f"Would fit: {one['pointer']} = {one['value']} ({one['why']})" for one in estimate["changes"]]
     return Group(table, "", *(Text(line) for line in lines))
+
+
+def _decided(estimate: Mapping[str, Any]) -> Iterator[str]:
+    """What each `auto` became, a line each; where that was measured is left to `reasons`."""
+    config = estimate["config"]
+    for pointer, reason in estimate["reasons"].items():
+        group, name = pointer.strip("/").split("/")
+        yield f"{group}.{name} = {_short(config[group][name])}: {re.sub(r' [(]docs/[^)]*[)]', '', reason)}"
+    left = [f"training.{name}" for name in ("learning_rate", "precision") if config["training"][name] == "auto"]
+    if left:
+        yield f"Decided in the run: {', '.join(left)}"
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return f"{value:.3g}" if isinstance(value, float) else "null" if value is None else str(value)
 
 
 def _peak(peak: Mapping[str, int]) -> str:

@@ -25,6 +25,30 @@ class HeadMapInUse(Conflict):
         super().__init__("A job that has not ended needs the head map.", id=id, by=list(by))
 
 
+class SelectionRanksNothing(Conflict):
+    """A ratio of a selection that gives all rows the same score: it would keep the first ones of the file."""
+
+    code, hint = (
+        "selection.ranks_nothing",
+        "Leave the ratio out, or make a selection that ranks: POST /selections scores every row.",
+    )
+
+    def __init__(self) -> None:
+        super().__init__("No row is ranked before another, so a part of them would be the first of the file.")
+
+
+class HeadMapRanksNothing(Conflict):
+    """A head map that gives all heads the same score, so that it cannot be compared with another."""
+
+    code, hint = (
+        "head_map.ranks_nothing",
+        "Compare head maps by a scorer that ranks, such as attribution: POST /head-maps makes one alone.",
+    )
+
+    def __init__(self, *, ids: Sequence[str]) -> None:
+        super().__init__("No head is ranked before another, so there is nothing to compare.", ids=list(ids))
+
+
 class SelectionInUse(Conflict):
     """A selection that a job which has not ended reads, or has just made."""
 

@@ -200,7 +200,7 @@ class PlacedRowView(View):
 
     row: int = Field(description="0-based, of the rows that were left for training.")
     line: int = Field(description="Line of the user's file.")
-    score: float | None = Field(description="Null where the row was not scored.")
+    score: float | None = Field(description="Null where the row was neither scored nor vouched for by a sample.")
     quality: float | None = Field(description="Null where the row was not scored, or the scorer has none.")
     rank: int = Field(description="0 = best; last come rows that repeat a better one, then those that were not scored.")
     repeats: int | None = Field(
@@ -234,11 +234,14 @@ class RowReasonView(PlacedRowView):
     answer: str | None
     before: list[TurnView] = Field(default=[], description="Of a conversation the turns before the prompt.")
     formula: str | None = Field(description="How the score is made of the figures below.")
+    drawn: bool = Field(
+        description="Whether the row is good enough, or all rows of its part are, so that chance decided."
+    )
     response: float | None = Field(description="Sum of `heads`, and of `stand_in` for each of `stand_ins`.")
     heads: list[HeadResponseView] = Field(description="The chosen heads that were scored, best head first.")
     stand_ins: int = Field(description="Chosen heads in layers that were not scored.")
     stand_in: float = Field(description="What stands in for each of them: the mean of all scored heads.")
-    scored: int = Field(description="Rows of the selection that were scored.")
+    scored: int = Field(description="Rows of the selection that have a score.")
     guide: GuideScaleView | None = Field(
         description="What response and quality are measured by, where the scorer does so."
     )

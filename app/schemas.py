@@ -46,6 +46,9 @@ from p2d.config import (
 from p2d.model_info import MODEL_NAME
 
 Auto = Literal["auto"]
+AutoOrNull = Literal["auto", None]
+"""One literal and no `| None` behind it: pydantic names no null in the faults of that."""
+
 _DEFAULT, _PAPER = RECIPES["default"], RECIPES["paper"]
 
 
@@ -192,11 +195,15 @@ class HeadsBody(Body):
 class DataBody(Body):
     """Stage 2: which rows the chosen heads respond to."""
 
-    scorer: Text = Field(default="auto", description="Name of a data scorer; `auto` = the recipe's.")
+    scorer: Text = Field(
+        default="auto",
+        description="Name of a data scorer; `auto` = the recipe's, or `uniform` where all rows are kept.",
+    )
     ratio: Ratio | Auto = Field(
         default="auto",
-        description=f"Share of rows kept; `auto` = {_DEFAULT.data_ratio:.0%} in recipe `default`, {_PAPER.data_ratio:.0%} in "
-        f"`paper`, but at least {MIN_ROWS} rows.",
+        description="Share of rows kept; `auto` in recipe `default` = as many as seem to be like the rows of the validation "
+        "dataset, which the run finds out; without one (of 20 rows) all, unless a choice is asked for, and then "
+        f"{_DEFAULT.data_ratio:.0%}, in `paper` {_PAPER.data_ratio:.0%}, at least {MIN_ROWS} rows.",
     )
     mode: AskedMode = Field(
         default="auto",
@@ -221,7 +228,7 @@ class TrainingBody(Body):
     slices: list[Projection] | Auto = Field(
         default="auto", description="Projections that are sliced; `auto` = the recipe's."
     )
-    rank: Count | Auto | None = Field(
+    rank: Count | AutoOrNull = Field(
         default="auto",
         description="Rank of the update inside each slice, at most the head width; null = whole slices; `auto` = "
         f"{_DEFAULT.rank} where recipe `default` trains all heads, else whole slices.",

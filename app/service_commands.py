@@ -68,7 +68,7 @@ def show(
     as_json: Annotated[bool, typer.Option("--json", help="All fields, as the service answers.")] = False,
     url: Url = DEFAULT_URL,
 ) -> None:
-    """Show a job: how far it is, what went wrong with it, and its files."""
+    """Show a job: how far it is, what the run decided, what went wrong or is worth knowing, and its files."""
     with Client(url) as client:
         job = client.job(job_id)
         if as_json:
@@ -76,7 +76,7 @@ def show(
             return
         files = client.artifacts(job_id)
         report = client.report(job_id) if job.status == "succeeded" and job.kind == "adapt" else None
-    for line in [*_told(job), *verdicts(report or {})]:
+    for line in [*_told(job), *verdicts(report or {}), *_notes(job, report)]:
         out.print(line, markup=False)
     if files:
         out.print(_files(files))
@@ -148,6 +148,16 @@ def _told(job: Job) -> Iterator[str]:
         yield f"{job.error['code']}: {job.error.get('detail', '')}"
         if hint := job.error.get("hint"):
             yield str(hint)
+
+
+def _notes(job: Job, report: Mapping[str, Any] | None) -> Iterator[str]:
+    """What the run decided, as far as it has, and what is worth knowing of the job."""
+    training = (job.raw["resolved"] or {}).get("training", {}) if job.kind == "adapt" else {}
+    decided = {name: training.get(name, "auto") for name in ("learning_rate", "precision")}
+    if known := [f"{name.replace('_', ' ')} {value}" for name, value in decided.items() if value != "auto"]:
+        yield ", ".join(known)
+    for warning in (report or {}).get("warnings", job.raw["warnings"]):
+        yield f"Note: {warning}"
 
 
 def _files(files: Sequence[Artifact]) -> Table:

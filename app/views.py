@@ -371,7 +371,7 @@ EVENTS = {
     "metric": "`values` of a `step`, `shard` and `attempt` at `done` of `total`",
     "estimate": "seconds by `steps`, `total_s` and `interval_s`, once the rows are checked",
     "heads.ranked": "`head_map` (its id), `scorer`, `heads` of the model, `kept` of them, the `best` ten, `rank_correlation` of "
-    "the two halves",
+    "the two halves; none and null where the map ranks nothing",
     "examples.scored": "`selection` (its id), `scorer`, `rows`, `kept`",
     "checkpoint": "`name` and number of `files` of what an `attempt` at a `step` would go on from",
     "cache.hit": "`step` and `shard` that an earlier `job_id` had done, its `fingerprint` and `seconds_saved`",

@@ -216,6 +216,8 @@ def head_agreement(one: Facts, other: Facts) -> HeadAgreement | str:
         return "one of them has no head map"
     if one.head_map.model_digest != other.head_map.model_digest:
         return "their base models are not the same"
+    if not (one.head_map.ranks and other.head_map.ranks):
+        return "the head map of one of them ranks nothing"
     chosen = frozenset(one.heads), frozenset(other.heads)
     layers = []
     for layer, (a, b) in enumerate(zip(one.head_map.scores, other.head_map.scores, strict=True)):

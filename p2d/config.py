@@ -36,7 +36,7 @@ HEAD_SCORERS = {
 """Head scorers: name -> function; one file each in p2d/scorers/."""
 
 UNIFORM = "uniform"
-"""Head scorer that ranks nothing: for jobs that train every head."""
+"""Scorer that ranks nothing, of heads for jobs that train every one, of rows for jobs that keep every one."""
 
 WITHOUT_PROXY = frozenset({UNIFORM, "random"})
 """Head scorers that look at no trained weights: no proxy is trained for them."""
@@ -50,9 +50,14 @@ DATA_SCORERS = {
     "alignment_information": "p2d.responses.alignment_information:alignment_information",
     "information": "p2d.responses.information:information",
     "icl": "p2d.responses.icl:icl",
+    "uniform": "p2d.responses.uniform:uniform",
     "random": "p2d.responses.random:random",  # control arm, never a default
 }
 """Data scorers: name -> function that fills a response matrix; one file each in p2d/responses/."""
+
+
+WITHOUT_RESPONSES = frozenset({UNIFORM, "random"})
+"""Data scorers that look at no row: nothing is computed for them, and rows that repeat others are not looked for."""
 
 
 DEFAULT_RATIO = 0.10
@@ -71,6 +76,8 @@ class Recipe:
     rank: int | None
     """Of the update inside each slice, where all heads are trained; a head's slices are trained whole where heads are chosen."""
     data_ratio: float
+    guide_decides: bool
+    """Whether a validation dataset decides how many rows are kept, instead of `data_ratio`."""
     mode: Mode
     """Of a job whose rows are all scored even in fast mode."""
     epochs: int
@@ -86,6 +93,7 @@ RECIPES = {
         heads_ratio=1.0,
         rank=8,
         data_ratio=0.5,
+        guide_decides=True,
         mode="fast",
         epochs=1,
         reason="best of our own measurements (docs/LOG.md)",
@@ -97,6 +105,7 @@ RECIPES = {
         heads_ratio=DEFAULT_RATIO,
         rank=None,
         data_ratio=DEFAULT_RATIO,
+        guide_decides=False,
         mode="faithful",
         epochs=3,
         reason="as published (arXiv 2605.21558, 2505.18799, 2505.12212)",
@@ -104,11 +113,12 @@ RECIPES = {
 }
 
 MIN_ROWS = 200
-"""Fewest rows that an automatic data ratio leaves. A guess: by the learning curve as measured no number of rows is enough, for
-held-out loss falls with every further row that is not bad, up to all of them (docs/results/quality.md)."""
+"""Fewest rows that an automatic data ratio leaves, unless the guide decides it. A guess: by the learning curve as measured no
+number is enough, for held-out loss falls with every further row that is not bad, up to all of them (docs/results/quality.md)."""
 
-MIN_STEPS = 60
-"""Optimizer steps that a training has by default: with fewer, rows are seen more than once. A guess."""
+MIN_STEPS = 30
+"""Optimizer steps that a training has by default: with fewer, rows are seen more than once. A second pass lowered the held-out loss
+after 15 steps of 4 rows, and not after 30 or 58 (docs/decisions/0035)."""
 
 MAX_EPOCHS = 3
 """Most passes over the kept rows by default. A guess."""
@@ -134,6 +144,10 @@ RATING_SCORERS = frozenset({"alignment_likelihood"})
 
 MIN_GUIDE = 8
 """Fewest guide rows that tell what rows of the task are like, and so what is good enough. A guess: a spread of fewer is noise."""
+
+LOOK_ROWS = 64
+"""Rows of a shard that are scored to see whether all of it is like the guide (docs/decisions/0034). More would tell little more:
+with 32 guide rows the standard error of the statistic, `sqrt((m + n + 1) / (12 m n))`, is 0.063 with 64 rows, 0.051 with 2,000."""
 
 UPPER_THIRD = 2 / 3
 """Depth at which `alignment` begins to read gradients. By measurement: the upper third of the layers tells clean from bad
@@ -166,9 +180,11 @@ class DataConfig:
     """Stage 2: which rows the chosen heads respond to."""
 
     scorer: str = "auto"
-    """Name in DATA_SCORERS; `auto` = the recipe's."""
+    """Name in DATA_SCORERS; `auto` = `uniform` where every row is kept, see `ratio`, else the recipe's."""
     ratio: float | Auto = "auto"
-    """Share of rows kept, (0, 1]. `auto` = the recipe's, half of them or 10 %, but never fewer than MIN_ROWS rows."""
+    """Share of rows kept, (0, 1]. `auto` = the recipe's, half of them or 10 %, but never fewer than MIN_ROWS rows. In recipe
+    `default` a validation dataset decides instead, inside the run: as many as there are like its rows (`p2d.selection`); without
+    one all are kept where nothing asks for a choice (`p2d.resolution`)."""
     mode: AskedMode = "auto"
     """`fast` = a fraction of the cost: fewer rows are scored, and of long answers the beginning. `auto` = the recipe's where
     that leaves no row unscored, else `faithful`."""
@@ -249,7 +265,17 @@ def pool_count(data: DataConfig, rows: int) -> int:
     assert data.mode != "auto", "resolve the config first"
     if data.mode == "faithful":
         return rows
-    return min(rows, math.ceil(POOL_FACTOR * top_count(data_ratio(data), rows)))
+    return min(rows, math.ceil(POOL_FACTOR * most_kept(data, rows)))
+
+
+def most_kept(data: DataConfig, rows: int) -> int:
+    """How many of `rows` rows the selection keeps at most, by a resolved config: `auto` may turn out to be all of them."""
+    return rows if data.ratio == "auto" else top_count(data.ratio, rows)
+
+
+def samples_first(config: JobConfig) -> bool:
+    """Whether a sample of the rows may be all that is scored, of a resolved config: a job that asks for scores gets them all."""
+    return config.data.ratio == "auto" and config.kind == "adapt"
 
 
 def alignment_layers(layers: int) -> range:
@@ -305,12 +331,6 @@ def heads_ratio(heads: HeadsConfig) -> float:
     """Share of heads kept, of a resolved config."""
     assert heads.ratio != "auto", "resolve the config first"
     return heads.ratio
-
-
-def data_ratio(data: DataConfig) -> float:
-    """Share of rows kept, of a resolved config."""
-    assert data.ratio != "auto", "resolve the config first"
-    return data.ratio
 
 
 def rank_of(training: TrainingConfig) -> int | None:

@@ -16,6 +16,7 @@ from p2d.config import (
     HEAD_SCORERS,
     RECIPES,
     UNIFORM,
+    WITHOUT_RESPONSES,
     AskedMode,
     Control,
     DataConfig,
@@ -32,6 +33,9 @@ from p2d.config_types import wrong_types
 from p2d.errors import ConfigError, ErrorDetail, UnknownName
 from p2d.registry import check_name
 from p2d.wording import counted
+
+AUTO_OR_NULL = ", 'auto' or null"
+"""What else than a number `training.rank` may be; null is None in Python."""
 
 
 def check(config: JobConfig) -> None:
@@ -73,32 +77,34 @@ def _faults(config: JobConfig) -> Iterator[ErrorDetail]:
     yield from _unknown_words(config)
     for pointer, ratio in (("/heads/ratio", heads.ratio), ("/data/ratio", data.ratio)):
         if ratio != "auto" and not 0 < ratio <= 1:
-            yield _wrong("config.ratio", "a ratio above 0 and at most 1", ratio, pointer)
+            yield _wrong("config.ratio", "a ratio above 0 and at most 1, or 'auto'", ratio, pointer)
     at_least = [
-        ("/heads/proxy_rows", heads.proxy_rows, 4),  # two half-proxies of two rows each
-        ("/data/n_demos", data.n_demos, 1),
-        ("/data/n_queries", data.n_queries, 1),
-        ("/training/rank", training.rank, 1),
-        ("/training/epochs", training.epochs, 1),
-        ("/training/batch_size", training.batch_size, 1),
-        ("/training/max_length", training.max_length, 8),
-        ("/training/seed", training.seed, 0),
-        ("/limits/max_seconds", config.limits.max_seconds, 1),
-        ("/limits/max_gpu_seconds", config.limits.max_gpu_seconds, 1),
+        ("/heads/proxy_rows", heads.proxy_rows, 4, ", or 'auto'"),  # two half-proxies of two rows each
+        ("/data/n_demos", data.n_demos, 1, ""),
+        ("/data/n_queries", data.n_queries, 1, ""),
+        ("/training/rank", training.rank, 1, AUTO_OR_NULL),
+        ("/training/epochs", training.epochs, 1, ", or 'auto'"),
+        ("/training/batch_size", training.batch_size, 1, ""),
+        ("/training/max_length", training.max_length, 8, ", or 'auto'"),
+        ("/training/seed", training.seed, 0, ""),
+        ("/limits/max_seconds", config.limits.max_seconds, 1, ", or null"),
+        ("/limits/max_gpu_seconds", config.limits.max_gpu_seconds, 1, ", or null"),
     ]
-    for pointer, value, least in at_least:
+    for pointer, value, least, instead in at_least:
         if isinstance(value, int) and value < least:
-            yield _wrong("config.too_small", f"at least {least}", value, pointer)
+            yield _wrong("config.too_small", f"at least {least}{instead}", value, pointer)
     yield from _contradictions(config)
     if not _is_moment(config.limits):
         got = repr(config.limits.deadline)
         yield _wrong("config.deadline", "an RFC 3339 time, with its offset", got, "/limits/deadline")
     rate = training.learning_rate
     if rate != "auto" and not (math.isfinite(rate) and rate > 0):
-        yield _wrong("config.learning_rate", "a positive number", rate, "/training/learning_rate")
+        yield _wrong("config.learning_rate", "a positive number, or 'auto'", rate, "/training/learning_rate")
     if training.slices != "auto" and (not training.slices or len(set(training.slices)) < len(training.slices)):
         yield ErrorDetail(
-            code="config.slices", message="Expected one or more of q, k, v, o, each once.", pointer="/training/slices"
+            code="config.slices",
+            message="Expected one or more of q, k, v, o, each once, or 'auto'.",
+            pointer="/training/slices",
         )
 
 
@@ -138,7 +144,7 @@ def check_rank(config: JobConfig, *, head_dim: int) -> None:
     """Raise ConfigError if a rank is asked for above the head width: the factors would outnumber the slice that they stand for."""
     rank = config.training.rank
     if isinstance(rank, int) and rank > head_dim:
-        most = f"at most {head_dim}, the width of a head of the base model"
+        most = f"at most {head_dim} (the width of a head of the base model){AUTO_OR_NULL}"
         detail = _wrong("config.rank", most, rank, "/training/rank")
         raise ConfigError("training.rank is above the head width.", errors=[detail])
 
@@ -171,10 +177,10 @@ def _contradictions(config: JobConfig) -> Iterator[ErrorDetail]:
             message=f"The data scorer {scorer!r} judges no answers; only 'icl' has a metric.",
             pointer="/data/metric",
         )
-    if data.mode == "fast" and scorer == "random":
+    if data.mode == "fast" and scorer in WITHOUT_RESPONSES:
         yield ErrorDetail(
             code="config.mode",
-            message="The data scorer 'random' costs nothing: it has no fast mode.",
+            message=f"The data scorer {scorer!r} costs nothing: it has no fast mode.",
             pointer="/data/mode",
         )
 
@@ -199,7 +205,7 @@ def _unproven(config: JobConfig, map_scorer: str | None) -> Iterator[ErrorDetail
 def fast_faults(config: JobConfig, map_scorer: str | None) -> Iterator[ErrorDetail]:
     """What speaks against fast mode, if it were asked for."""
     recipe, data_scorer = RECIPES.get(config.recipe), _data_scorer(config)
-    if recipe is None or data_scorer == "random":
+    if recipe is None or data_scorer in WITHOUT_RESPONSES:
         return
     head_scorer = head_choice(config, map_scorer)[0]
     slices = recipe.slices if config.training.slices == "auto" else config.training.slices

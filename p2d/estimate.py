@@ -10,18 +10,21 @@ from dataclasses import dataclass
 from p2d.arch.spec import every_head
 from p2d.config import (
     FAST_ANSWER_TOKENS,
+    LOOK_ROWS,
     WITHOUT_PROXY,
+    WITHOUT_RESPONSES,
     JobConfig,
     alignment_layers,
     alignment_projections,
-    data_ratio,
     epochs_of,
     heads_ratio,
     icl_demos,
+    most_kept,
     pool_count,
     proxy_count,
     proxy_guide_rows,
     rates_guide,
+    samples_first,
     top_count,
 )
 from p2d.flops import (
@@ -36,6 +39,7 @@ from p2d.flops import (
     work_of,
 )
 from p2d.model_info import ModelInfo
+from p2d.pipeline import SHARD_ROWS
 from p2d.plans import RowCounts
 
 EFFICIENCY = 0.55
@@ -85,7 +89,7 @@ def estimate_seconds(
         flops["respond"] = ICL_SHARE * (flops["respond"] - written) + written * EFFICIENCY / DECODE_EFFICIENCY
     seconds = {step: count / (speed.flop_per_s * EFFICIENCY) for step, count in flops.items()}
     seconds["heads"] += LOAD_S + info.parameters * 2 / LOAD_BYTES_PER_S
-    compared = pool_count(config.data, train.rows) / train.rows
+    compared = 0.0 if config.data.scorer in WITHOUT_RESPONSES else pool_count(config.data, train.rows) / train.rows
     seconds["select"] = (
         0.5 + train.rows * 2e-5 + compared * (train.rows * COMPARE_ROW_S + train.tokens * COMPARE_TOKEN_S)
     )
@@ -121,7 +125,7 @@ def evaluation_cost(info: ModelInfo, config: JobConfig, *, train: RowCounts, eva
     answer = evaluation.answer_tokens / max(1, evaluation.rows) * min(evaluation.rows, 200)
     token = forward(info, Work(tokens=1, pairs=evaluation.longest, logits=1))
     batch = _work(train).times(min(1.0, config.training.batch_size / train.rows))
-    share = top_count(data_ratio(config.data), train.rows) / train.rows
+    share = most_kept(config.data, train.rows) / train.rows
     return EvaluationCost(
         loss=forward(info, _work(evaluation)),
         # Most rows write until the limit, a little over the longest reference: twice the mean.
@@ -139,7 +143,7 @@ def estimate_flops(info: ModelInfo, config: JobConfig, *, train: RowCounts, guid
     slices = config.training.slices
     assert slices != "auto", "resolve the config first"
     heads = every_head(info)
-    share = top_count(data_ratio(config.data), train.rows) / train.rows
+    share = most_kept(config.data, train.rows) / train.rows
     proxy = every.times(min(1.0, proxy_count(config.heads) / train.rows))
     judging = asked.times(proxy_guide_rows(proxy_count(config.heads), guide.rows) / max(1, guide.rows))
     # Held-out loss before and after each half; attribution needs gradients there, and mostly halfway as well.
@@ -188,7 +192,12 @@ def _typical(counts: RowCounts) -> tuple[int, int]:
 
 def _respond(info: ModelInfo, config: JobConfig, train: RowCounts, guide: RowCounts) -> float:
     row, data = _typical(train), config.data
-    rows = pool_count(data, train.rows)
+    rows, shards = pool_count(data, train.rows), 1
+    if samples_first(config):
+        # As if all were like the guide: a sample is scored, and all rows are trained on. Otherwise all are scored and fewer are
+        # trained on, for about as much in sum (docs/decisions/0034).
+        shards = -(-rows // SHARD_ROWS)  # each passes over the guide, which is no small part of a sample
+        rows = min(rows, LOOK_ROWS * shards)
     slices = config.training.slices
     assert slices != "auto", "resolve the config first"
     total = 0.0
@@ -202,7 +211,7 @@ def _respond(info: ModelInfo, config: JobConfig, train: RowCounts, guide: RowCou
             ]
         guided, row = kinds
         again = [guided] if rates_guide(data.scorer, guide.rows) else []
-        total += guide.rows * alignment(info, guide=[guided], rows=again, projections=read, from_layer=first)
+        total += shards * guide.rows * alignment(info, guide=[guided], rows=again, projections=read, from_layer=first)
         total += rows * alignment(info, guide=[], rows=[row], projections=read, from_layer=first)
     if data.scorer in ("information", "alignment_information"):
         bare = (min(row[0], row[1] + BARE_PROMPT), row[1])

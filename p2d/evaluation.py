@@ -88,7 +88,7 @@ def row_losses(
     return RowLosses(nll_R, tokens_R)
 
 
-Verdict = Literal["better", "worse", "no clear difference"]
+Verdict = Literal["better", "worse", "no clear difference", "no comparison"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -135,7 +135,7 @@ class Arm:
     against_job: Change
     """The job's loss minus the control's; below 0 = the job's choice was worth something."""
     verdict: Verdict
-    """Of the job, by whether that interval holds 0."""
+    """Of the job, by whether that interval holds 0; `no comparison` where the control drew all heads or rows, as the job has."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -278,8 +278,13 @@ class Judge:
             trained_parameters=result.n_parameters,
             learning_rate=result.learning_rate,
             seconds=result.seconds,
-            **self._held_against(losses, job),
+            **self._held_against(losses, job, same=self._all_were_kept(name)),
         )
+
+    def _all_were_kept(self, name: Control) -> bool:
+        if name == "random_heads":
+            return len(self.heads) == len(all_heads(self.base))
+        return len(self.kept) == len(self.train)
 
     def _lora(self, rendered: Sequence[RenderedRow], job: RowLosses) -> Arm:
         rows, guide = (RenderedRows(self.base.renderer, rows) for rows in (self.train, self.guide))
@@ -296,9 +301,10 @@ class Judge:
             **self._held_against(losses, job),
         )
 
-    def _held_against(self, control: RowLosses, job: RowLosses) -> dict[str, Any]:
+    def _held_against(self, control: RowLosses, job: RowLosses, *, same: bool = False) -> dict[str, Any]:
+        """Args: same: whether the control trained what the job did, so that a difference is only that of another order."""
         change = paired_bootstrap(control, job, seed=self.config.training.seed)
-        return {"loss": control.mean, "against_job": change, "verdict": change.verdict}
+        return {"loss": control.mean, "against_job": change, "verdict": "no comparison" if same else change.verdict}
 
     def _parameters(self, heads: Sequence[Head]) -> int:
         return HeadSlices(self.base, heads, self._slices()).n_parameters

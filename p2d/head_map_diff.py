@@ -49,8 +49,10 @@ class HeadMapDiff:
 
 
 def compare(one: HeadMap, other: HeadMap, ratio: float) -> HeadMapDiff:
-    """Compare two head maps of the same number of layers and heads at a ratio, (0, 1]."""
+    """Compare two head maps of the same number of layers and heads, that both rank, at a ratio, (0, 1]."""
     assert (one.n_layers, one.n_heads) == (other.n_layers, other.n_heads), "compare the shapes first"
+    assert one.ranks, "of a map that ranks nothing the kept heads would be the first ones"
+    assert other.ranks, "likewise"
     total = one.n_layers * one.n_heads
     k = top_count(ratio, total)
     tops = one.top(ratio), other.top(ratio)

@@ -92,6 +92,11 @@ class HeadMap:
         """Query heads per layer."""
         return len(self.scores[0])
 
+    @property
+    def ranks(self) -> bool:
+        """Whether it puts any head before another; a map by `uniform` does not, and then an order is only that of places."""
+        return len({score for row in self.scores for score in row}) > 1
+
     def ranked(self) -> list[Head]:
         """All heads, best first; ties by layer, then head."""
         return ranked(self.scores)
@@ -149,7 +154,10 @@ class HeadMap:
         return content.getvalue()
 
     def to_svg(self, ratio: float = DEFAULT_RATIO) -> str:
-        """Layers from the bottom up, heads from left to right; the darker the higher ranked, the ratio's heads outlined."""
+        """Layers from the bottom up, heads from left to right; the darker the higher ranked, the ratio's heads outlined.
+
+        All grey and none outlined where the map ranks nothing.
+        """
         return _svg(self, ratio)
 
 
@@ -229,22 +237,29 @@ def _ranks(values: Sequence[float]) -> list[float]:
 def _svg(head_map: HeadMap, ratio: float) -> str:
     cell, left, top = 16, 34, 26
     width, height = left + cell * head_map.n_heads + 8, top + cell * head_map.n_layers + 22
-    chosen, total = set(head_map.top(ratio)), head_map.n_layers * head_map.n_heads
+    total, ranks = head_map.n_layers * head_map.n_heads, head_map.ranks
+    chosen = set(head_map.top(ratio)) if ranks else set()
     title = f"{head_map.scorer}: {len(chosen)} of {total} heads of {head_map.model_name}"
+    if not ranks:
+        title = f"{head_map.scorer}: no head of {head_map.model_name} is ranked before another"
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
         f'role="img" font-family="sans-serif" font-size="9"><title>{escape(title)}</title>'
         f'<rect width="{width}" height="{height}" fill="#fff"/>'
         '<text x="4" y="14">layer \N{UPWARDS ARROW} head \N{RIGHTWARDS ARROW}</text>'
     ]
+    if not ranks:
+        parts.append(f'<text x="4" y="{top - 3}">nothing is ranked</text>')
     for rank, (layer, head) in enumerate(head_map.ranked()):
         x, y = left + cell * head, top + cell * (head_map.n_layers - 1 - layer)
         # Plain hex, from dark blue to nearly white: some viewers draw CSS colour functions black.
-        red, green, blue = (round(dark + (250 - dark) * rank / max(1, total - 1)) for dark in (23, 69, 130))
+        shade = rank / max(1, total - 1)
+        red, green, blue = (round(dark + (250 - dark) * shade) if ranks else 190 for dark in (23, 69, 130))
+        place = f"rank {rank + 1}" if ranks else "not ranked"
         border = ' stroke="#000" stroke-width="1.5"' if (layer, head) in chosen else ' stroke="#fff" stroke-width="1"'
         parts.append(
             f'<rect x="{x}" y="{y}" width="{cell - 1}" height="{cell - 1}" fill="#{red:02x}{green:02x}{blue:02x}"{border}>'
-            f"<title>layer {layer}, head {head}: rank {rank + 1}, score {head_map.scores[layer][head]:.4g}</title></rect>"
+            f"<title>layer {layer}, head {head}: {place}, score {head_map.scores[layer][head]:.4g}</title></rect>"
         )
     for layer in range(0, head_map.n_layers, max(1, head_map.n_layers // 6)):
         y = top + cell * (head_map.n_layers - 1 - layer) + 11

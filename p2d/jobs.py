@@ -239,7 +239,7 @@ def _take(data: Path | str | Dataset, normalised: Path, columns: Columns, folder
 def _run_steps(
     config: JobConfig, model: Path, work: WorkFolder, rows: int, device: str, on_progress: OnProgress | None
 ) -> None:
-    from p2d.selection import check_selection
+    from p2d.selection_file import check_selection
 
     models = ModelCache()
     for planned in plan_steps(config, rows, SHARD_ROWS):

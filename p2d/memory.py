@@ -16,14 +16,15 @@ from dataclasses import dataclass
 from p2d.arch.spec import n_units
 from p2d.config import (
     WITHOUT_PROXY,
+    WITHOUT_RESPONSES,
     JobConfig,
     Projection,
     alignment_layers,
     alignment_projections,
-    data_ratio,
     epochs_of,
     heads_ratio,
     icl_demos,
+    most_kept,
     pool_count,
     proxy_count,
     proxy_guide_rows,
@@ -93,7 +94,7 @@ def step_peaks(
     longest = max(train.longest, guide.longest, evaluation.longest)
     slices = _slices(config)
     batch = _micro_batch(config.training.batch_size * longest, longest)
-    kept = top_count(data_ratio(config.data), train.rows) * train.tokens // max(1, train.rows)
+    kept = most_kept(config.data, train.rows) * train.tokens // max(1, train.rows)
     beside = {
         "heads": _heads(info, config, machine, batch, guide, longest),
         "respond": _respond(info, config, machine, train, guide, longest),
@@ -159,7 +160,7 @@ def _respond(
     info: ModelInfo, config: JobConfig, machine: Machine, train: RowCounts, guide: RowCounts, longest: int
 ) -> int:
     data, answers = config.data, _answers(train)
-    if data.scorer == "random":
+    if data.scorer in WITHOUT_RESPONSES:
         return 0
     if data.scorer.startswith("alignment"):
         layers, places = alignment_layers(info.n_layers), alignment_projections(_slices(config))

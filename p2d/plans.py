@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from p2d.config import JobConfig, config_from_json
 from p2d.errors import DatasetTooSmall, ErrorDetail
 from p2d.files import read_json, write_json
 from p2d.model_info import ModelInfo
+from p2d.resolution import settled
 from p2d.row_files import RowView
 from p2d.row_keys import RowKeys
 from p2d.rows import Row
@@ -60,6 +61,13 @@ class Plan:
     """Seconds of each step, before it ran."""
     guide_apart: bool = False
     """Whether guide and evaluation are of a validation dataset, not held out of the training rows' own; not in older plans."""
+
+    def settled(self, *, kept: int | None = None, learning_rate: float | None = None) -> Plan:
+        """The plan with what the run has found since (`p2d.resolution.settled`)."""
+        config, reasons = settled(
+            self.config, self.reasons, kept=kept, rows=self.train.rows, learning_rate=learning_rate
+        )
+        return replace(self, config=config, reasons=reasons)
 
 
 def save_plan(path: Path, plan: Plan) -> None:
@@ -112,6 +120,11 @@ def held_out_count(rows: int, validation: int | None, *, proxy_rows: int) -> int
     return held
 
 
+def guide_count(held_out: int) -> int:
+    """How many of the held-out rows guide; the others judge."""
+    return min(GUIDE_ROWS, 2 * held_out // 5)
+
+
 def split_rows(rows: Sequence[Row], validation: Sequence[Row] | None, *, seed: int, proxy_rows: int) -> Split:
     """Set held-out rows apart: of the validation dataset where there is one, else of the dataset itself.
 
@@ -125,7 +138,7 @@ def split_rows(rows: Sequence[Row], validation: Sequence[Row] | None, *, seed: i
         chosen = set(rng.sample(range(len(rows)), count))
         train = RowView(rows, array("q", (index for index in range(len(rows)) if index not in chosen)))
         held = RowView(rows, sorted(chosen))
-    guides = set(rng.sample(range(len(held)), min(GUIDE_ROWS, 2 * len(held) // 5)))
+    guides = set(rng.sample(range(len(held)), guide_count(len(held))))
     judging = array("q", (index for index in range(len(held)) if index not in guides))
     return Split(train, RowView(held, sorted(guides)), RowView(held, judging))
 

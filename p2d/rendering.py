@@ -77,15 +77,15 @@ class Renderer:
         self._bos_ids: list[int] = []
         if self._chat:
             (self._prefix, later_turn), self._opening = _shared_prefix(self), _opening(self)
-            self.prefix_ids = self._encode(self._prefix) or [eos if bos is None else bos]
+            self.prefix_ids = self.encode(self._prefix) or [eos if bos is None else bos]
             if bos is not None and self._prefix.startswith(tokenizer.bos_token):
                 # Not where it begins every turn: then it belongs to the system turn.
                 self._bos = "" if later_turn.startswith(tokenizer.bos_token) else tokenizer.bos_token
-                self._bos_ids = self._encode(self._bos)
+                self._bos_ids = self.encode(self._bos)
             self.separator_ids = self._separator()
         else:
             self.prefix_ids = [eos if bos is None else bos]
-            self.separator_ids = self._encode("\n\n")
+            self.separator_ids = self.encode("\n\n")
 
     @property
     def has_chat_template(self) -> bool:
@@ -103,7 +103,7 @@ class Renderer:
         Raises: TemplateRefuses if the chat template does not take the row's turns.
         """
         if not self._chat:
-            return RenderedRow(self._encode(_transcript(row)), [*self._encode(row.answer), self._eos_id])
+            return RenderedRow(self.encode(_transcript(row)), [*self.encode(row.answer), self._eos_id])
         prompt_ids, tail_ids, own_system = self._turn(row)
         end = 1 + max((i for i, token in enumerate(tail_ids) if token in self._special_ids), default=-1)
         # A template without an end-of-turn token leaves the model no way to stop: end with eos instead.
@@ -121,6 +121,11 @@ class Renderer:
         """Text of ids without special tokens."""
         text: str = self._tokenizer.decode(list(ids), skip_special_tokens=True)
         return text
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text as it stands, in no turn and with nothing before or after it."""
+        ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
 
     def chat_text(self, messages: list[dict[str, str]], *, open_answer: bool = False) -> str:
         """The chat template's text; with `open_answer` it ends where an answer would begin."""
@@ -147,14 +152,14 @@ class Renderer:
             raise ModelError("The chat template does not render a prompt as the beginning of its answered form.")
         if full.startswith(prompt + self._opening):
             prompt += self._opening
-        prompt_ids, full_ids = self._encode(prompt), self._encode(full)
+        prompt_ids, full_ids = self.encode(prompt), self.encode(full)
         if prompt_ids[: len(lead_ids)] != lead_ids or not self._prefix:
-            prompt_ids = self._encode(prompt[len(lead) :])
-            return prompt_ids, self._encode(full[len(prompt) :]), own_system
+            prompt_ids = self.encode(prompt[len(lead) :])
+            return prompt_ids, self.encode(full[len(prompt) :]), own_system
         if (
             full_ids[: len(prompt_ids)] != prompt_ids
         ):  # a token that spans the border: cut at the border, as a user's prompt is
-            full_ids = prompt_ids + self._encode(full[len(prompt) :])
+            full_ids = prompt_ids + self.encode(full[len(prompt) :])
         return prompt_ids[len(lead_ids) :], full_ids[len(prompt_ids) :], own_system
 
     def _separator(self) -> list[int]:
@@ -162,10 +167,6 @@ class Renderer:
         row = Row(prompt="1", answer="1", line=0)
         _, tail_ids, _ = self._turn(row)
         return tail_ids[len(self.render(row).answer_ids) :]
-
-    def _encode(self, text: str) -> list[int]:
-        ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
-        return ids
 
 
 def _transcript(row: Row) -> str:

@@ -32,10 +32,15 @@ def write_report(inputs: Path, path: Path, *, started: float, device: str) -> No
 
     Args:   started: `time.perf_counter()` when the package step began, so that the report's own seconds count too.
     """
-    plan = load_plan(inputs / "plan.json")
-    training = _optional(inputs / "training.json")
-    evaluation = _optional(inputs / "evaluation.json")
-    selection = _selection(inputs, plan)
+    selection, training, evaluation = (
+        _optional(inputs / name) for name in ("selection_summary.json", "training.json", "evaluation.json")
+    )
+    plan = load_plan(inputs / "plan.json").settled(
+        kept=None if selection is None else selection["kept"],
+        learning_rate=None if training is None else training["learning_rate"],
+    )
+    if selection is not None:
+        selection["mode"] = plan.config.data.mode
     report: dict[str, Any] = {
         "format": FORMAT,
         "kind": plan.config.kind,
@@ -54,11 +59,6 @@ def write_report(inputs: Path, path: Path, *, started: float, device: str) -> No
     report["estimate_s"] = plan.estimate_s
     report["cost"] = _cost(inputs, plan, evaluation, started=started, device=device)
     write_json(path, report)
-
-
-def _selection(inputs: Path, plan: Plan) -> dict[str, Any] | None:
-    summary: dict[str, Any] | None = _optional(inputs / "selection_summary.json")
-    return summary and {**summary, "mode": plan.config.data.mode}
 
 
 def _optional(path: Path) -> Any:

@@ -48,6 +48,8 @@ class ResponseShard:
     guide_quality_G: npt.NDArray[np.float32] | None = None
     scorer: str
     combine: Combine
+    rest_like_guide: bool = False
+    """Whether the rows of the span that were not scored are taken to be like the guide's, as a random sample of them was."""
 
     def __post_init__(self) -> None:
         assert self.response_RN.dtype == np.float16
@@ -83,6 +85,7 @@ def save_shard(path: Path, shard: ResponseShard) -> None:
         "scorer": shard.scorer,
         "combine": shard.combine,
         "n_heads": shard.n_heads,
+        "rest_like_guide": shard.rest_like_guide,
     }
     # One entry alone: safetensors writes several in random order, and equal shards must be equal files.
     save_file(tensors, str(path), metadata={"facts": json.dumps(facts)})
@@ -104,6 +107,7 @@ def load_shard(path: Path) -> ResponseShard:
             guide_quality_G=file.get_tensor("guide_quality") if "guide_quality" in names else None,
             scorer=facts["scorer"],
             combine=facts["combine"],
+            rest_like_guide=facts.get("rest_like_guide", False),  # not in older shards
         )
 
 

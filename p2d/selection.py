@@ -1,7 +1,8 @@
 """Stage 2, second half: which rows to keep. Arithmetic on the response matrix, no model and no torch.
 
 score of a row = sum over the chosen heads of the row's responses, combined with the row's quality as the scorer says;
-the top `ceil(ratio * rows)` are kept, ties by row order. Another head set or ratio costs no model pass.
+the top `ceil(ratio * rows)` are kept, ties by row order. Another head set costs no model pass, nor another ratio, but where it was
+left open: then a sample may be all that was scored, and as many rows are kept as seem to be like the guide's.
 
 Where the scorer has rated the guide's rows, too (`combine: guide`), they are the measure: a row that is as good as most of them is
 as good as any, and among those rows chance decides; only behind them comes the score. What is scored best is alike and easy, and
@@ -9,77 +10,36 @@ trains worse than rows drawn at random from a clean pool (docs/decisions/0031). 
 there is nothing to leave out, and chance decides among all rows (docs/decisions/0033).
 
 A row that nearly repeats a better-scored one (`p2d.near_duplicates`) ranks behind all scored rows that do not: nothing is left
-out, but what a model has seen once is kept only where nothing new is left. Not so with scores by `random`, which are a control:
-chosen for nothing, by score or by text.
+out, but what a model has seen once is kept only where nothing new is left. Not so with scores by `random` and `uniform`: nothing is
+chosen by them, by score or by text.
 
-Two things a cheap scoring may leave out, and what then holds:
+Three things a cheap scoring may leave out, and what then holds:
 - for each chosen head in a layer that was not scored, the mean of all scored heads stands in;
-- a row that was not scored (fast mode's pool) has no score, ranks behind all that have one, and is never kept.
+- a row of a shard that was taken to be like the guide by a sample of it is as good as any: chance decides (docs/decisions/0034);
+- any other row that was not scored (fast mode's pool) has no score, ranks behind all that have one, and is never kept.
 """
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from p2d.config import MIN_GUIDE, RATING_SCORERS, top_count
+from p2d.config import DEFAULT_RATIO, MIN_GUIDE, RATING_SCORERS, WITHOUT_RESPONSES, Auto, top_count
 from p2d.errors import ConfigError, EngineError, ErrorDetail
+from p2d.guide_scale import BAR, LIKE_GUIDE, Floats, GuideScale, columns, guide_scale, outscored, summed
 from p2d.near_duplicates import repetitions
-from p2d.response_matrix import Combine, ResponseShard, median_and_spread
-from p2d.row_files import RowFile, line_starts
-from p2d.row_keys import RowKeys
-from p2d.rows import Row, stored_row, turns_json
+from p2d.response_matrix import Combine, ResponseShard
+from p2d.rows import Row
 
-Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
-CONTROL = "random"
-"""The data scorer of which nothing is chosen by text either."""
 
-BAR = 0.4
-"""Quantile of the guide's own scores from which on a row is good enough: 57 to 74 % of clean rows are. Of half-bad pools 0 to 5 %
-of all such rows are bad, not counting wrong numbers, which nothing sees. With 0.25 three quarters and more of the clean rows are
-good enough, and twice as many bad ones where the guide is not clean itself (docs/LOG.md)."""
-
-
-LIKE_GUIDE = 0.58
-"""Most that the guide's rows may outscore the pool's (`outscored`; 0.5 = not at all) where the pool is taken to be like them. With
-32 guide rows clean pools are in 95 to 100 % of the draws, pools of which 30 % is bad in 0 to 8 %, half-bad ones in none
-(docs/LOG.md)."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class GuideScale:
-    """What the guide's rows have of a row's two parts, by which all rows are measured."""
-
-    response_G: Floats
-    quality_G: Floats
-    response_median: float
-    response_spread: float
-    quality_median: float
-    quality_spread: float
-
-    @property
-    def score_G(self) -> Floats:
-        """The guide's own scores, [guide rows]."""
-        return self.scores(self.response_G, self.quality_G)
-
-    @property
-    def bar(self) -> float:
-        """Score from which on a row is good enough."""
-        return float(np.quantile(self.score_G, BAR))
-
-    def scores(self, response_R: Floats, quality_R: Floats) -> Floats:
-        """The lesser of response and quality, each in spreads from the guide's median, [R]."""
-        by_response = (response_R - self.response_median) / self.response_spread
-        return np.minimum(by_response, (quality_R - self.quality_median) / self.quality_spread)
+MISJUDGED = 1.2
+"""How many times as many rows as seem good may be kept without a word: the estimate's own error (docs/decisions/0034)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,9 +47,9 @@ class Selection:
     """A score for every scored row, and the view that a ratio takes of it."""
 
     score_R: Floats
-    """NaN where the row was not scored."""
+    """NaN where the row was neither scored nor trusted."""
     quality_R: Floats | None
-    """The same."""
+    """NaN where the row was not scored."""
     rank_R: Ints
     """0 = best; behind all others those that repeat a better row, then rows that were not scored, in row order."""
     repeats_R: Ints
@@ -97,6 +57,8 @@ class Selection:
     kept: int
     scored: int
     """Rows that were scored."""
+    trusted: int
+    """Rows that were not, and are taken to be like the guide, as a sample of their shard was."""
     scorer: str
     combine: Combine
     heads: int
@@ -108,10 +70,12 @@ class Selection:
     """Score from which on a row is as good as most of the guide's; None where the guide was not rated."""
     like_guide: bool
     """Whether the pool as a whole scores like the guide, so that every row is good enough."""
+    seem_good: int | None
+    """How many rows seem to be like the guide's, repetitions left out; None where the guide was not rated."""
 
     @property
     def good_enough(self) -> int | None:
-        """Scored rows among which chance decides, repetitions among them; None where there is no bar."""
+        """Rows among which chance decides, repetitions among them; None where there is no bar."""
         return None if self.bar is None else int((self.score_R >= self.bar).sum())
 
     @property
@@ -126,7 +90,9 @@ class SelectionSummary:
 
     rows: int
     scored: int
-    """Rows that were scored; fewer than `rows` in fast mode, where the others could not be kept."""
+    """Rows that were scored; fewer than `rows` in fast mode, where the others could not be kept, or where some are `trusted`."""
+    trusted: int
+    """Rows that were not scored and could be kept, for a random sample of them was like the held-out rows."""
     kept: int
     repeating: int
     """Scored rows that nearly repeat a better one, and so rank behind those that do not."""
@@ -138,11 +104,13 @@ class SelectionSummary:
     heads_scored: int
     """Chosen heads that have responses, see `Selection`."""
     good_enough: int | None
-    """Scored rows among which chance decided, see `Selection`."""
+    """Rows among which chance decided, see `Selection`."""
     like_guide: bool
     """Whether these are all, for the pool as a whole scores like the held-out rows."""
+    seem_good: int | None
+    """How many rows seem to be like the held-out ones, see `Selection`."""
     score_quantiles: list[float]
-    """Of all scored rows: minimum, quarter, median, three quarters, maximum."""
+    """Of all rows that have a score: minimum, quarter, median, three quarters, maximum."""
     kept_score_min: float
     warnings: list[str]
     """What a user should know of the selection."""
@@ -151,7 +119,7 @@ class SelectionSummary:
 def select_rows(
     shards: Iterable[ResponseShard],
     heads: Sequence[tuple[int, int]],
-    ratio: float,
+    ratio: float | Auto,
     rows: Sequence[Row],
     *,
     seed: int,
@@ -160,105 +128,125 @@ def select_rows(
     """Score every scored row by what the chosen heads respond, and keep the best that do not repeat a better one.
 
     Args:    shards: all of one matrix, in row order; each is asked for once and let go. heads: (layer, head) pairs.
-             ratio: share of all rows kept, (0, 1]. rows: those of the matrix. seed: draws among rows that are good enough.
+             ratio: share of all rows kept, (0, 1]; `auto` = as many as seem to be like the guide's, but a tenth at least.
+             rows: those of the matrix. seed: draws among rows that are good enough.
              guide_apart: whether the guide's rows are of another dataset than the pool's. Rows held out of the pool itself are
              always like it, however bad it is, which says nothing.
     Raises:  EngineError if a score is not finite; ConfigError (`config.invalid`) if no row has one.
     """
-    sums: list[Floats] = []
-    qualities: list[npt.NDArray[np.float32]] = []
-    places: list[npt.NDArray[np.int64]] = []
+    matrix = _gathered(shards, heads, rows)
+    score, place_R, scale = matrix.score, matrix.row_R, matrix.scale
+    score_R = _spread(score, place_R, len(rows))
+    like_guide = False
+    if scale is not None:
+        doubted = score[~matrix.sampled]
+        like_guide = guide_apart and (not len(doubted) or outscored(scale.score_G, doubted) <= LIKE_GUIDE)
+        good_R = np.concatenate([place_R[(score >= scale.bar) | matrix.sampled | like_guide], matrix.trusted_R])
+        score_R[good_R] = scale.bar + _draws(len(rows), seed)[good_R]
+    repeats_R = np.full(len(rows), -1, dtype=np.int64)
+    if matrix.scorer not in WITHOUT_RESPONSES:
+        best_first = np.argsort(-score_R, kind="stable")[: len(place_R) + len(matrix.trusted_R)]  # NaN comes last
+        repeats_R[best_first] = repetitions(rows, best_first)
+    seem_good = None if scale is None else _count_like_guide(matrix, scale, repeats_R, every=like_guide)
+    if ratio == "auto":
+        assert seem_good is not None, "nothing says how many are good"
+        kept = max(seem_good, top_count(DEFAULT_RATIO, len(rows)))
+    else:
+        kept = top_count(ratio, len(rows))
+    return Selection(
+        score_R=score_R,
+        quality_R=None if matrix.quality is None else _spread(matrix.quality, place_R, len(rows)),
+        rank_R=_places(np.lexsort((-score_R, _class(score_R, repeats_R)))),
+        repeats_R=repeats_R,
+        kept=min(kept, len(place_R) + len(matrix.trusted_R)),
+        scored=len(place_R),
+        trusted=len(matrix.trusted_R),
+        scorer=matrix.scorer,
+        combine=matrix.how,
+        heads=len(heads),
+        heads_scored=matrix.heads_scored,
+        bar=None if scale is None else scale.bar,
+        like_guide=like_guide,
+        seem_good=seem_good,
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Matrix:
+    """What all shards say of their rows."""
+
+    row_R: Ints
+    """The scored rows, ascending."""
+    score: Floats
+    """Of each, before chance decides among the good ones."""
+    quality: Floats | None
+    sampled: npt.NDArray[np.bool_]
+    """Whether each stands for a shard that was taken to be like the guide."""
+    trusted_R: Ints
+    """The other rows of those shards."""
+    scale: GuideScale | None
+    how: Combine
+    scorer: str
+    heads_scored: int
+
+
+def _gathered(shards: Iterable[ResponseShard], heads: Sequence[tuple[int, int]], rows: Sequence[Row]) -> _Matrix:
+    sums, qualities, places, sampled, trusted = [], [], [], [], [np.zeros(0, dtype=np.int64)]
     ways: set[Combine] = set()
     shard = None
     for shard in shards:
         ways.add(shard.combine)
-        sums.append(_summed(shard.response_RN, shard, heads))
+        sums.append(summed(shard.response_RN, shard, heads))
         places.append(shard.row_R)
+        sampled.append(np.full(len(shard.row_R), shard.rest_like_guide))
+        if shard.rest_like_guide:
+            trusted.append(np.setdiff1d(shard.span, shard.row_R))
         if shard.quality_R is not None:
             qualities.append(shard.quality_R)
     assert shard is not None
     assert shard.span.stop == len(rows), "the matrix is of other rows"
-    place_R = np.concatenate(places)
+    row_R = np.concatenate(places)
     quality = np.concatenate(qualities).astype(np.float64) if qualities else None
     # Of shards of two versions only what both know counts.
     scale, how = (guide_scale(shard, heads), shard.combine) if len(ways) == 1 else (None, "worse_rank")
     score = combine(np.concatenate(sums), quality, how, scale)
-    bad = place_R[~np.isfinite(score)]
+    bad = row_R[~np.isfinite(score)]
     if len(bad):
         raise EngineError(f"The scores of {len(bad)} rows are not finite.", rows=[int(row) for row in bad[:20]])
-    if not len(place_R):
+    if not len(row_R):
         text = (
             f"{shard.scorer!r} could score no row: each fills the model's context without room for another beside it."
         )
         raise ConfigError(text, errors=[ErrorDetail(code="config.scorer", message=text, pointer="/data/scorer")])
-    like_guide = scale is not None and guide_apart and outscored(scale.score_G, score) <= LIKE_GUIDE
-    if scale is not None:
-        good = (score >= scale.bar) | like_guide
-        score[good] = scale.bar + _draws(len(rows), seed)[place_R[good]]
-    score_R = _spread(score, place_R, len(rows))
-    repeats_R = np.full(len(rows), -1, dtype=np.int64)
-    if shard.scorer != CONTROL:
-        best_first = place_R[np.argsort(-score, kind="stable")]
-        repeats_R[best_first] = repetitions(rows, best_first)
-    return Selection(
-        score_R=score_R,
-        quality_R=None if quality is None else _spread(quality, place_R, len(rows)),
-        rank_R=_places(np.lexsort((-score_R, _class(score_R, repeats_R)))),
-        repeats_R=repeats_R,
-        kept=min(top_count(ratio, len(rows)), len(place_R)),
-        scored=len(place_R),
+    return _Matrix(
+        row_R=row_R,
+        score=score,
+        quality=quality,
+        sampled=np.concatenate(sampled),
+        trusted_R=np.concatenate(trusted),
+        scale=scale,
+        how=how,
         scorer=shard.scorer,
-        combine=how,
-        heads=len(heads),
-        heads_scored=len(_columns(shard, heads)),
-        bar=None if scale is None else scale.bar,
-        like_guide=like_guide,
+        heads_scored=len(columns(shard, heads)),
     )
+
+
+def _count_like_guide(matrix: _Matrix, scale: GuideScale, repeats_R: Ints, *, every: bool) -> int:
+    """How many rows seem to be like the guide's, those that repeat another left out.
+
+    Of rows like the guide's a share of 1 - BAR reaches the bar, and of bad ones hardly any: so many times more are good than do.
+    The estimate of Storey (2002, A direct approach to false discovery rates), with the guide's scores as the null distribution. Too
+    high by bad rows that reach the bar; too low by 1 % with 32 guide rows and 4 % with 8, for the bar is an interpolated quantile.
+    """
+    fresh, doubted = repeats_R[matrix.row_R] < 0, ~(matrix.sampled | every)
+    taken = int((fresh & ~doubted).sum()) + int((repeats_R[matrix.trusted_R] < 0).sum())
+    reach = int((fresh & doubted & (matrix.score >= scale.bar)).sum())
+    return taken + min(int((fresh & doubted).sum()), math.ceil(reach / (1 - BAR)))
 
 
 def _draws(rows: int, seed: int) -> Floats:
     """A number in [0, 1) for every row, each another one."""
     return np.random.default_rng([seed, rows]).permutation(rows) / rows
-
-
-def guide_scale(shard: ResponseShard, heads: Sequence[tuple[int, int]]) -> GuideScale | None:
-    """What the guide's rows have with these heads; None where the scorer has not rated them."""
-    if shard.guide_response_GN is None or shard.guide_quality_G is None:
-        return None
-    response_G = _summed(shard.guide_response_GN, shard, heads)
-    quality_G = shard.guide_quality_G.astype(np.float64)
-    (response, response_spread), (quality, quality_spread) = map(median_and_spread, (response_G, quality_G))
-    return GuideScale(
-        response_G=response_G,
-        quality_G=quality_G,
-        response_median=response,
-        response_spread=response_spread or 1.0,  # rows that are all alike
-        quality_median=quality,
-        quality_spread=quality_spread or 1.0,
-    )
-
-
-def outscored(score_G: Floats, score_R: Floats) -> float:
-    """How often a row of the guide scores above a row of the pool, ties half: Mann and Whitney's U over all pairs."""
-    sorted_R = np.sort(score_R)
-    below_G = np.searchsorted(sorted_R, score_G, side="left") + np.searchsorted(sorted_R, score_G, side="right")
-    return float(below_G.mean() / (2 * len(score_R)))
-
-
-def _columns(shard: ResponseShard, heads: Sequence[tuple[int, int]]) -> npt.NDArray[np.intp]:
-    """Columns of the chosen heads that were scored."""
-    first = shard.layers.start
-    scored = [(layer - first) * shard.n_heads + head for layer, head in heads if layer in shard.layers]
-    return np.array(scored, dtype=np.intp)
-
-
-def _summed(response_RN: npt.NDArray[np.float16], shard: ResponseShard, heads: Sequence[tuple[int, int]]) -> Floats:
-    """Responses of the chosen heads added up, [R]. float64: fp16 values of 27 heads added in fp16 would tie."""
-    columns = _columns(shard, heads)
-    response_R: Floats = response_RN[:, columns].sum(axis=1, dtype=np.float64)
-    if (missing := len(heads) - len(columns)) and len(shard.layers):
-        response_R += missing * response_RN.mean(axis=1, dtype=np.float64)
-    return response_R
 
 
 def _spread(value_R: Floats, place_R: npt.NDArray[np.int64], rows: int) -> Floats:
@@ -312,6 +300,7 @@ def summarise(selection: Selection) -> SelectionSummary:
     return SelectionSummary(
         rows=len(selection.score_R),
         scored=selection.scored,
+        trusted=selection.trusted,
         kept=selection.kept,
         repeating=int((selection.repeats_R >= 0).sum()),
         kept_repeating=kept_repeating,
@@ -321,9 +310,12 @@ def summarise(selection: Selection) -> SelectionSummary:
         heads_scored=selection.heads_scored,
         good_enough=selection.good_enough,
         like_guide=selection.like_guide,
+        seem_good=selection.seem_good,
         score_quantiles=[float(q) for q in np.nanquantile(selection.score_R, [0, 0.25, 0.5, 0.75, 1])],
         kept_score_min=float(selection.score_R[kept_R].min()),
-        warnings=[] if selection.kept == selection.scored else _warnings(selection, kept_R, kept_repeating),
+        warnings=[]
+        if selection.kept == selection.scored + selection.trusted
+        else _warnings(selection, kept_R, kept_repeating),
     )
 
 
@@ -332,7 +324,7 @@ def _warnings(selection: Selection, kept_R: npt.NDArray[np.bool_], kept_repeatin
     return [
         *_tie_warning(selection, kept_R),
         *_guide_warning(selection),
-        *_bar_warning(selection, kept_R),
+        *_number_warning(selection, kept_repeating),
         *_repetition_warning(selection, kept_repeating),
     ]
 
@@ -359,15 +351,13 @@ def _guide_warning(selection: Selection) -> list[str]:
     ]
 
 
-def _bar_warning(selection: Selection, kept_R: npt.NDArray[np.bool_]) -> list[str]:
-    if selection.bar is None:
-        return []
-    below = int((selection.score_R[kept_R] < selection.bar).sum())
-    if not below:
+def _number_warning(selection: Selection, kept_repeating: int) -> list[str]:
+    fresh = selection.kept - kept_repeating
+    if selection.seem_good is None or fresh <= MISJUDGED * selection.seem_good:
         return []
     return [
-        f"{below} of the {selection.kept} kept rows are less good than {1 - BAR:.0%} of the held-out rows: there were not enough "
-        "others. A smaller ratio leaves them out."
+        f"About {selection.seem_good} rows seem to be like the held-out ones, and {fresh} that repeat no other were kept: the "
+        "others may be bad. A smaller ratio leaves them out."
     ]
 
 
@@ -378,107 +368,3 @@ def _repetition_warning(selection: Selection, repeated: int) -> list[str]:
         f"{repeated} of the {selection.kept} kept rows nearly repeat a better one: there were not enough others. A smaller ratio "
         "leaves them out."
     ]
-
-
-# --- selection.jsonl -------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class SelectedRow:
-    """One line of selection.jsonl."""
-
-    row: int
-    line: int
-    """Line of the user's file."""
-    score: float | None
-    """None where the row was not scored, as `quality` where the scorer has none."""
-    quality: float | None
-    rank: int
-    """0 = best."""
-    kept: bool
-    repeats: int | None = None
-    """The better-scored row that it nearly repeats; not in files that are older than this."""
-    prompt: str | None = None
-    """Only of kept rows, as is `answer`."""
-    answer: str | None = None
-    before: Sequence[Mapping[str, str]] = ()
-    """Of kept rows that are conversations: the turns before the prompt, as `p2d.rows` stores them."""
-
-    @property
-    def kept_row(self) -> Row:
-        """A kept row itself."""
-        return stored_row(asdict(self))
-
-
-def write_selection(path: Path, selection: Selection, rows: Sequence[Row]) -> None:
-    """Write selection.jsonl: a line for every row, in row order; the text only of the kept ones."""
-    assert len(rows) == len(selection.score_R)
-    with path.open("w", encoding="utf-8", newline="\n") as file:
-        for index, row in enumerate(rows):
-            kept = bool(selection.rank_R[index] < selection.kept)
-            line: dict[str, Any] = {
-                "row": index,
-                "line": row.line,
-                "score": _number(selection.score_R, index),
-                "quality": _number(selection.quality_R, index),
-                "rank": int(selection.rank_R[index]),
-                "kept": kept,
-            }
-            if selection.repeats_R[index] >= 0:
-                line["repeats"] = int(selection.repeats_R[index])
-            if kept:
-                line |= {"prompt": row.prompt, "answer": row.answer, **turns_json(row.before)}
-            file.write(json.dumps(line, ensure_ascii=False, separators=(",", ":"), allow_nan=False) + "\n")
-
-
-def _number(value_R: Floats | None, row: int) -> float | None:
-    return None if value_R is None or np.isnan(value_R[row]) else float(value_R[row])
-
-
-def read_selection(path: Path) -> Iterator[SelectedRow]:
-    """Stream what `write_selection` wrote."""
-    with path.open(encoding="utf-8", newline="\n") as file:
-        for line in file:
-            yield SelectedRow(**json.loads(line))
-
-
-def check_selection(path: Path, rows: Sequence[Row]) -> None:
-    """Make sure that a file is a selection over these training rows. Raises ConfigError (`config.invalid`)."""
-    known = RowKeys()
-    for row in rows:
-        known.add(row)
-    kept = strangers = 0
-    try:
-        for line in read_selection(path):
-            kept += line.kept
-            strangers += line.kept and line.kept_row not in known
-    except (ValueError, TypeError):
-        raise _unusable("The file is not a selection.") from None
-    if strangers or not kept:
-        text = (
-            f"{strangers} of the {kept} rows that the selection keeps are not among the training rows: it is of another"
-        )
-        raise _unusable(f"{text} dataset, or of another seed, which holds other rows out.")
-
-
-def _unusable(text: str) -> ConfigError:
-    return ConfigError(text, errors=[ErrorDetail(code="config.selection", message=text, pointer="/data/selection")])
-
-
-_KEPT = re.compile(rb'"kept"\s*:\s*true')
-"""The field, without parsing the line: inside a row's text the quotes are escaped."""
-
-
-def load_kept(path: Path) -> RowFile:
-    """The kept rows of a selection.jsonl, in row order, each read when it is looked at."""
-    starts = line_starts(path, _is_kept)
-    assert starts, "a selection keeps at least one row"
-    return RowFile(path, starts, _kept_row)
-
-
-def _is_kept(line: bytes) -> bool:
-    return _KEPT.search(line) is not None
-
-
-def _kept_row(line: bytes) -> Row:
-    return stored_row(json.loads(line))

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from p2d.guide_scale import GuideScale, guide_scale
 from p2d.head_maps import Head
 from p2d.response_matrix import Combine, ResponseShard
-from p2d.selection import GuideScale, guide_scale
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,6 +40,13 @@ class RowReason:
     quality: float | None
     guide: GuideScale | None
     """What both are measured by; None where the guide was not rated."""
+    trusted: bool = False
+    """Whether the row was not scored, for a random sample of its shard is like the guide."""
+
+    @property
+    def formula(self) -> str:
+        """How the score is made of these parts."""
+        return TRUSTED if self.trusted else FORMULAS[self.combine]
 
 
 FORMULAS: dict[Combine, str] = {
@@ -53,6 +60,22 @@ FORMULAS: dict[Combine, str] = {
 }
 """How a score is made of its parts; `p2d.selection.combine` does it for all rows at once."""
 
+TRUSTED = "score = the bar and a number drawn from 0 to 1: the row was not scored, for a random sample beside it is like the guide"
+"""The same of a row that has no parts."""
+
+
+def _trusted(shard: ResponseShard, heads: Sequence[Head]) -> RowReason:
+    return RowReason(
+        combine=shard.combine,
+        heads=(),
+        stand_ins=0,
+        stand_in=0.0,
+        response=0.0,
+        quality=None,
+        guide=guide_scale(shard, heads),
+        trusted=True,
+    )
+
 
 def explain(shard: ResponseShard, row: int, heads: Sequence[Head]) -> RowReason | None:
     """What the row's score is made of; None where the row was not scored.
@@ -62,7 +85,7 @@ def explain(shard: ResponseShard, row: int, heads: Sequence[Head]) -> RowReason 
     assert row in shard.span
     place = int(np.searchsorted(shard.row_R, row))
     if place == len(shard.row_R) or shard.row_R[place] != row:
-        return None
+        return _trusted(shard, heads) if shard.rest_like_guide else None
     response_N = shard.response_RN[place].astype(np.float64)
     scored = [
         HeadResponse(

@@ -14,8 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from p2d.config import top_count
+from p2d.guide_scale import Floats
 from p2d.response_matrix import Combine
-from p2d.selection import Floats, ranks
+from p2d.selection import ranks
 
 Ints = npt.NDArray[np.int64]
 

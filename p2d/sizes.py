@@ -13,7 +13,17 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from p2d.arch.spec import every_head, heads_per_group, units_of
-from p2d.config import JobConfig, alignment_layers, heads_ratio, pool_count, rates_guide, top_count
+from p2d.config import (
+    LOOK_ROWS,
+    UNIFORM,
+    JobConfig,
+    alignment_layers,
+    heads_ratio,
+    pool_count,
+    rates_guide,
+    samples_first,
+    top_count,
+)
 from p2d.flops import LORA_RANK, lora_parameters
 from p2d.model_info import ModelInfo
 from p2d.pipeline import shard_range
@@ -78,23 +88,26 @@ def adapter_bytes(info: ModelInfo, heads: Sequence[tuple[int, int]], config: Job
 
 
 def response_size(info: ModelInfo, config: JobConfig, *, rows: int, guide: int, shards: int) -> Size:
-    """All responses-*.safetensors over `rows` training rows; in fast mode a shard has more or fewer of the pool's rows."""
+    """All responses-*.safetensors over `rows` training rows; in fast mode a shard has more or fewer of the pool's rows.
+
+    Where the guide decides how many are kept, a shard has a sample of its rows at the least.
+    """
     scorer, fast = config.data.scorer, config.data.mode == "fast"
     layers = range(info.n_layers)
     if scorer.startswith("alignment"):
         layers = alignment_layers(info.n_layers)
-    if scorer == "information":
+    if scorer in ("information", UNIFORM):
         layers = range(0)
-    combine = {"icl": "response" if fast else "product", "information": "quality"}.get(scorer, "response")
+    combine = {"icl": "response" if fast else "product", "information": "quality", UNIFORM: "quality"}.get(
+        scorer, "response"
+    )
     if scorer in ("alignment_information", "alignment_likelihood"):
         combine = "worse_rank"
     if rated := rates_guide(scorer, guide):
         combine = "guide"
     pool = pool_count(config.data, rows)
-    total = 0
-    for shard in range(shards):
-        span = shard_range(rows, shard, shards)
-        scored = len(span) if pool == rows else pool * (shard + 1) // shards - pool * shard // shards
+
+    def of_shard(span: range, scored: int, *, rest_like_guide: bool) -> int:
         tensors: list[Tensor] = [("response", "F16", (scored, len(layers) * info.n_heads)), ("rows", "I64", (scored,))]
         if combine != "response":
             tensors.append(("quality", "F32", (scored,)))
@@ -109,11 +122,20 @@ def response_size(info: ModelInfo, config: JobConfig, *, rows: int, guide: int, 
             "scorer": scorer,
             "combine": combine,
             "n_heads": info.n_heads,
+            "rest_like_guide": rest_like_guide,
         }
-        total += safetensors_bytes(tensors, {"facts": json.dumps(facts)})
+        return safetensors_bytes(tensors, {"facts": json.dumps(facts)})
+
+    least = most = 0
+    for shard in range(shards):
+        span = shard_range(rows, shard, shards)
+        scored = len(span) if pool == rows else pool * (shard + 1) // shards - pool * shard // shards
+        looked_at = min(scored, LOOK_ROWS) if samples_first(config) else scored
+        least += of_shard(span, looked_at, rest_like_guide=looked_at < scored)
+        most += of_shard(span, scored, rest_like_guide=False)
     # Headers name offsets: a digit more or less.
     dust = 64 * shards if pool < rows else 0
-    return Size(least=total - dust, most=total + dust)
+    return Size(least=least - dust, most=most + dust)
 
 
 def full_model_bytes(info: ModelInfo) -> int:

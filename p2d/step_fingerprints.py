@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from p2d.config import POOL_FACTOR, WITHOUT_PROXY, JobConfig, config_json, data_ratio
+from p2d.config import POOL_FACTOR, WITHOUT_PROXY, JobConfig, config_json, samples_first
 from p2d.pipeline import STEPS
 from p2d.versions import fingerprint
 
@@ -26,7 +26,10 @@ def fields_read(step: str, config: JobConfig) -> list[str]:
     assert step == "respond", step
     fields = ["data.scorer", "data.mode", *training]
     # The ratio decides how many rows are drawn into the pool, unless it is so large that all are (`p2d.config.pool_count`).
-    if config.data.mode == "fast" and POOL_FACTOR * data_ratio(config.data) < 1:
+    # Left open, it lets a sample be scored first, unless scores are what the job is for (`p2d.config.samples_first`).
+    ratio = config.data.ratio
+    few = config.data.mode == "fast" and ratio != "auto" and POOL_FACTOR * ratio < 1
+    if few or samples_first(config):
         fields.append("data.ratio")
     if config.data.scorer == "icl":
         fields += ["data.metric", "data.n_demos", "data.n_queries"]

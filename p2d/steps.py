@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from p2d.accounting import StepCost, host_memory_bytes, peak_memory_bytes
-from p2d.config import DATA_SCORERS, JobConfig, Precision, data_ratio, heads_ratio, least_proxy_rows, proxy_count
+from p2d.config import DATA_SCORERS, JobConfig, Precision, heads_ratio, least_proxy_rows, proxy_count
 from p2d.config_checks import check_given_heads, check_rank
 from p2d.errors import ErrorDetail, RowTooLong, TemplateRefuses
 from p2d.files import write_json
@@ -116,6 +116,7 @@ def validate(call: StepCall, progress: Progress, models: ModelCache, on_checkpoi
         context_length=info.context_length,
         head_dim=info.head_dim,
         map_scorer=scorer,
+        validation_guide=len(split.guide) if apart.is_file() else 0,
     )
     config, reasons, warnings = resolution.config, dict(resolution.reasons), list(resolution.warnings)
     held_out = "/validation_dataset" if apart.is_file() else "/dataset"
@@ -251,7 +252,8 @@ def respond(call: StepCall, progress: Progress, models: ModelCache, on_checkpoin
 def select(call: StepCall, progress: Progress, models: ModelCache, on_checkpoint: OnCheckpoint) -> None:
     """Stage 2, second half: keep the rows that the chosen heads respond to. No torch."""
     from p2d.response_matrix import read_shards
-    from p2d.selection import select_rows, summarise, write_selection
+    from p2d.selection import select_rows, summarise
+    from p2d.selection_file import write_selection
 
     meter, plan = _Meter(call), load_plan(call.inputs / "plan.json")
     rows = open_rows(call.inputs / "rows.jsonl")
@@ -260,7 +262,7 @@ def select(call: StepCall, progress: Progress, models: ModelCache, on_checkpoint
     selection = select_rows(
         shards,
         chosen,
-        data_ratio(plan.config.data),
+        plan.config.data.ratio,
         rows,
         seed=plan.config.training.seed,
         guide_apart=plan.guide_apart,
@@ -297,13 +299,13 @@ def train(call: StepCall, progress: Progress, models: ModelCache, on_checkpoint:
     """Stage 3: the chosen heads' slices on the chosen rows."""
     from p2d.adapters import save_adapter
     from p2d.rendering import RenderedRows
-    from p2d.selection import load_kept
+    from p2d.selection_file import load_kept
     from p2d.step_flops import training_flops
     from p2d.training import train as train_slices
 
-    meter, plan = _Meter(call), load_plan(call.inputs / "plan.json")
-    chosen = _chosen_heads(call, plan)
-    kept, guide = load_kept(call.inputs / "selection.jsonl"), load_rows(call.inputs / "guide.jsonl")
+    meter, kept = _Meter(call), load_kept(call.inputs / "selection.jsonl")
+    plan = load_plan(call.inputs / "plan.json").settled(kept=len(kept))
+    chosen, guide = _chosen_heads(call, plan), load_rows(call.inputs / "guide.jsonl")
     base = meter.base(models, plan)
     rendered, watched = RenderedRows(base.renderer, kept), RenderedRows(base.renderer, guide)
     result = train_slices(
@@ -361,16 +363,17 @@ def evaluate(call: StepCall, progress: Progress, models: ModelCache, on_checkpoi
     from p2d.adapters import load_adapter
     from p2d.estimate import evaluation_cost
     from p2d.evaluation import Judge
-    from p2d.selection import load_kept
+    from p2d.selection_file import load_kept
 
-    meter, plan = _Meter(call), load_plan(call.inputs / "plan.json")
+    meter, kept = _Meter(call), load_kept(call.inputs / "selection.jsonl")
+    plan = load_plan(call.inputs / "plan.json").settled(kept=len(kept))
     base = meter.base(models, plan)
     judge = Judge(
         base=base,
         rows=open_rows(call.inputs / "evaluation.jsonl"),
         train=open_rows(call.inputs / "rows.jsonl"),
         guide=load_rows(call.inputs / "guide.jsonl"),
-        kept=load_kept(call.inputs / "selection.jsonl"),
+        kept=kept,
         heads=_chosen_heads(call, plan),
         config=plan.config,
         cost=evaluation_cost(plan.model, plan.config, train=plan.train, evaluation=plan.evaluation),

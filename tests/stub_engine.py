@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from p2d.config import heads_ratio, least_proxy_rows, top_count
+from p2d.config import UNIFORM, heads_ratio, least_proxy_rows, top_count
 from p2d.errors import Diverged
 from p2d.files import write_json
 from p2d.head_maps import HeadMap, Reproducibility
@@ -119,7 +119,8 @@ def _validate(call: StepCall) -> None:
     given = HeadMap.load(call.inputs / "head_map.json") if call.config.heads.head_map is not None else None
     scorer = given.scorer if given is not None else None
     size = {"context_length": model.context_length, "head_dim": model.head_dim}
-    resolution = resolve(call.config, rows=len(split.train), **size, map_scorer=scorer)
+    vouching = len(split.guide) if validation.exists() else 0
+    resolution = resolve(call.config, rows=len(split.train), **size, map_scorer=scorer, validation_guide=vouching)
     plan = Plan(
         config=resolution.config,
         reasons=resolution.reasons,
@@ -142,6 +143,8 @@ def _heads(call: StepCall) -> None:
     plan = load_plan(call.inputs / "plan.json")
     info: ModelInfo = plan.model
     scores = tuple(tuple(float((7 * la + h) % 13) for h in range(info.n_heads)) for la in range(info.n_layers))
+    if plan.config.heads.scorer == UNIFORM:
+        scores = ((1.0,) * info.n_heads,) * info.n_layers
     head_map = HeadMap(
         scores=scores,
         scorer=plan.config.heads.scorer,

@@ -188,11 +188,11 @@ def facts_again(store: BlobStore, earlier: Earlier, folder: WorkFolder) -> StepF
 
 def _ranking(path: Path) -> Ranking:
     head_map = HeadMap.load(path)
-    best = [(layer, head, head_map.scores[layer][head]) for layer, head in head_map.ranked()[:BEST_HEADS]]
+    best = head_map.ranked()[:BEST_HEADS] if head_map.ranks else []
     return Ranking(
         heads=head_map.n_layers * head_map.n_heads,
-        best=best,
-        rank_correlation=head_map.reproducibility.rank_correlation,
+        best=[(layer, head, head_map.scores[layer][head]) for layer, head in best],
+        rank_correlation=head_map.reproducibility.rank_correlation if head_map.ranks else None,
     )
 
 

@@ -55,7 +55,6 @@ def answer_estimate(services: Services, received: Received) -> Response:
             **asdict(found),
             "config": config_json(found.resolution.config),
             "reasons": found.resolution.reasons,
-            "warnings": found.resolution.warnings,
             "fits": not found.misfits,
         }
     )

@@ -29,7 +29,7 @@ from app.core.results import delete_head_map
 from app.db.head_maps import HeadMapRecord, get_head_map, list_head_maps
 from app.errors import HeadMapMismatch, HeadMapNotFound, IdempotencyInFlight, IdempotencyMismatch, RangeNotSatisfiable
 from app.key_schemas import ReceiptView
-from app.result_errors import HeadMapInUse, HeadMapInvalid
+from app.result_errors import HeadMapInUse, HeadMapInvalid, HeadMapRanksNothing
 from app.result_schemas import HeadMapBody, HeadMapDiffView, HeadMapSummary, HeadMapView
 from app.schemas import Text
 from app.views import JobView, Page
@@ -116,7 +116,7 @@ def get_head_map_json(request: Request, head_map_id: HeadMapId, services: Contex
     responses={**_file("image/svg+xml"), **errors(HeadMapNotFound, *STORED)},
 )
 def get_head_map_svg(head_map_id: HeadMapId, services: Context, ratio: Ratio = DEFAULT_RATIO) -> Response:
-    """A picture, layers by heads; the heads that the ratio picks are outlined."""
+    """A picture, layers by heads; the heads that the ratio picks are outlined. All grey where the map ranks nothing."""
     head_map = _load(services, _find(services, head_map_id))
     # No script may run should a browser open it.
     headers = {
@@ -148,19 +148,22 @@ def get_head_map_npz(head_map_id: HeadMapId, services: Context) -> Response:
     return Response(content, media_type="application/octet-stream", headers=headers)
 
 
-@router.get("/head-maps/{id}/diff", responses=errors(HeadMapNotFound, HeadMapMismatch, *STORED))
+@router.get("/head-maps/{id}/diff", responses=errors(HeadMapNotFound, HeadMapMismatch, HeadMapRanksNothing, *STORED))
 def diff_head_maps(
     head_map_id: HeadMapId, services: Context, other: With, ratio: KeptRatio = DEFAULT_RATIO
 ) -> HeadMapDiffView:
     """Two head maps side by side: rank correlation, whole and by layer, and how many of the kept heads they share against chance.
 
-    Their models may differ, as long as layers and heads are of the same number.
+    Their models may differ, as long as layers and heads are of the same number. A map that ranks nothing, as those by `uniform`,
+    is compared with none.
     """
     records = _find(services, head_map_id), _find(services, other)
     one, two = (_load(services, record) for record in records)
     if (one.n_layers, one.n_heads) != (two.n_layers, two.n_heads):
         text = f"{one.n_layers} layers of {one.n_heads} heads cannot be compared with {two.n_layers} of {two.n_heads}."
         raise HeadMapMismatch(text)
+    if flat := [record.id for record, head_map in zip(records, (one, two), strict=True) if not head_map.ranks]:
+        raise HeadMapRanksNothing(ids=flat)
     found = asdict(compare(one, two, ratio))
     same = one.model_digest == two.model_digest
     return HeadMapDiffView.model_validate(

@@ -40,12 +40,11 @@ from app.errors import (
     SelectionNotFound,
 )
 from app.key_schemas import ReceiptView
-from app.result_errors import SelectionInUse, SelectionRowNotFound
+from app.result_errors import SelectionInUse, SelectionRanksNothing, SelectionRowNotFound
 from app.result_schemas import GuideScaleView, PlacedRowView, RowReasonView, SelectionBody, SelectionView
 from app.views import JobView, Page, TurnView
-from p2d.config import top_count
+from p2d.config import UNIFORM, top_count
 from p2d.rows import Row, conversation, stored_row
-from p2d.selection_reasons import FORMULAS
 from p2d.selection_table import SelectionTable
 
 router = APIRouter(tags=["selections"])
@@ -99,12 +98,16 @@ def get_selections(
     return link(Page[SelectionView].model_validate(page_of(views, [one.id for one in found], limit)))
 
 
-@router.get("/selections/{id}", response_model=SelectionView, responses=errors(SelectionNotFound, *STORED))
+@router.get(
+    "/selections/{id}",
+    response_model=SelectionView,
+    responses=errors(SelectionNotFound, SelectionRanksNothing, *STORED),
+)
 def get_one_selection(
     selection_id: SelectionId, services: Context, ratio: Ratio = None, if_none_match: IfNoneMatch = None
 ) -> Response:
     """A selection; a later job over the same dataset may name it as `data.selection`."""
-    found = _find(services, selection_id)
+    found = _find(services, selection_id, ratio)
     kept = found.kept if ratio is None else services.tables.get(services.blobs, found).kept_at(ratio)
     return send_view(SelectionView.model_validate({**asdict(found), "kept": kept, "ratio": ratio}), if_none_match)
 
@@ -124,7 +127,7 @@ def delete_one_selection(selection_id: SelectionId, services: Context, if_match:
 # --- rows ------------------------------------------------------------------------------------------------------------
 
 
-@router.get("/selections/{id}/rows", responses=errors(SelectionNotFound, *STORED))
+@router.get("/selections/{id}/rows", responses=errors(SelectionNotFound, SelectionRanksNothing, *STORED))
 def get_selection_rows(
     selection_id: SelectionId,
     services: Context,
@@ -141,7 +144,7 @@ def get_selection_rows(
 
     `/rows/{row}` and `/export` have the text of the others.
     """
-    found = _find(services, selection_id)
+    found = _find(services, selection_id, ratio)
     if order == "score":
         return link(_best_first(services, found, limit=limit, cursor=cursor, kept=kept, ratio=ratio))
     page = page_of_lines(
@@ -154,7 +157,10 @@ def get_selection_rows(
     return link(page.model_copy(update={"data": [_seen_at(row, found, ratio) for row in page.data]}))
 
 
-@router.get("/selections/{id}/rows/{row}", responses=errors(SelectionNotFound, SelectionRowNotFound, *STORED))
+@router.get(
+    "/selections/{id}/rows/{row}",
+    responses=errors(SelectionNotFound, SelectionRowNotFound, SelectionRanksNothing, *STORED),
+)
 def get_selection_row(
     selection_id: SelectionId, row: RowNumber, services: Context, ratio: Ratio = None
 ) -> RowReasonView:
@@ -163,7 +169,7 @@ def get_selection_row(
     The figures add up to the score, but for what is drawn among rows that are good enough. Where files of the job were deleted,
     `not_known` names them and the parts are absent.
     """
-    found = _find(services, selection_id)
+    found = _find(services, selection_id, ratio)
     table = services.tables.get(services.blobs, found)
     if row >= table.rows:
         raise SelectionRowNotFound(row=row, rows=table.rows)
@@ -180,8 +186,9 @@ def get_selection_row(
         prompt=text.prompt if text else None,
         answer=text.answer if text else None,
         before=[TurnView.model_validate(turn) for turn in text.before] if text else [],
-        formula=FORMULAS[reason.combine] if reason else None,
-        response=reason.response if reason and reason.combine != "quality" else None,
+        formula=reason.formula if reason else None,
+        drawn=reason is not None and reason.guide is not None and bool(table.score_R[row] >= reason.guide.bar),
+        response=reason.response if reason and reason.combine != "quality" and not reason.trusted else None,
         heads=[asdict(head) for head in reason.heads] if reason else [],
         stand_ins=reason.stand_ins if reason else 0,
         stand_in=reason.stand_in if reason else 0.0,
@@ -199,11 +206,11 @@ def get_selection_row(
 @router.get(
     "/selections/{id}/export",
     response_class=Response,
-    responses={**_LINES, **errors(SelectionNotFound, DatasetNotFound, *STORED)},
+    responses={**_LINES, **errors(SelectionNotFound, DatasetNotFound, SelectionRanksNothing, *STORED)},
 )
 def export_selection(selection_id: SelectionId, services: Context, ratio: Ratio = None) -> Response:
     """The kept rows as JSON Lines, in the order of the dataset, from which they are read: it must not be deleted yet."""
-    found = _find(services, selection_id)
+    found = _find(services, selection_id, ratio)
     table = services.tables.get(services.blobs, found)
     with services.engine.begin() as conn:
         dataset = get_dataset(conn, found.dataset_id)
@@ -306,9 +313,11 @@ def _rank(cursor: str | None, table: SelectionTable) -> int:
     return int(value[1])
 
 
-def _find(services: Services, selection_id: str) -> SelectionRecord:
+def _find(services: Services, selection_id: str, ratio: float | None = None) -> SelectionRecord:
     with services.engine.connect() as conn:
         found = get_selection(conn, selection_id)
     if found is None:
         raise SelectionNotFound(id=selection_id)
+    if found.scorer == UNIFORM and ratio is not None and ratio < 1:
+        raise SelectionRanksNothing
     return found

@@ -20,13 +20,13 @@ from app.core.submit import Content, resolution_of
 from app.db.engine import Connection
 from app.db.estimates import Error, MeasuredSpeed, measured_rows, measured_speed, past_errors
 from app.db.jobs import seconds_until
-from p2d.config import JobConfig, data_ratio, epochs_of, proxy_count, top_count
+from p2d.config import WITHOUT_RESPONSES, JobConfig, epochs_of, most_kept, proxy_count
 from p2d.estimate import EFFICIENCY, Speed, estimate_seconds
 from p2d.flops import full_fine_tuning, lora_training, typical_work
 from p2d.memory import Peak, full_peak, lora_peak
 from p2d.model_info import ModelInfo
 from p2d.pipeline import plan_steps
-from p2d.plans import GUIDE_ROWS, RowCounts
+from p2d.plans import RowCounts, guide_count
 from p2d.resolution import Resolution
 from p2d.sizes import Size, adapter_size, full_model_bytes, lora_bytes, response_size
 
@@ -93,6 +93,8 @@ class Forecast:
     """What a job would take."""
 
     resolution: Resolution
+    warnings: tuple[str, ...]
+    """The resolution's, and what the projection says of the worth of the job."""
     steps: tuple[StepForecast, ...]
     seconds: Interval
     wait: Interval
@@ -138,7 +140,7 @@ def forecast(
     config = found.resolution.config
     counted = measured_rows(conn, content_hash=dataset.content_hash, model_digest=model.digest)
     speed = measured_speed(conn, model_digest=model.digest)
-    judging = min(GUIDE_ROWS, 2 * found.held_out // 5)
+    judging = guide_count(found.held_out)
     counts = {
         "train": _counts(found.train_rows, dataset, counted),
         "guide": _counts(judging, dataset, counted),
@@ -171,13 +173,14 @@ def forecast(
     counting = sum(step.seconds.p50 for step in steps if step.step != "evaluate")
     return Forecast(
         resolution=found.resolution,
+        warnings=(*found.resolution.warnings, *_dearer(config, steps, counting, full, lora)),
         steps=steps,
         seconds=whole,
         wait=known.outlook.wait,
         rows={
             **{name: count.rows for name, count in counts.items()},
             "proxy": proxy_count(config.heads) if config.heads.head_map is None else 0,
-            "kept": top_count(data_ratio(config.data), found.train_rows),
+            "kept": most_kept(config.data, found.train_rows),
         },
         tokens={name: count.tokens for name, count in counts.items()},
         size_bytes={name: size.most for name, size in artifacts.items()},
@@ -251,6 +254,48 @@ def _alternatives(
             lora_bytes(model, wide=machine.wide),
         ),
     )
+
+
+def _dearer(
+    config: JobConfig,
+    steps: tuple[StepForecast, ...],
+    counting: float,
+    full: Alternative | None,
+    lora: Alternative | None,
+) -> Iterator[str]:
+    """One warning where choosing and training take longer than training all rows in another way; with what could be left out.
+
+    Args:   counting: seconds that count in AER, those of all steps but `evaluate`.
+    """
+    others = (("full fine-tuning", full), ("LoRA", lora))
+    cheaper = [
+        f"{name} on all rows {_told(other.seconds)}" for name, other in others if other and other.seconds < counting
+    ]
+    if not cheaper:
+        return
+    spent = {step.step: step.seconds.p50 for step in steps}
+    savings = {
+        "heads": "heads.ratio 1 with heads.scorer 'uniform' looks for no heads" if proxy_count(config.heads) else "",
+        "respond": "data.ratio 1 with data.scorer 'uniform' scores no rows"
+        if config.data.scorer not in WITHOUT_RESPONSES
+        and config.data.ratio in ("auto", 1)  # else training would be dearer
+        else "",
+        "train": "a training.learning_rate needs no search" if config.training.learning_rate == "auto" else "",
+    }
+    found = [
+        (spent[step], f"{saving} ({step}: {_told(spent[step])})")
+        for step, saving in savings.items()
+        if saving and step in spent
+    ]
+    change = "; ".join(text for _, text in sorted(found, reverse=True)) or "nothing more can be left out of the job"
+    yield (
+        f"Without its evaluation the job is projected to take {_told(counting)}, {' and '.join(cheaper)} for as many epochs. "
+        f"What would be cheaper: {change}."
+    )
+
+
+def _told(seconds: float) -> str:
+    return f"{seconds:,.0f} s" if seconds >= 10 else f"{seconds:.2g} s"
 
 
 def _artifacts(sizing: Sizing, config: JobConfig, dataset: Content, shards: Mapping[str, int]) -> dict[str, Size]:

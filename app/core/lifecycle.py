@@ -30,10 +30,11 @@ from app.db.leases import Lease, Pulse
 from app.db.selections import insert_selection
 from app.db.steps import NewStep
 from app.errors import LeaseLost, LimitReached, WorkerLost
-from p2d.config import top_count
+from p2d.config import config_from_json, config_json, top_count
 from p2d.errors import P2DError
 from p2d.pipeline import spec_of
 from p2d.plans import RowCounts
+from p2d.resolution import settled
 
 STAGES: tuple[Stage, ...] = get_args(Stage)
 
@@ -66,9 +67,9 @@ class Ranking:
     heads: int
     """Query heads of the model."""
     best: Sequence[tuple[int, int, float]]
-    """(layer, head, score) of the first few, best first."""
-    rank_correlation: float
-    """Of the two half-proxies, over all heads."""
+    """(layer, head, score) of the first few, best first; empty where none is ranked before another."""
+    rank_correlation: float | None
+    """Of the two half-proxies, over all heads; None likewise."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,9 +78,9 @@ class StepFacts:
 
     accounting: Json = field(default_factory=dict)
     resolved: Json | None = None
-    """`validate`: the config without "auto" and the reasons."""
+    """`validate`: the config without the "auto"s that rows and model decide, and the reasons."""
     learning_rate: float | None = None
-    """`train`: the rate that was used, so that nothing in the resolved config is "auto" any more."""
+    """`train`: the rate that was used; what else the run decides is known by then, so that the resolved config has no "auto"."""
     estimate_s: Mapping[str, float] = field(default_factory=dict)
     """`validate`: estimated seconds per step, all shards together."""
     train: RowCounts | None = None
@@ -88,7 +89,7 @@ class StepFacts:
     ranking: Ranking | None = None
     """`heads`: what its head map says."""
     rows: int = 0
-    """`select`: rows that were scored."""
+    """`select`: training rows."""
     kept: int = 0
     """`select`: rows that were kept."""
     fingerprint: str | None = None
@@ -382,13 +383,15 @@ def _register(conn: Connection, job: Job, lease: Lease, artifact: Artifact, fact
         append_event(conn, job.id, "examples.scored", scored)
 
 
-def _with_rate(resolved: Json, rate: float) -> Json:
-    training = resolved["config"]["training"]
-    if training["learning_rate"] != "auto":
-        return resolved
-    config = {**resolved["config"], "training": {**training, "learning_rate": rate}}
-    reasons = {**resolved["reasons"], "/training/learning_rate": "the best of a short search on held-out rows"}
-    return {**resolved, "config": config, "reasons": reasons}
+def _settled(resolved: Json, facts: StepFacts) -> Json:
+    config, reasons = settled(
+        config_from_json(resolved["config"]),
+        resolved["reasons"],
+        kept=facts.kept or None,
+        rows=facts.rows,
+        learning_rate=facts.learning_rate,
+    )
+    return {**resolved, "config": config_json(config), "reasons": reasons}
 
 
 def _apply_plan(conn: Connection, job: Job, facts: StepFacts) -> Job:
@@ -396,8 +399,10 @@ def _apply_plan(conn: Connection, job: Job, facts: StepFacts) -> Job:
         append_event(conn, job.id, "warning", {"message": warning})
     if facts.resolved is not None:
         job = jobs.update_job(conn, job.id, resolved=facts.resolved)
-    if facts.learning_rate is not None and job.resolved is not None:
-        job = jobs.update_job(conn, job.id, resolved=_with_rate(job.resolved, facts.learning_rate))
+    if job.resolved is not None and (facts.kept or facts.learning_rate is not None):
+        resolved = _settled(job.resolved, facts)
+        if resolved != job.resolved:
+            job = jobs.update_job(conn, job.id, resolved=resolved)
     if facts.estimate_s:
         steps.set_weights(conn, job.id, facts.estimate_s)
         estimate = estimate_json(facts.estimate_s, past_errors(conn), facts.train)

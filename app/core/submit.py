@@ -31,7 +31,7 @@ from p2d.config import JobConfig, config_json, least_proxy_rows
 from p2d.config_checks import check, check_given_heads, check_rank
 from p2d.errors import ConfigError, DatasetTooSmall, ErrorDetail, P2DError
 from p2d.model_info import ModelInfo
-from p2d.plans import held_out_count
+from p2d.plans import guide_count, held_out_count
 from p2d.resolution import Resolution, resolve
 from p2d.versions import versions
 
@@ -180,6 +180,7 @@ def resolution_of(
         context_length=model.context_length,
         head_dim=model.head_dim,
         map_scorer=map_scorer,
+        validation_guide=0 if validation_rows is None else guide_count(validation_rows),
     )
     return FirstResolution(resolution=resolution, train_rows=train_rows, held_out=held_out)
 

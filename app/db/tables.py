@@ -180,7 +180,9 @@ jobs = Table(
     Column("status", Text, nullable=False, server_default="queued"),
     Column("stage", Text),
     Column("config", JSONB, nullable=False),  # as asked
-    Column("resolved", JSONB),  # without "auto", with reasons; set when the validate step is done
+    Column(
+        "resolved", JSONB
+    ),  # without "auto" as far as it is decided, with reasons; set when the validate step is done
     Column("dataset_id", Text, ForeignKey("datasets.id"), nullable=False),
     Column("validation_dataset_id", Text, ForeignKey("datasets.id")),
     Column("base_model", Text, nullable=False),

@@ -12,10 +12,14 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
+
+from benchmarks.__main__ import positive
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -27,10 +31,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _options(arguments)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported
     from benchmarks.quality.matrix import run
+    from p2d.errors import P2DError
 
     try:
         print(run(options, _say))  # noqa: T201 - a command line
-    except ValueError as error:
+    except (ValueError, P2DError) as error:
         print(f"quality: {error}", file=sys.stderr)  # noqa: T201
         return 2
     return 0
@@ -46,7 +51,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--task", action="append", default=[], metavar="NAME=DIR", help="gsm8k or dialogsum and its folder; repeatable"
     )
-    parser.add_argument("--rows", type=int, default=240, help="of a pool, or as many as the task has if fewer")
+    parser.add_argument("--rows", type=positive, default=240, help="of a pool, or as many as the task has if fewer")
     parser.add_argument(
         "--junk",
         action="append",
@@ -54,27 +59,61 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         default=None,
         help="kind of bad rows in a further pool of each task; repeatable, joined by +; another's answer by default",
     )
-    parser.add_argument("--share", type=float, default=0.5, help="of bad rows in it; 0 = clean pools only")
+    parser.add_argument("--share", type=_share, default=0.5, help="of bad rows in it; 0 = clean pools only")
     parser.add_argument("--arm", default="", help="only arms whose name holds this")
     parser.add_argument("--core", action="store_true", help="only the arms that tell most")
     parser.add_argument("--pool", default="", help="only pools whose name holds this, such as clean or gsm8k")
-    parser.add_argument("--max-tokens", type=int, default=220, help="longer rows of a task are left out")
-    parser.add_argument("--validation", type=int, default=32)
-    parser.add_argument("--held-out", type=int, default=64)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--batch", type=int, default=4, help="rows of an optimizer step")
-    parser.add_argument("--workers", type=int, default=1, help="processes at a time: a small model leaves a GPU idle")
-    parser.add_argument("--metric", choices=("exact_match", "rouge_l"), help="answers are written, too; dear")
+    parser.add_argument("--max-tokens", type=positive, default=220, help="longer rows of a task are left out")
+    parser.add_argument("--validation", type=positive, default=32)
+    parser.add_argument("--held-out", type=positive, default=64)
+    parser.add_argument("--seeds", type=positive, default=3)
+    parser.add_argument("--epochs", type=positive, default=3)
+    parser.add_argument("--batch", type=positive, default=4, help="rows of an optimizer step")
+    parser.add_argument(
+        "--workers", type=positive, default=1, help="processes at a time: a small model leaves a GPU idle"
+    )
+    parser.add_argument(
+        "--generate", action="store_true", help="answers are written, too, and judged by exact match or ROUGE-L; dear"
+    )
+    parser.add_argument("--text", type=Path, help="plain text of any kind, of which it is told what was forgotten")
     parser.add_argument("--minutes", type=float, default=120.0, help="no cell is begun later")
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--threads", type=positive, default=os.cpu_count() or 1)
     parser.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16"))
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results")
     options = parser.parse_args(arguments)
+    options.command = _command(options, parser.parse_args(["--model", "DIR"]))
     options.task = options.task or [f"gsm8k={ROOT / 'examples' / 'gsm8k'}"]
     options.junk = options.junk or [JUNK[:1]]
     return options
+
+
+PLACES = ("model", "task", "text", "out", "minutes", "workers", "threads", "device")
+"""Options that say where, not what."""
+
+
+def _command(options: argparse.Namespace, defaults: argparse.Namespace) -> str:
+    """The run in one line, for whoever wants to repeat it: paths are left open, options of its own machine out."""
+    words = ["./run quality --model DIR", *(f"--task {one.partition('=')[0]}=DIR" for one in options.task)]
+    words += ["--text FILE"] if options.text else []
+    for name, value in vars(options).items():
+        if name in PLACES or value == getattr(defaults, name):
+            continue
+        option = f"--{name.replace('_', '-')}"
+        values = ["+".join(kinds) for kinds in value] if name == "junk" else [value]
+        words += [option if one is True else f"{option} {_quoted(str(one))}" for one in values]
+    return " ".join(words)
+
+
+def _quoted(text: str) -> str:
+    return f'"{text}"' if "'" in text else shlex.quote(text)  # as one would type "another's answer"
+
+
+def _share(text: str) -> float:
+    with suppress(ValueError):
+        if 0 <= (share := float(text)) <= 1:
+            return share
+    raise argparse.ArgumentTypeError(f"{text!r} is no number between 0 and 1")
 
 
 def _junk(text: str) -> tuple[str, ...]:

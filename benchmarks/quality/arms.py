@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from p2d.config import RECIPES, Projection
+from p2d.config import HEAD_SCORERS, RECIPES, UNIFORM, Auto, Projection
 
 RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
 """Learning rates of adapters and slices."""
@@ -18,6 +18,9 @@ Q_K_V_O: tuple[Projection, ...] = ("q", "k", "v", "o")
 
 RANDOM = "random"
 """Rows or heads by no score."""
+
+UPPER = "upper"
+"""All heads of the upper layers, so that backward ends above the others."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,14 +56,14 @@ class Arm:
     weights: Weights
     rows: str = "all"
     """A data scorer, or `all`, `random`, `oracle`: at random among the rows that are known to be clean."""
-    ratio: float = 1.0
-    """Of rows."""
+    ratio: float | Auto = 1.0
+    """Of rows; `auto` = as many as there are like the validation rows, found by the data scorer."""
     mode: Literal["faithful", "fast"] = "faithful"
     """Of the data scorer: fast scores a random part of the pool, and the beginning of long answers (`p2d.config`)."""
     rows_for: str = ""
     """A head scorer or `random`: rows are chosen for these heads instead of those that are trained."""
     heads: str = "all"
-    """A head scorer, `all`, or `random`: spread, as many as come nearest to the parameters that 10 % of heads have."""
+    """A head scorer, `all`, `upper`, or `random`: spread, as many as come nearest to the parameters that 10 % of heads have."""
     heads_ratio: float = 1.0
     epochs: int = 0
     """0 = as many as the run says."""
@@ -77,8 +80,8 @@ WHOLE = Weights(kind="slices", slices=V_O)
 REFERENCE = "LoRA rank 8, all rows"
 """What people do without P2D: every arm is compared with it."""
 FULL = "full fine-tuning, all rows"
-DEFAULT = "default recipe: rank 8 in all heads, 50% alignment_likelihood rows, fast, 1 epoch"
-"""As a job without any setting is run on 2,000 rows."""
+DEFAULT = "default recipe: rank 8 in all heads, rows like the validation rows, 1 epoch"
+"""As a job without any setting is run on 2,000 rows, with a validation dataset."""
 FORMER_DEFAULT = "former default recipe"
 """As it was before the first table (docs/decisions/0032)."""
 PAPER = "paper recipe"
@@ -86,6 +89,8 @@ PAPER = "paper recipe"
 CORE = frozenset({"core"})
 ROWS = frozenset({"rows"})
 HEADS = frozenset({"heads"})
+OTHER_HEADS = [name for name in HEAD_SCORERS if name not in ("attribution", RANDOM, UNIFORM)]
+"""Scorers that stand beside the two which every table of heads has."""
 WEIGHTS = frozenset({"weights"})
 
 
@@ -127,11 +132,12 @@ ARMS = (
         name=DEFAULT,
         weights=RANK_8,
         rows="alignment_likelihood",
-        ratio=0.50,
+        ratio="auto",
         mode="fast",
         epochs=1,
         groups=CORE,
     ),
+    _low_rank("alignment_likelihood", 0.50, epochs=1, mode="fast", groups=CORE),
     Arm(
         name=FORMER_DEFAULT,
         weights=WHOLE,
@@ -142,6 +148,20 @@ ARMS = (
         epochs=3,
         groups=CORE,
     ),
+    Arm(name="rank 8 in all heads, all rows, 1 epoch", weights=RANK_8, epochs=1, groups=CORE),
+    # Depth: what it costs in loss to end backward above the lower layers, against what it saves.
+    *(
+        Arm(
+            name=f"rank 8 in the heads of the upper {ratio:.0%} of the layers, all rows, 1 epoch",
+            weights=RANK_8,
+            heads=UPPER,
+            heads_ratio=ratio,
+            epochs=1,
+        )
+        for ratio in (2 / 3, 1 / 2)
+    ),
+    # As many weights as rank 8 in all heads, spread over MLPs as well.
+    Arm(name="LoRA rank 6, all rows, 1 epoch", weights=replace(LORA_8, rank=6), epochs=1),
     *(_lora(rows, 0.25, epochs=1, groups=CORE) for rows in ("random", "oracle")),
     _lora("alignment_likelihood", 0.25, epochs=1, mode="fast", groups=CORE),
     *(_lora(rows, 0.10, groups=CORE) for rows in ("random", "oracle")),
@@ -159,10 +179,15 @@ ARMS = (
     _heads("attribution", 0.10, WHOLE),
     _heads("random", 0.10, WHOLE, draws=5),
     # Weights: how much is trained, and where, on all rows.
-    Arm(name="rank 1 in all heads, all rows", weights=replace(RANK_8, rank=1), groups=WEIGHTS),
-    Arm(name="rank 16 in all heads, all rows", weights=replace(RANK_8, rank=16), groups=WEIGHTS),
+    *(
+        Arm(name=f"rank {rank} in all heads, all rows", weights=replace(RANK_8, rank=rank), groups=WEIGHTS)
+        for rank in (1, 2, 4, 16)
+    ),
     Arm(name="rank 8 in all heads with q and k, all rows", weights=replace(RANK_8, slices=Q_K_V_O), groups=WEIGHTS),
-    Arm(name="LoRA rank 1, all rows", weights=Weights(kind="lora", rank=1), groups=WEIGHTS),
+    *(
+        Arm(name=f"LoRA rank {rank}, all rows", weights=replace(LORA_8, rank=rank), groups=WEIGHTS)
+        for rank in (1, 2, 4, 16)
+    ),
     Arm(name="LoRA rank 32 on v and o, all rows", weights=Weights(kind="lora", rank=32, slices=V_O), groups=WEIGHTS),
     Arm(
         name="LoRA rank 8 on q, k, v and o, all rows",
@@ -173,8 +198,8 @@ ARMS = (
     _lora("alignment_likelihood", 0.25),
     _lora("alignment", 0.10),
     *(_lora(rows, 0.50) for rows in ("random", "oracle", "alignment")),
-    *(_heads(heads, 0.30, RANK_8) for heads in ("pad", "shift")),
-    *(_heads(heads, 0.10, WHOLE) for heads in ("pad", "shift")),
+    *(_heads(heads, 0.30, RANK_8) for heads in OTHER_HEADS),
+    *(_heads(heads, 0.10, WHOLE) for heads in OTHER_HEADS),
     # Lock and key: rows for the heads that are trained, or for others.
     *(_heads("attribution", 0.10, WHOLE, "alignment", rows_for=others) for others in ("", RANDOM)),
     _heads("attribution", 0.10, RANK_8),

@@ -89,6 +89,10 @@ class Cells:
         """A cell by its name."""
         return self._cells.get(key)
 
+    def of(self, pool: str) -> list[Cell]:
+        """All that were ever computed of a pool, by whatever code and options."""
+        return [cell for cell in self._cells.values() if cell.pool == pool]
+
     def add(self, key: str, cell: Cell) -> None:
         """Know it, in this process alone."""
         self._cells[key] = cell
@@ -111,8 +115,8 @@ def _cell(value: dict[str, Any]) -> Cell:
 
 
 @dataclass(frozen=True, slots=True)
-class Skipped:
-    """A cell for which there was no time."""
+class Missing:
+    """A cell that is none: there was no time for it, or it diverged."""
 
     pool: str
     arm: str
@@ -140,7 +144,9 @@ class Laboratory:
     """Processes that compute cells on this device, this one among them."""
     ends: float = math.inf
     """No cell is begun after this time (`time.monotonic`)."""
-    skipped: list[Skipped] = field(default_factory=list)
+    skipped: list[Missing] = field(default_factory=list)
+    """There was no time for these."""
+    diverged: list[Missing] = field(default_factory=list)
 
     def key(self, arm: Arm, seed: int, rate: float) -> str:
         """Hash of all that decides a cell. An arm's name and tables do not."""
@@ -150,44 +156,60 @@ class Laboratory:
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
 
     def best(self, arm: Arm, seeds: int) -> list[Cell]:
-        """The arm at its best rate, one cell for each seed; fewer where time ran out.
+        """The arm at its best rate, one cell for each seed; fewer where time ran out or some diverged (`skipped`, `diverged`).
 
         From the first rate it walks up, and if that is no better down, while validation loss falls; seed 0 alone. Upwards it
         must fall by the share that the product's own search asks for (MARGIN): with another seed the higher rate may be the
-        one that breaks. So the best rate has no clearly better neighbour, or lies at the border of `Weights.rates`.
+        one that breaks. So the best rate has no clearly better neighbour, or lies at the border of `Weights.rates`. Where
+        training diverges it walks down until it does not.
         """
         rates = list(arm.weights.rates)
         place = rates.index(arm.weights.first_rate)
         best = self.cell(arm, 0, rates[place])
         for way in (1, -1):
             moved = False
-            while best is not None and 0 <= place + way < len(rates):
+            while best is not None and 0 <= place + way < len(rates) and not (best.diverged and way > 0):
                 other = self.cell(arm, 0, rates[place + way])
-                if other is None or _loss(other) >= _loss(best) * (1 - MARGIN if way > 0 else 1):
+                if other is None:
+                    break
+                if not best.diverged and _loss(other) >= _loss(best) * (1 - MARGIN if way > 0 else 1):
                     break
                 best, place, moved = other, place + way, True
             if moved:
                 break
         if best is None or best.diverged:
             return []
-        more = [self.cell(arm, seed, rates[place]) for seed in range(1, max(seeds, arm.draws))]
-        return [best, *(cell for cell in more if cell is not None)]
+        cells = [self.cell(arm, seed, rates[place], final=True) for seed in range(max(seeds, arm.draws))]
+        return [cell for cell in cells if cell is not None and not cell.diverged]
 
-    def cell(self, arm: Arm, seed: int, rate: float) -> Cell | None:
-        """Read or compute one cell; None if there is no time to begin it."""
+    def cell(self, arm: Arm, seed: int, rate: float, *, final: bool = False) -> Cell | None:
+        """Read or compute one cell, and note it if it diverged; None if there is no time to begin it.
+
+        Args:   final: whether all that was asked for must be measured. One that lacks some of it is then computed anew, and
+                serves as it is where there is no time.
+        """
+        cell = self._cell(arm, seed, rate, final=final)
+        where = Missing(self.pool.spec.name, arm.name, seed, rate)
+        if cell is None:
+            self.skipped.append(where)
+        elif cell.diverged and where not in self.diverged:
+            self.diverged.append(where)
+        return cell
+
+    def _cell(self, arm: Arm, seed: int, rate: float, *, final: bool) -> Cell | None:
         key = self.key(arm, seed, rate)
-        if (known := self.cells.get(key)) is not None:
+        known = self.cells.get(key)
+        if known is not None and not (final and known.measured and self.measures.lacking(known.measured)):
             return known
         if time.monotonic() > self.ends:
-            self.skipped.append(Skipped(self.pool.spec.name, arm.name, seed, rate))
-            return None
-        cell = self._compute(arm, seed, rate)
+            return known
+        cell = self._compute(arm, seed, rate, final=final)
         self.cells.put(key, cell)
         shown = "diverged" if cell.measured is None else f"held-out loss {cell.measured.loss:.4f}"
         self.say(f"{self.pool.spec.name} | {arm.name} | seed {seed}, rate {rate:g}: {shown}, {cell.seconds:.0f} s")
         return cell
 
-    def _compute(self, arm: Arm, seed: int, rate: float) -> Cell:
+    def _compute(self, arm: Arm, seed: int, rate: float, *, final: bool) -> Cell:
         heads, costs = self.stages.heads(arm, seed)
         # To choose rows for other heads costs finding those, too, but that is a control and no recipe.
         wanted = self.stages.heads(replace(arm, heads=arm.rows_for), seed)[0] if arm.rows_for else heads
@@ -204,7 +226,7 @@ class Laboratory:
                 self._train(trained, rendered, Schedule(rate, steps), seed=seed, below=below)
                 seconds = clock(self.base) - started
                 validation = self.measures.loss(self.base, self.task.validation)
-                measured = self.measures.all(self.base)
+                measured = self.measures.all(self.base, final=final)
             except Diverged:
                 seconds = clock(self.base) - started
         return Cell(

@@ -5,22 +5,24 @@ from __future__ import annotations
 import argparse
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
 from benchmarks.quality.arms import ARMS, Arm
-from benchmarks.quality.cells import Cells, Laboratory, Skipped, clock
-from benchmarks.quality.measures import Measures
+from benchmarks.quality.cells import Cell, Cells, Laboratory, Missing, clock
+from benchmarks.quality.measures import Measures, passages
 from benchmarks.quality.plots import draw
 from benchmarks.quality.pools import READERS, PoolSpec, Task, build
 from benchmarks.quality.stages import Stages
 from benchmarks.quality.tables import Before, Found, page
 from benchmarks.workbench import machine
 from p2d.config import DEFAULT_RATIO, MIN_ROWS, top_count
+from p2d.errors import P2DError
 from p2d.models import BaseModel, load_base_model
+from p2d.rendering import RenderedRow
 from p2d.rows import Row
 
 OTHER_ROWS = 12
@@ -49,22 +51,27 @@ def run(options: argparse.Namespace, say: Say) -> str:
     for spec in matrix.specs:
         laboratory = matrix.laboratory(spec)
         loss = laboratory.measures.loss(matrix.base, laboratory.task.held_out)
-        before[spec.name] = Before(loss, laboratory.measures.other_before)
+        before[spec.name] = Before(loss, laboratory.measures.other_before, laboratory.measures.text_before)
         say(f"{spec.name}: held-out loss before training {loss:.4f}")
-        found = [Found(arm, laboratory.best(arm, options.seeds)) for arm in matrix.arms]
+        found = [Found(arm, _best(laboratory, arm, options.seeds, notes)) for arm in matrix.arms]
         cut = {one.arm for one in laboratory.skipped if one.seed == 0}
-        found = [replace(one, cut=one.arm.name in cut) for one in found]
-        pools[spec.name] = [one for one in found if one.cells]
-        notes += [
-            f"{one.arm.name} diverged on {spec.name} at every rate that was tried."
-            for one in found
-            if not one.cells and not one.cut
-        ]
+        pools[spec.name] = [replace(one, cut=one.arm.name in cut) for one in found if one.cells]
+        notes += _diverged(laboratory.diverged, {one.arm.name for one in pools[spec.name]})
         said = [*_notes(options), *matrix.doubts(), *_crowded(pools), *notes, *_missing(matrix.skipped)]
-        text = page(pools, base=before, facts=cells.facts, notes=said)
+        stored = {name: cells.of(name) for name in pools}
+        text = page(pools, base=before, facts=cells.facts, notes=said, stored=stored)
         (options.out / "quality.md").write_text(text, encoding="utf-8")
         draw(pools, options.out / "quality.svg")
     return text
+
+
+def _best(laboratory: Laboratory, arm: Arm, seeds: int, notes: list[str]) -> list[Cell]:
+    """The arm's cells; none, and a note, where it fails: the other arms go on."""
+    try:
+        return laboratory.best(arm, seeds)
+    except P2DError as error:
+        notes.append(f"{arm.name} on {laboratory.pool.spec.name} failed: {error}")
+        return []
 
 
 def joined(before: dict[str, str], now: dict[str, str]) -> dict[str, str]:
@@ -85,6 +92,7 @@ class Matrix:
     base: BaseModel = field(init=False)
     arms: list[Arm] = field(init=False)
     specs: list[PoolSpec] = field(init=False)
+    _text: Sequence[RenderedRow] = field(init=False)
     _tasks: dict[str, Task] = field(init=False)
     _laboratories: dict[str, Laboratory] = field(default_factory=dict)
 
@@ -92,6 +100,7 @@ class Matrix:
         options = self.options
         torch.set_num_threads(options.threads)
         self.base = load_base_model(options.model, precision=options.precision, device=options.device)
+        self._text = () if options.text is None else passages(self.base, options.text)
         self._tasks = read_tasks(
             options.task,
             self.base,
@@ -111,12 +120,13 @@ class Matrix:
         return {
             "Model": f"{base.info.name}, {base.dtype}".replace("torch.", ""),
             "Machine": f"{machine()}, {options.threads} threads, {device}, processes at a time: {options.workers}",
+            "Command": f"`{options.command}`",
         }
 
     def doubts(self) -> list[str]:
         """What is wrong with tasks and pools as they are."""
         leaks = [
-            f"{task.leaked} training rows of {name} were left out: they stand among its validation or held-out rows, too."
+            f"{task.leaked} training rows of {name} were left out: their prompts stand among its validation or held-out rows, too."
             for name, task in self._tasks.items()
             if task.leaked
         ]
@@ -129,7 +139,7 @@ class Matrix:
         return leaks + small
 
     @property
-    def skipped(self) -> list[Skipped]:
+    def skipped(self) -> list[Missing]:
         """What there was no time for."""
         return [one for laboratory in self._laboratories.values() for one in laboratory.skipped]
 
@@ -140,7 +150,10 @@ class Matrix:
             other = next((t for name, t in self._tasks.items() if name != spec.task), None)
             pool = build(spec, task, other)
             measures = Measures(
-                task.held_out, () if other is None else other.held_out[:OTHER_ROWS], self.options.metric
+                task.held_out,
+                () if other is None else other.held_out[:OTHER_ROWS],
+                self._text,
+                task.metric if self.options.generate else None,
             )
             measures.prepare(base)
             self._laboratories[spec.name] = Laboratory(
@@ -188,7 +201,19 @@ def _crowded(pools: dict[str, list[Found]]) -> list[str]:
     ]
 
 
-def _missing(skipped: list[Skipped]) -> list[str]:
+def _diverged(cells: Sequence[Missing], shown: Set[str]) -> list[str]:
+    """Every arm that diverged, with all seeds and rates at which it did. shown: arms of which something is on the page."""
+    at: dict[tuple[str, str], list[str]] = {}
+    for one in cells:
+        at.setdefault((one.arm, one.pool), []).append(f"seed {one.seed} at {one.rate:g}")
+    return [
+        f"{arm} diverged on {pool}: {', '.join(which)}. "
+        + ("Its figures are those of the others." if arm in shown else "Nothing of it is left to show.")
+        for (arm, pool), which in at.items()
+    ]
+
+
+def _missing(skipped: list[Missing]) -> list[str]:
     return [f"No time was left for {len(skipped)} cells; the first: {skipped[0]}."] if skipped else []
 
 

@@ -43,7 +43,7 @@ def _pool(axes: mpl.axes.Axes, pool: str, found: Sequence[Found]) -> None:
     for one in found:
         losses = [cell.measured.loss for cell in one.cells if cell.measured]
         axes.errorbar(
-            one.cost / reference.cost,
+            one.cost() / reference.cost(),
             one.loss,
             yerr=stdev(losses) if len(losses) > 1 else None,
             color=COLOURS[one.arm.weights.kind],

@@ -28,8 +28,10 @@ class Task:
     """What scorers are guided by and rates are chosen on."""
     held_out: tuple[Row, ...]
     """What arms are judged on, and nothing else."""
+    metric: str = "exact_match"
+    """What a written answer is worth (`p2d.metrics`)."""
     leaked: int = 0
-    """Training rows that were left out because they stand among validation or held-out rows, too."""
+    """Training rows that were left out because their prompt stands among validation or held-out rows, too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,14 +76,14 @@ class Pool:
 def gsm8k(folder: Path, *, validation: int, held_out: int) -> Task:
     """GSM8K as `train.json` and `test.json`, or as the `.jsonl` files of the example."""
     train, test = (_read(folder, name, {}) for name in ("train", "test"))
-    return _task("gsm8k", train, test, validation, held_out)
+    return _task("gsm8k", train, test, validation, held_out, "exact_match")
 
 
 def dialogsum(folder: Path, *, validation: int, held_out: int) -> Task:
     """DialogSum as `validation.json`: its last rows are held out."""
     rows = _read(folder, "validation", {"prompt": "dialogue", "completion": "summary"})
     apart = validation + held_out
-    return _task("dialogsum", rows[:-apart], rows[-apart:], validation, held_out)
+    return _task("dialogsum", rows[:-apart], rows[-apart:], validation, held_out, "rouge_l")
 
 
 READERS: dict[str, Callable[..., Task]] = {"gsm8k": gsm8k, "dialogsum": dialogsum}
@@ -126,11 +128,14 @@ def _near_duplicate(rows: Sequence[Row], index: int, task: Task, _: Task | None,
     return Row(row.prompt, row.answer.rsplit(" ", 1)[0], rows[index].line)
 
 
-def _wrong_number(rows: Sequence[Row], index: int, _: Task, __: Task | None, rng: random.Random) -> Row:
+def _wrong_number(rows: Sequence[Row], index: int, task: Task, _: Task | None, rng: random.Random) -> Row:
     row = rows[index]
     numbers = list(re.finditer(r"\d+", row.answer))
     if not numbers:
-        raise ValueError(f"row {row.line} has no number that could be made wrong")
+        raise ValueError(
+            f"line {row.line} of {task.name} has no number that could be made wrong: give tasks with numbers alone to a run "
+            "with such rows"
+        )
     last = numbers[-1]
     other = int(last.group()) + rng.randrange(1, 20)
     return Row(row.prompt, f"{row.answer[: last.start()]}{other}{row.answer[last.end() :]}", row.line)
@@ -145,14 +150,15 @@ MAKERS: dict[Junk, Callable[..., Row]] = {
 }
 
 
-def _task(name: str, train: list[Row], test: list[Row], validation: int, held_out: int) -> Task:
+def _task(name: str, train: list[Row], test: list[Row], validation: int, held_out: int, metric: str) -> Task:
     random.Random(f"{name}:train").shuffle(train)  # noqa: S311 - not a secret
     if len(test) < validation + held_out:
         raise ValueError(f"{name} has {len(test)} test rows; {validation + held_out} are wanted")
-    seen = {(row.prompt, row.answer) for row in test}
-    unseen = tuple(row for row in train if (row.prompt, row.answer) not in seen)
+    seen = {(row.before, row.prompt) for row in test}  # with another answer it leaks as well
+    unseen = tuple(row for row in train if (row.before, row.prompt) not in seen)
     leaked = len(train) - len(unseen)
-    return Task(name, unseen, tuple(test[:validation]), tuple(test[validation : validation + held_out]), leaked)
+    apart = validation + held_out
+    return Task(name, unseen, tuple(test[:validation]), tuple(test[validation:apart]), metric, leaked)
 
 
 def _read(folder: Path, name: str, mapping: Mapping[str, str]) -> list[Row]:

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from benchmarks.quality.arms import RANDOM, Arm
+from benchmarks.quality.arms import RANDOM, UPPER, Arm
 from benchmarks.quality.pools import Pool
 from p2d.config import (
     DATA_SCORERS,
@@ -67,6 +67,9 @@ class Stages:
         """The arm's heads, and what finding them took."""
         if arm.weights.kind != "slices" or arm.heads == "all":
             return all_heads(self.base), []
+        if arm.heads == UPPER:
+            lowest = round((1 - arm.heads_ratio) * self.base.info.n_layers)
+            return [head for head in all_heads(self.base) if head[0] >= lowest], []
         config = self._config(arm, seed)
         if arm.heads == "random":
             order = all_heads(self.base)
@@ -86,16 +89,17 @@ class Stages:
     def rows(self, arm: Arm, heads: Sequence[Head], seed: int) -> tuple[list[int], list[StageCost]]:
         """Indices of the arm's rows, ascending, and what choosing them took."""
         every = range(len(self.pool.rows))
-        count = top_count(arm.ratio, len(every))
-        if arm.rows in ("all", "random"):
-            return _drawn(every, count, seed), []
-        if arm.rows == "oracle":
-            return _drawn(self.pool.clean, count, seed), []
+        if arm.rows in ("all", "random", "oracle"):
+            assert arm.ratio != "auto", "nothing decides how many"
+            some = self.pool.clean if arm.rows == "oracle" else every
+            return _drawn(some, top_count(arm.ratio, len(every)), seed), []
         config = self._config(arm, seed)
         # In fast mode the ratio decides how many rows are looked at, and the seed which; groups of `icl` are drawn by it, too.
         looked_at = pool_count(config.data, len(every))
-        drawn = (looked_at, seed) if looked_at < len(every) or arm.rows == "icl" else None
-        key = repr((arm.rows, arm.mode, drawn, config.training.slices))
+        # Left open, it lets a sample be scored first, which the seed draws as well.
+        sampled = arm.ratio == "auto"
+        drawn = (looked_at, seed) if looked_at < len(every) or arm.rows == "icl" or sampled else None
+        key = repr((arm.rows, arm.mode, drawn, sampled, config.training.slices))
         if key not in self._responses:
             scorer: Any = load(DATA_SCORERS, arm.rows, what="data scorer", pointer="/data/scorer")
             assert config.training.slices != "auto"
@@ -116,7 +120,7 @@ class Stages:
         return selection.kept_rows, [cost]
 
     def _config(self, arm: Arm, seed: int) -> JobConfig:
-        scorer = arm.heads if arm.heads not in ("all", "random") else "attribution"
+        scorer = arm.heads if arm.heads not in ("all", "random", UPPER) else "attribution"
         config = JobConfig(
             heads=HeadsConfig(scorer=scorer, ratio=arm.heads_ratio),
             data=DataConfig(
@@ -134,7 +138,13 @@ class Stages:
             ),
         )
         info = self.base.info
-        found = resolve(config, rows=len(self.pool.rows), context_length=info.context_length, head_dim=info.head_dim)
+        found = resolve(
+            config,
+            rows=len(self.pool.rows),
+            context_length=info.context_length,
+            head_dim=info.head_dim,
+            validation_guide=len(self.guide),
+        )
         return found.config
 
     def _flops(self, config: JobConfig) -> dict[str, float]:
@@ -160,7 +170,8 @@ def choosing_code(arm: Arm) -> list[str]:
     """
     modules: set[str] = set()
     if arm.rows in DATA_SCORERS and arm.rows != RANDOM:
-        modules |= {"p2d.near_duplicates", "p2d.responses.alignment", "p2d.selection", DATA_SCORERS[arm.rows]}
+        modules |= {"p2d.guide_scale", "p2d.near_duplicates", "p2d.responses.alignment", "p2d.selection"}
+        modules.add(DATA_SCORERS[arm.rows])
     for heads in (arm.heads, arm.rows_for):
         if heads in HEAD_SCORERS and heads != RANDOM:
             modules |= {"p2d.identify", HEAD_SCORERS[heads]}

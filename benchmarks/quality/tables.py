@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean, stdev
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,8 @@ import numpy as np
 from benchmarks.quality.arms import FULL, LORA_8, RANDOM, REFERENCE, Arm
 from benchmarks.quality.cells import Cell
 from p2d.evaluation import Change, RowLosses, paired_bootstrap
+from p2d.memory import FP32, MOMENTS
+from p2d.wording import counted
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +23,7 @@ class Found:
 
     arm: Arm
     cells: list[Cell]
+    """None of them diverged."""
     cut: bool = False
     """Whether the search for its rate had no time to end: a better one may be beside it."""
 
@@ -28,10 +32,9 @@ class Found:
         """Mean over seeds."""
         return fmean(cell.measured.loss for cell in self.cells if cell.measured)
 
-    @property
-    def cost(self) -> float:
-        """Operations of choosing and training, mean over seeds."""
-        return fmean(cell.flops for cell in self.cells)
+    def cost(self, what: str = "flops") -> float:
+        """Choosing and training in `flops` or `seconds`, mean over seeds."""
+        return fmean(getattr(cell, what) for cell in self.cells)
 
     @property
     def at_border(self) -> bool:
@@ -46,6 +49,8 @@ class Before:
     held_out: float
     other: float | None = None
     """On the rows of the other task."""
+    text: float | None = None
+    """On passages of a text."""
 
 
 def difference(one: Found, other: Found) -> Change:
@@ -60,8 +65,15 @@ def _mean(found: Found, seeds: set[int]) -> RowLosses:
     return RowLosses(nll_SR.mean(axis=0), np.array(measured[0].tokens, dtype=np.float64))
 
 
-def page(pools: dict[str, list[Found]], *, base: dict[str, Before], facts: dict[str, Any], notes: Sequence[str]) -> str:
-    """All tables as Markdown. base: the untouched model's losses by pool."""
+def page(
+    pools: dict[str, list[Found]],
+    *,
+    base: dict[str, Before],
+    facts: dict[str, Any],
+    notes: Sequence[str],
+    stored: Mapping[str, Sequence[Cell]] = MappingProxyType({}),
+) -> str:
+    """All tables as Markdown. base: the untouched model's losses by pool. stored: all cells that there are of it."""
     lines = ["# What an adapted model is worth, and what it cost", ""]
     lines += [f"{name}: {value}." for name, value in facts.items()]
     lines += ["", *[f"* {note}" for note in notes], ""]
@@ -70,19 +82,42 @@ def page(pools: dict[str, list[Found]], *, base: dict[str, Before], facts: dict[
     for pool, found in pools.items():
         other = base[pool].other
         forgotten = "" if other is None else f" The other task's loss before training {other:.4f}."
+        forgotten += "" if base[pool].text is None else f" The text's {base[pool].text:.4f}."
         lines += [f"## {pool}", f"Held-out loss before training {base[pool].held_out:.4f}.{forgotten}", ""]
-        lines += _main(found) + _costs(found) + _parameters(found) + _curve(found) + _rows(found) + _heads(found)
+        if not found:
+            lines += ["No arm has been computed here.", ""]
+            continue
+        lines += _main(found) + _beside(stored.get(pool, ()), found)
+        lines += _costs(found, "flops") + _costs(found, "seconds")
+        lines += _parameters(found) + _curve(found) + _rows(found) + _heads(found)
     return "\n".join(lines).rstrip() + "\n"
+
+
+MEASURES = {
+    "token_accuracy": "token accuracy",
+    "metric": "exact match or ROUGE-L",
+    "other_loss": "other task's loss",
+    "other_kl": "KL to base",
+    "text_loss": "text's loss",
+    "text_kl": "KL to base on text",
+}
+"""Columns of the main table beside the loss; one that no cell fills is left out."""
+
+
+STATE_BYTES = 2 * FP32 + MOMENTS
+"""Of each trained number: itself, its gradient and AdamW's two moments, all fp32."""
 
 
 def _main(found: Sequence[Found]) -> list[str]:
     reference = _named(found, REFERENCE)
     full = _named(found, FULL)
+    measured = [cell.measured for one in found for cell in one.cells if cell.measured]
+    shown = [name for name in MEASURES if any(getattr(of, name) is not None for of in measured)]
     lines = [
         "### Each arm against LoRA on all linear layers and all rows",
-        "| arm | rows | bad | trained | rate | seeds | held-out loss | difference (95 %) | aer_lora s | aer_lora FLOP | AER FLOP "
-        "| token accuracy | other task's loss | KL to base |",
-        "| --- " * 14 + "|",
+        "| arm | rows | bad | trained | state | rate | seeds | held-out loss | difference (95 %) | aer_lora s | aer_lora FLOP "
+        "| AER FLOP | " + " | ".join(MEASURES[name] for name in shown) + " |",
+        "| --- " * (12 + len(shown)) + "|",
     ]
     for one in sorted(found, key=lambda one: one.loss):
         first = one.cells[0]
@@ -96,6 +131,7 @@ def _main(found: Sequence[Found]) -> list[str]:
                     str(first.rows),
                     f"{fmean(cell.bad for cell in one.cells):.0%}",
                     f"{first.parameters / 1e6:.2f} M",
+                    f"{STATE_BYTES * first.parameters / 1e6:.0f} MB",
                     f"{first.rate:g}{' (border)' if one.at_border else ''}{' (search cut)' if one.cut else ''}",
                     str(len(one.cells)),
                     f"{one.loss:.4f}{spread}",
@@ -103,9 +139,7 @@ def _main(found: Sequence[Found]) -> list[str]:
                     _over(one, reference, "seconds"),
                     _over(one, reference, "flops"),
                     _over(one, full, "flops"),
-                    _average(one, "token_accuracy"),
-                    _average(one, "other_loss"),
-                    _average(one, "other_kl"),
+                    *(_average(one, name) for name in shown),
                 )
             )
             + " |"
@@ -114,22 +148,52 @@ def _main(found: Sequence[Found]) -> list[str]:
 
 
 BUDGETS = (0.1, 0.2, 0.35, 0.5, 1.0)
-"""Shares of the reference's operations."""
+"""Shares of the reference's cost."""
 UNCHOSEN = ("all", RANDOM)
 
 
-def _costs(found: Sequence[Found]) -> list[str]:
-    """Equal cost: the best arm with chosen rows, and the best without, at each share of the reference's operations."""
-    reference = _named(found, REFERENCE)
-    if reference is None:
+def _beside(stored: Sequence[Cell], found: Sequence[Found]) -> list[str]:
+    """Arms of which some cells are there and no line above: seeds of one rate together."""
+    above = {one.arm.name for one in found}
+    cells: dict[tuple[str, float], list[Cell]] = {}
+    for cell in stored:
+        if cell.arm not in above and cell.measured:
+            cells.setdefault((cell.arm, cell.rate), []).append(cell)
+    if not cells:
         return []
     lines = [
-        "### Equal cost, choosing included: the best within a share of the reference's operations",
+        "### Beside these: arms tried at some rates alone, or computed by earlier code or with other options",
+        "| arm | rows | bad | rate | seeds | held-out loss | TFLOP |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for (arm, rate), some in sorted(cells.items()):
+        some.sort(key=lambda cell: cell.seed)
+        losses = dict.fromkeys(f"{cell.measured.loss:.4f}" for cell in some if cell.measured)
+        seeds = ", ".join(dict.fromkeys(str(cell.seed) for cell in some))
+        lines.append(
+            f"| {arm} | {some[0].rows} | {fmean(cell.bad for cell in some):.0%} | {rate:g} | {seeds} | "
+            f"{' / '.join(losses)} | {fmean(cell.flops for cell in some) / 1e12:.0f} |"
+        )
+    return [*lines, ""]
+
+
+COSTS = {"flops": "operations", "seconds": "device time"}
+
+
+def _costs(found: Sequence[Found], what: str) -> list[str]:
+    """Equal cost: the best arm with chosen rows, and the best without, at each share of the reference's `COSTS`."""
+    reference = _named(found, REFERENCE)
+    # Seconds of processes that shared a device say nothing.
+    if reference is None or (what == "seconds" and any(cell.workers > 1 for one in found for cell in one.cells)):
+        return []
+    most = reference.cost(what) * (1 + 1e-9)
+    lines = [
+        f"### Equal {COSTS[what]}, choosing included: the best within a share of the reference's",
         "| at most | rows chosen | held-out loss | rows not chosen | held-out loss | difference (95 %) |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for budget in BUDGETS:
-        within = [one for one in found if one.arm.rows != "oracle" and one.cost <= budget * reference.cost * (1 + 1e-9)]
+        within = [one for one in found if one.arm.rows != "oracle" and one.cost(what) <= budget * most]
         chosen = min((one for one in within if one.arm.rows not in UNCHOSEN), key=lambda one: one.loss, default=None)
         plain = min((one for one in within if one.arm.rows in UNCHOSEN), key=lambda one: one.loss, default=None)
         cells = [
@@ -189,8 +253,9 @@ def _curve(found: Sequence[Found]) -> list[str]:
     for one in found:
         rows = RANDOM if one.arm.rows == "all" else one.arm.rows  # all rows are a random draw of all
         shown = rows in (RANDOM, "oracle") or (rows in CURVE and one.arm.mode == "fast")
-        if one.arm.weights == LORA_8 and shown:
-            place = losses.setdefault((one.arm.ratio, one.arm.epochs), {})
+        ratio = one.arm.ratio
+        if one.arm.weights == LORA_8 and shown and ratio != "auto":
+            place = losses.setdefault((ratio, one.arm.epochs), {})
             place[rows] = f"{one.loss:.4f} ({one.cells[0].rows} rows, {fmean(cell.bad for cell in one.cells):.0%} bad)"
     if len(losses) < 3:
         return []
@@ -267,11 +332,17 @@ def _change(one: Found, other: Found | None) -> str:
 def _over(one: Found, other: Found | None, what: str) -> str:
     if other is None:
         return ""
-    return (
-        f"{fmean(getattr(cell, what) for cell in one.cells) / fmean(getattr(cell, what) for cell in other.cells):.2f}"
-    )
+    # Seconds of a process that had a processor to itself say nothing beside those of many that shared a device.
+    if what == "seconds" and len({cell.workers > 1 for cell in (*one.cells, *other.cells)}) > 1:
+        return ""
+    return f"{one.cost(what) / other.cost(what):.2f}"
 
 
 def _average(found: Found, what: str) -> str:
-    values = [getattr(cell.measured, what) for cell in found.cells if cell.measured]
-    return "" if any(value is None for value in values) else f"{fmean(values):.4f}"
+    """Mean over the seeds that were measured so, and how many these are where it is not all."""
+    values = [value for cell in found.cells if (value := getattr(cell.measured, what, None)) is not None]
+    if not values:
+        return ""
+    return f"{fmean(values):.4f}" + (
+        "" if len(values) == len(found.cells) else f" ({counted(len(values), 'seed', 'seeds')})"
+    )

@@ -40,6 +40,7 @@ from p2d.responses import ResponseInput, Responses
 from p2d.rows import Row
 
 Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
 
 CPU_TOKENS = 1024
 GPU_TOKENS = 16384
@@ -67,10 +68,12 @@ def alignment(given: ResponseInput) -> Responses:
     return Responses(shard=shard, tokens=found.tokens, flops=round(found.flops))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Aligned:
     """What the passes over guide and rows gave."""
 
+    row_R: Ints
+    """The rows that were rated, ascending."""
     cosine_RN: Floats
     layers: range
     rows: list[RenderedRow]
@@ -97,42 +100,81 @@ def align(
 
     Raises: Diverged if a gradient is not finite.
     """
-    base, row_R = given.base, given.wanted()
-    guide = [_as_read(given, row) for row in given.guide]
-    rows = [_as_read(given, given.rows[index]) for index in row_R]
-    places = [(layer, name) for layer in layers for name in projections]
-    total, done = (2 if rate_guide else 1) * len(guide) + len(rows), 0
+    alignment = Alignment(given, layers, projections, rate_guide=rate_guide)
+    alignment.rate(given.wanted())
+    return alignment.found()
 
-    def passed(some: Sequence[RenderedRow], sink_of: Callable[[list[int]], Sink]) -> Floats:
-        nonlocal done
+
+class Alignment:
+    """Passes over the guide once, then over rows, in as many parts as whoever asks likes."""
+
+    def __init__(
+        self, given: ResponseInput, layers: range, projections: Sequence[Projection], *, rate_guide: bool
+    ) -> None:
+        """Pass over the guide; twice where its rows are to be rated, too."""
+        self._given, self._layers, self._projections, self._rate_guide = given, layers, projections, rate_guide
+        self._places = [(layer, name) for layer in layers for name in projections]
+        self._guide = [_as_read(given, row) for row in given.guide]
+        self._parts: list[_Part] = []
+        self._done, self._total = 0, (2 if rate_guide else 1) * len(self._guide) + len(given.wanted())
+        self._mean = MeanGradient()
+        self._guide_nll_G = self._passed(self._guide, lambda _: self._mean.add)
+        self._guide_cosine_GN: Floats | None = None
+        if rate_guide:
+            own = RowProducts(given.base, self._mean.gradient, layers, rows=len(self._guide))
+            self._passed(self._guide, own.of_rows)
+            self._guide_cosine_GN = own.cosines(left_out=True)
+
+    def rate(self, row_R: Ints) -> None:
+        """Pass over these rows. Raises Diverged if a gradient is not finite."""
+        rows = [_as_read(self._given, self._given.rows[index]) for index in row_R]
+        products = RowProducts(self._given.base, self._mean.gradient, self._layers, rows=len(rows))
+        part = _Part(row_R, rows, self._passed(rows, products.of_rows), products.cosines())
+        bad = np.flatnonzero(~np.isfinite(part.cosine_RN).all(axis=1))
+        if len(bad):
+            raise Diverged(
+                f"The gradients of {len(bad)} rows are not finite.", rows=[int(row_R[row]) for row in bad[:20]]
+            )
+        self._parts.append(part)
+
+    def found(self) -> Aligned:
+        """Of all rows that were rated so far, in row order, and what they and the guide cost."""
+        row_R = np.concatenate([part.row_R for part in self._parts])
+        order_R = np.argsort(row_R)
+        every = [row for part in self._parts for row in part.rows]
+        rows = [every[place] for place in order_R]
+        base = self._given.base
+        sizes = [[(base.renderer.length(row), len(row.answer_ids)) for row in some] for some in (self._guide, rows)]
+        rated = sizes[1] + (sizes[0] if self._rate_guide else [])
+        return Aligned(
+            row_R=row_R[order_R],
+            cosine_RN=np.concatenate([part.cosine_RN for part in self._parts])[order_R],
+            layers=self._layers,
+            rows=rows,
+            nll_R=np.concatenate([part.nll_R for part in self._parts])[order_R],
+            guide_likelihood_G=per_token(self._guide_nll_G, self._guide),
+            guide_cosine_GN=self._guide_cosine_GN,
+            tokens=sum(length for length, _ in sizes[0] + rated),
+            flops=flops.alignment(
+                base.info, guide=sizes[0], rows=rated, projections=self._projections, from_layer=self._layers.start
+            ),
+        )
+
+    def _passed(self, some: Sequence[RenderedRow], sink_of: Callable[[list[int]], Sink]) -> Floats:
         nll_R = np.zeros(len(some))
-        for indices, nll_B in backward_passes(base, some, places, sink_of):
+        for indices, nll_B in backward_passes(self._given.base, some, self._places, sink_of):
             nll_R[indices] = nll_B
-            done += len(indices)
-            given.progress(done, total, {})
+            self._done += len(indices)
+            self._given.progress(self._done, self._total, {})
         return nll_R
 
-    mean = MeanGradient()
-    guide_likelihood_G = per_token(passed(guide, lambda _: mean.add), guide)
-    guide_cosine_GN = None
-    if rate_guide:
-        own = RowProducts(base, mean.gradient, layers, rows=len(guide))
-        passed(guide, own.of_rows)
-        guide_cosine_GN = own.cosines(left_out=True)
-    products = RowProducts(base, mean.gradient, layers, rows=len(rows))
-    nll_R = passed(rows, products.of_rows)
 
-    cosine_RN = products.cosines()
-    bad = np.flatnonzero(~np.isfinite(cosine_RN).all(axis=1))
-    if len(bad):
-        raise Diverged(f"The gradients of {len(bad)} rows are not finite.", rows=[int(row_R[row]) for row in bad[:20]])
-    sizes = [[(base.renderer.length(row), len(row.answer_ids)) for row in some] for some in (guide, rows)]
-    rated = sizes[1] + (sizes[0] if rate_guide else [])
-    operations = flops.alignment(
-        base.info, guide=sizes[0], rows=rated, projections=projections, from_layer=layers.start
-    )
-    tokens = sum(length for length, _ in sizes[0] + rated)
-    return Aligned(cosine_RN, layers, rows, nll_R, guide_likelihood_G, guide_cosine_GN, tokens, operations)
+@dataclass(frozen=True, slots=True)
+class _Part:
+    row_R: Ints
+    rows: list[RenderedRow]
+    nll_R: Floats
+    cosine_RN: Floats
 
 
 def per_token(nll_R: Floats, rows: Sequence[RenderedRow]) -> Floats:

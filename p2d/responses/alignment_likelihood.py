@@ -8,17 +8,24 @@ less plausible, not more: no answer of the task is as easy. Ours, by measurement
 The guide's own rows are rated like those of the pool, each by the others, and are the measure of both opinions: a row that is
 as good as most of them is as good as any (docs/decisions/0031). Fewer than MIN_GUIDE guide rows measure nothing: then the worse of
 the two ranks decides.
+
+Where the pool itself is to say how many of its rows are kept, a random sample is rated first. If that is like the guide, so is the
+rest: all of it is kept, and no pass is spent on it (docs/decisions/0034).
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
-from p2d.config import MIN_GUIDE, alignment_layers, alignment_projections, rates_guide
+from p2d.arch.spec import every_head
+from p2d.config import LOOK_ROWS, MIN_GUIDE, alignment_layers, alignment_projections, rates_guide, samples_first
 from p2d.errors import Diverged
+from p2d.guide_scale import is_like_guide
 from p2d.response_matrix import ResponseShard, median_and_spread
 from p2d.responses import ResponseInput, Responses
-from p2d.responses.alignment import Floats, align
+from p2d.responses.alignment import Aligned, Alignment, Floats, Ints
 
 NAME = "alignment_likelihood"
 
@@ -35,14 +42,40 @@ def alignment_likelihood(given: ResponseInput) -> Responses:
     Raises: Diverged if a gradient or a likelihood is not finite.
     """
     layers, projections = alignment_layers(given.base.info.n_layers), alignment_projections(given.slices)
-    found = align(given, layers, projections, rate_guide=rates_guide(NAME, len(given.guide)))
+    alignment = Alignment(given, layers, projections, rate_guide=rates_guide(NAME, len(given.guide)))
+    row_R = given.wanted()
+    look_R = _look(given, row_R)
+    alignment.rate(look_R)
+    shard = _shard(given, alignment.found())
+    rest_R = np.setdiff1d(row_R, look_R)
+    if len(rest_R):
+        if is_like_guide(shard, every_head(given.base.info)):
+            shard = replace(shard, rest_like_guide=True)
+            given.progress(len(row_R), len(row_R), {})
+        else:
+            alignment.rate(rest_R)
+            shard = _shard(given, alignment.found())
+    found = alignment.found()
+    return Responses(shard=shard, tokens=found.tokens, flops=round(found.flops))
+
+
+def _look(given: ResponseInput, row_R: Ints) -> Ints:
+    """The rows to be rated first, ascending: where the pool may turn out to be like the guide, a random LOOK_ROWS of them."""
+    if not samples_first(given.config) or len(row_R) <= LOOK_ROWS:
+        return row_R
+    rng = np.random.default_rng([given.config.training.seed, len(given.rows), given.span.start])
+    return np.sort(rng.permutation(row_R)[:LOOK_ROWS])
+
+
+def _shard(given: ResponseInput, found: Aligned) -> ResponseShard:
+    """The rated rows; raises Diverged if a likelihood is not finite."""
     likelihood_R, guide_likelihood_G = found.likelihood_R, found.guide_likelihood_G
     if not np.isfinite(likelihood_R).all():
         raise Diverged("The likelihood of an answer is not finite.")
     rated, guide_quality_G = found.guide_cosine_GN, plausibility(guide_likelihood_G, guide_likelihood_G)
-    shard = ResponseShard(
+    return ResponseShard(
         span=given.span,
-        row_R=given.wanted(),
+        row_R=found.row_R,
         layers=found.layers,
         n_heads=given.base.info.n_heads,
         response_RN=found.cosine_RN.astype(np.float16),
@@ -52,7 +85,6 @@ def alignment_likelihood(given: ResponseInput) -> Responses:
         scorer=NAME,
         combine="worse_rank" if rated is None else "guide",
     )
-    return Responses(shard=shard, tokens=found.tokens, flops=round(found.flops))
 
 
 def plausibility(likelihood_R: Floats, guide_likelihood_G: Floats) -> Floats:

@@ -56,7 +56,10 @@ def test_what_a_job_does_not_have_is_null_and_the_reason_stands_there(api: Api, 
     found = api.http.get(f"/comparisons/{made(api, [jobs[0], jobs[2], jobs[3]])}").json()
 
     reasons = {(pair["one"], pair["other"]): pair["reasons"] for pair in found["pairs"]}
-    assert reasons[0, 1] == {"loss": "they were evaluated on different rows"}
+    assert reasons[0, 1] == {
+        "heads": "the head map of one of them ranks nothing",
+        "loss": "they were evaluated on different rows",
+    }
     assert set(reasons[0, 2]) == {"heads", "rows", "loss"}
     assert found["jobs"][2]["status"] == "queued"
     assert "report.json" in found["jobs"][2]["missing"]

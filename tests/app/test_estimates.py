@@ -10,6 +10,7 @@ import httpx
 import pytest
 
 from app.core.forecast import WIDE
+from app.db.estimates import MeasuredSpeed
 from app.settings import Settings
 from p2d.client import Client
 from p2d.memory import PROCESS_BYTES
@@ -103,6 +104,9 @@ def test_warnings_and_limits_are_told_before_anything_runs(api: Api) -> None:
 
     assert found["rows"]["kept"] == 5
     assert any("keeps 5 of 48 rows" in warning for warning in found["warnings"])
+    assert any("as clean as it is" in warning for warning in found["warnings"])
+    apart = estimate(api, data={"ratio": 0.1}, validation_dataset=api.dataset(20, start=900))
+    assert not any("as clean as it is" in warning for warning in apart["warnings"])
     assert not found["fits"]
     assert "limits.max_seconds is 1" in found["misfits"][0]
     change = found["changes"][0]
@@ -116,6 +120,36 @@ def test_warnings_and_limits_are_told_before_anything_runs(api: Api) -> None:
     soon = datetime.now(UTC) + timedelta(seconds=found["seconds"]["p50"] / 2)
     late = estimate(api, data={"ratio": 0.1}, limits={"deadline": soon.isoformat()})
     assert "limits.deadline is in" in late["misfits"][0]
+
+
+def test_a_job_that_is_dearer_than_its_alternatives_is_told_so_once_and_what_to_leave_out(api: Api) -> None:
+    found = estimate(api)
+    (warning,) = found["warnings"]
+
+    assert found["aer"] > 1  # a tiny model: starting takes longer than anything
+    counted = sum(step["seconds"]["p50"] for step in found["steps"] if step["step"] != "evaluate")
+    assert f"to take {counted:.0f} s, full fine-tuning on all rows {found['full_s']:.2g} s" in warning
+    assert f"LoRA on all rows {found['lora_s']:.2g} s" in warning
+    assert "a training.learning_rate needs no search" in warning
+    assert not {"heads.ratio", "data.ratio"} & set(warning.split())  # no head is looked for, and no row
+    assert "heads.ratio 1" in estimate(api, heads={"scorer": "attribution"})["warnings"][0]
+    assert "data.ratio 1" in estimate(api, data={"scorer": "alignment"})["warnings"][0]
+
+    bare = estimate(api, training={"learning_rate": 0.001})["warnings"]
+    assert bare[0].endswith("nothing more can be left out of the job.")
+    assert estimate(api, kind="select_data")["warnings"] == []
+
+
+def test_a_job_that_is_cheaper_than_its_alternatives_is_not_warned_of(
+    api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = MeasuredSpeed(flop_per_s=1e5, runs=1, same_model=True)  # so that starting counts for nothing
+    monkeypatch.setattr("app.core.forecast.measured_speed", lambda *_, **__: slow)
+
+    found = estimate(api, data={"ratio": 0.5, "scorer": "random"}, training={"learning_rate": 0.001})
+
+    assert max(found["aer"], found["aer_lora"]) < 1
+    assert not any("projected to take" in warning for warning in found["warnings"])
 
 
 def test_memory_is_judged_once_a_step_has_told_of_its_machine(api: Api) -> None:
@@ -171,6 +205,7 @@ def test_money_is_spoken_of_where_an_hour_has_a_price(api: Api, module_settings:
 
 
 def test_how_far_estimates_were_off_is_published(api: Api) -> None:
+    api.finish(api.post(a_job(dataset=api.dataset(75, start=4000))).json()["id"])
     with api.engine.begin() as conn:  # as if steps had taken half as long again as was said
         conn.exec_driver_sql("update steps set seconds = 1.5 * weight where status = 'done' and weight > 0.5")
 
@@ -213,6 +248,10 @@ def test_the_client_and_the_command_line_ask_for_the_same(
     assert "s in the queue" in said
     assert "peak memory" in said
     assert "full fine-tuning instead: " in said
+    for pointer in found["reasons"]:
+        assert f" {pointer[1:].replace('/', '.')} = " in said
+    assert "training.slices = v, o: recipe 'default': best of our own measurements training.rank = " in said
+    assert "Decided in the run: training.learning_rate, training.precision" in said
 
 
 def test_an_estimate_learns_from_the_jobs_before_it(api: Api) -> None:

@@ -283,6 +283,23 @@ def test_two_head_maps_are_compared_by_rank_and_against_chance(api: Api, made: d
     assert sum(layer["kept_one"] for layer in reverse["layers"]) == 4
 
 
+def test_a_map_that_ranks_nothing_names_no_best_heads_and_is_compared_with_none(
+    api: Api, made: dict[str, Any], dataset: str
+) -> None:
+    job = api.http.post("/head-maps", json={**HEADS, "dataset": dataset, "heads": {"scorer": "uniform"}}).json()["id"]
+    api.finish(job)
+    flat = api.http.get(f"/jobs/{job}").json()["head_map"]
+
+    events = api.http.get(f"/jobs/{job}/events").json()["data"]
+    (ranked,) = [event["data"] for event in events if event["type"] == "heads.ranked"]
+    assert (ranked["head_map"], ranked["kept"], ranked["heads"]) == (flat, 8, 8)
+    assert (ranked["best"], ranked["rank_correlation"]) == ([], None)
+    for one, other in ((flat, made["id"]), (made["id"], flat), (flat, flat)):
+        answer = api.http.get(f"/head-maps/{one}/diff", params={"with": other})
+        assert (answer.status_code, answer.json()["code"]) == (409, "head_map.ranks_nothing")
+        assert set(answer.json()["facts"]["ids"]) == {flat}
+
+
 def test_maps_of_other_shapes_are_not_compared(api: Api, made: dict[str, Any]) -> None:
     directory = api.settings.models_dir / "wide"
     write_stub_model(directory, layers=3)

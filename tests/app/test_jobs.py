@@ -120,6 +120,22 @@ def test_a_field_that_may_be_auto_has_one_fault_at_its_own_place(api: Api) -> No
     assert answer.json()["errors"][0]["message"] == "Input should be a valid integer, or 'auto'."
 
 
+def test_a_fault_of_the_rank_names_everything_that_it_may_be(api: Api) -> None:
+    dataset = api.dataset()
+    told = {}
+    for rank in ("high", 1.5, 0, 9):  # neither is a whole number; below every rank; above the head width
+        (fault,) = api.post(a_job(dataset=dataset, training={"rank": rank})).json()["errors"]
+        assert fault["pointer"] == "/training/rank"
+        told[rank] = fault["expected"]
+
+    assert told == {
+        "high": "a whole number, 'auto' or null",
+        1.5: "a whole number, 'auto' or null",
+        0: "at least 1, 'auto' or null",
+        9: "at most 4 (the width of a head of the base model), 'auto' or null",
+    }
+
+
 def test_wrong_types_and_wrong_values_are_told_together(api: Api) -> None:
     wrong = a_job(
         dataset=api.dataset(),

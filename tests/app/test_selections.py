@@ -98,6 +98,19 @@ def test_another_ratio_is_another_view_of_the_same_scores(
     assert all_rows(api, made["id"], order=order, ratio=ratio, kept=True) == [row for row in seen if row["kept"]]
 
 
+def test_a_selection_that_ranks_nothing_has_no_other_views(api: Api, dataset: str) -> None:
+    body = {"base_model": MODEL, "dataset": dataset, "data": {"scorer": "uniform"}}
+    job = api.http.post("/selections", json=body).json()
+    api.finish(job["id"])
+    path = "/selections/" + api.http.get(f"/jobs/{job['id']}").json()["selection"]
+
+    for part in ("", "/rows", "/rows/1", "/export"):
+        answer = api.http.get(path + part, params={"ratio": 0.2})
+        assert (answer.status_code, answer.json()["code"]) == (409, "selection.ranks_nothing")
+    whole = api.http.get(path, params={"ratio": 1}).json()
+    assert whole["kept"] == whole["rows"]
+
+
 def test_a_cursor_of_one_order_is_none_of_the_other(api: Api, made: dict[str, Any]) -> None:
     for order, other in (("row", "score"), ("score", "row")):
         page = api.http.get(f"/selections/{made['id']}/rows", params={"order": order, "limit": 3}).json()

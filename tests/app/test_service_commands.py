@@ -66,6 +66,8 @@ def test_a_job_is_shown_with_its_files_and_as_json(api: Api, jobs: list[str]) ->
     assert files
     for file in files:
         assert any(line.split() == [file["name"], f"{file['size_bytes']:,}"] for line in said.splitlines()), file
+    raw = api.http.get(f"/jobs/{jobs[0]}").json()
+    assert f"learning rate {raw['resolved']['training']['learning_rate']}" in said
     assert json.loads(p2d("show", jobs[0], "--json")) == api.http.get(f"/jobs/{jobs[0]}").json()
 
 

@@ -145,7 +145,8 @@ class authorized:
 
 def one_of_everything(api: Api) -> dict[str, str]:
     """The ids of one thing of each kind, with a word of the owner's in each name."""
-    job_id = api.job(name="owners-secret", metadata={"owners-secret": "x"})
+    ranked = {"scorer": "attribution", "proxy_rows": 8}  # a head map that ranks, to be compared
+    job_id = api.job(name="owners-secret", metadata={"owners-secret": "x"}, heads=ranked)
     api.finish(job_id)
     job = api.http.get(f"/jobs/{job_id}").json()
     assert job["status"] == "succeeded"

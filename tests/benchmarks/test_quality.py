@@ -19,16 +19,15 @@ from benchmarks.quality.__main__ import _options
 from benchmarks.quality.arms import ARMS, HEADS, RANDOM, REFERENCE, Arm, Weights
 from benchmarks.quality.cells import Cell, Cells, Laboratory
 from benchmarks.quality.matrix import joined, run
-from benchmarks.quality.measures import Measured, Measures
+from benchmarks.quality.measures import Measured, Measures, passages
 from benchmarks.quality.plots import draw
 from benchmarks.quality.pools import MAKERS, Pool, PoolSpec, Task, build
 from benchmarks.quality.stages import Stages
-from benchmarks.quality.tables import Before, Found, page
+from benchmarks.quality.tables import Before, Found, _over, page
 from benchmarks.quality.weights import installed
 from benchmarks.quality.workers import _work, share_out
 from p2d.batches import mean_answer_nll
 from p2d.config import DATA_SCORERS
-from p2d.evaluation import row_losses
 from p2d.learning_rates import MARGIN
 from p2d.models import BaseModel
 from p2d.optimization import Schedule, SliceTrainer
@@ -181,7 +180,7 @@ def test_a_higher_rate_must_be_clearly_better(
     cell = made.cell(Arm(name="one", weights=Weights(kind="lora", rank=1), epochs=1), 0, 1e-3)
     assert cell is not None
     monkeypatch.setattr(
-        Laboratory, "cell", lambda _, arm, seed, rate: replace(cell, rate=rate, validation=validation[rate])
+        Laboratory, "cell", lambda _, arm, seed, rate, **__: replace(cell, rate=rate, validation=validation[rate])
     )
 
     found = made.best(Arm(name="two", weights=Weights(kind="lora", rank=8)), seeds=1)
@@ -229,7 +228,7 @@ def test_a_run_writes_a_page_with_every_arm_and_a_second_run_computes_nothing(
     first = run(options, told.append)
     stored = json.loads((tmp_path / "results/quality.json").read_text())
 
-    monkeypatch.setattr(Laboratory, "_compute", lambda *_: pytest.fail("a cell was computed twice"))
+    monkeypatch.setattr(Laboratory, "_compute", lambda *_, **__: pytest.fail("a cell was computed twice"))
     assert run(options, told.append) == first
 
     assert "## gsm8k, 16 rows, clean" in first
@@ -247,19 +246,6 @@ def test_a_run_without_time_writes_its_page_and_one_without_arms_says_so(tmp_pat
 
     with pytest.raises(ValueError, match="no arm or no pool has 'nothing like it'"):
         run(options_of(tmp_path, arm="nothing like it", share=0.0), lambda line: None)
-
-
-def test_a_page_names_rows_that_leak_and_pools_too_small_to_judge_a_tenth(tmp_path: Path) -> None:
-    options = options_of(tmp_path, arm="all rows, 1 epoch", share=0.0)
-    rows = [*some_rows(17), some_rows(1, first=50)[0], some_rows(1, first=55)[0]]
-    write_rows(tmp_path / "train.jsonl", rows)
-
-    page_of_run = run(options, lambda line: None)
-
-    assert "2 training rows of gsm8k were left out" in page_of_run
-    assert "gsm8k, 16 rows, clean: 10% of it is 2 rows" in page_of_run
-    write_rows(tmp_path / "train.jsonl", some_rows(17))
-    assert "were left out" not in run(options, lambda line: None)
 
 
 def test_processes_that_share_the_work_compute_what_one_does(tmp_path: Path) -> None:
@@ -332,14 +318,54 @@ def test_orders_given_back_are_done_by_fewer_processes_and_named_when_one_alone_
     assert failed == [f"{arm.name} on gsm8k, 16 rows, clean needs more memory than there is." for arm in ARMS[3:5]]
 
 
-def test_the_losses_of_a_cell_are_those_of_the_product_row_by_row(tiny: BaseModel) -> None:
-    rows = some_rows(9, first=30)
+def test_a_stored_cell_is_computed_again_only_where_it_is_final_and_lacks_what_is_asked_for(
+    tiny: BaseModel, tmp_path: Path
+) -> None:
+    pool = build(PoolSpec("gsm8k", 8), TASK, OTHER)
+    arm = Arm(name="one", weights=Weights(kind="lora", rank=2), epochs=1)
+    path, text = tmp_path / "quality.json", tmp_path / "text.txt"
+    text.write_text("Once there was a text of no use to any task. " * 300, encoding="utf-8")
+    plain = laboratory(tiny, pool, path).cell(arm, 0, 1e-3)
+    measures = Measures(TASK.held_out, OTHER.held_out, passages(tiny, text), "exact_match")
+    measures.prepare(tiny)
+    more = replace(laboratory(tiny, pool, path), measures=measures)
+    late = replace(more, ends=0.0)
 
-    measured = Measures(rows).all(tiny)
+    assert more.cell(arm, 0, 1e-3) == plain
+    assert late.cell(arm, 0, 1e-3, final=True) == plain  # there is no time, and it serves
+    final = more.cell(arm, 0, 1e-3, final=True)
 
-    expected = row_losses(tiny, [tiny.renderer.render(row) for row in rows])
-    assert measured.nll == pytest.approx(expected.nll_R.tolist(), abs=1e-3)
-    assert measured.tokens == expected.tokens_R.tolist()
+    assert plain is not None
+    assert final is not None
+    assert plain.measured is not None
+    assert final.measured is not None
+    assert (plain.measured.metric, plain.measured.text_loss) == (None, None)
+    assert final.measured.metric is not None
+    assert final.measured.text_loss is not None
+    assert final.measured.nll == plain.measured.nll
+    assert late.cell(arm, 0, 1e-3, final=True) == final
+    assert replace(late, cells=Cells(path)).cell(arm, 0, 1e-3, final=True) == final  # as it was written down
+
+
+def test_a_pool_of_which_nothing_was_computed_has_no_tables() -> None:
+    text = page({"a pool": []}, base={"a pool": Before(4.0)}, facts={}, notes=[])
+
+    assert text.endswith("## a pool\nHeld-out loss before training 4.0000.\n\nNo arm has been computed here.\n")
+
+
+def test_a_measure_that_some_seeds_lack_is_shown_with_how_many_have_it_and_one_that_all_lack_is_not() -> None:
+    one, other = found("one", 100, 1.0, 2.0), found("other", 100, 1.0, 3.0)
+    assert one.cells[0].measured is not None
+    written = replace(one.cells[0], seed=1, measured=replace(one.cells[0].measured, metric=0.25))
+    one = replace(one, cells=[*one.cells, written])
+
+    text = page({"a pool": [one, other]}, base={"a pool": Before(4.0)}, facts={}, notes=[])
+
+    head, rule, first, second = text[text.index("| arm | rows") :].splitlines()[:4]
+    assert head.endswith("| token accuracy | exact match or ROUGE-L |")
+    assert first.endswith("| 0.5000 | 0.2500 (1 seed) |")
+    assert second.endswith("| 0.5000 |  |")
+    assert head.count("|") == rule.count("|") == first.count("|") == second.count("|")
 
 
 def test_a_page_names_what_there_was_no_time_for(tiny: BaseModel, tmp_path: Path) -> None:
@@ -389,8 +415,8 @@ def test_a_rate_whose_search_had_no_time_to_end_is_marked_so() -> None:
 
     text = page({"a pool": [cut, found("other", 100, 1.0, 3.0)]}, base={"a pool": Before(4.0)}, facts={}, notes=[])
 
-    assert "| one | 4 | 0% | 0.00 M | 0.001 (search cut) | 1 |" in text
-    assert "| other | 4 | 0% | 0.00 M | 0.001 | 1 |" in text
+    assert "| one | 4 | 0% | 0.00 M | 0 MB | 0.001 (search cut) | 1 |" in text
+    assert "| other | 4 | 0% | 0.00 M | 0 MB | 0.001 | 1 |" in text
 
 
 def test_a_file_of_cells_names_every_machine_that_computed_some() -> None:
@@ -404,6 +430,14 @@ def found(name: str, parameters: int, flops: float, nll: float, **arm: Any) -> F
     weights = arm.pop("weights", Weights(kind="lora", rank=8))
     cell = Cell("pool", name, 0, 1e-3, False, nll, 4, 0.0, 0, parameters, 1.0, flops, [], measured, 1.0, 1)
     return Found(Arm(name=name, weights=weights, **arm), [cell])
+
+
+def test_seconds_of_a_shared_device_are_not_divided_by_those_of_a_processor_alone() -> None:
+    one, other = found("one", 1, 100.0, 0.90), found("other", 1, 50.0, 0.91)
+    shared = replace(other, cells=[replace(other.cells[0], workers=12)])
+
+    assert (_over(other, one, "seconds"), _over(other, one, "flops")) == ("1.00", "0.50")
+    assert (_over(shared, one, "seconds"), _over(shared, one, "flops")) == ("", "0.50")
 
 
 def test_the_learning_curve_sets_more_rows_beside_more_epochs() -> None:

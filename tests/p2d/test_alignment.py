@@ -12,9 +12,11 @@ from torch import Tensor
 
 from p2d.arch import ARCHS
 from p2d.batches import answer_nll, collate
-from p2d.config import FAST_ANSWER_TOKENS, DataConfig, JobConfig, Projection
+from p2d.config import FAST_ANSWER_TOKENS, Auto, DataConfig, JobConfig, Kind, Projection
 from p2d.models import BaseModel, load_base_model
+from p2d.response_matrix import ResponseShard
 from p2d.responses import ResponseInput
+from p2d.responses import alignment_likelihood as module
 from p2d.responses.alignment import align, alignment, gradient_squares
 from p2d.responses.alignment_likelihood import alignment_likelihood, plausibility
 from p2d.rows import Row
@@ -208,3 +210,50 @@ def test_both_ways_to_a_squared_norm_agree_with_forming_the_gradient(tokens: int
     expected_BU = torch.einsum("btue,btd->bued", cut_BTUE, other_BTD).square().sum((2, 3))
 
     torch.testing.assert_close(gradient_squares(cut_BTUE, other_BTD), expected_BU, rtol=1e-4, atol=1e-4)
+
+
+TASK = some_rows(60, first=10)
+LIKE_GUIDE = [row for place, row in enumerate(TASK) if place % 4]
+
+
+def looking(base: BaseModel, rows: list[Row], *, ratio: float | Auto, kind: Kind = "adapt") -> ResponseShard:
+    """The shard of these rows; a sample of 12 is rated first where the ratio is left open."""
+    asked = JobConfig(data=DataConfig(mode="faithful", ratio=ratio), kind=kind)
+    return alignment_likelihood(
+        replace(given(base, ("v",)), rows=rows, guide=TASK[::4], span=range(len(rows)), config=asked)
+    ).shard
+
+
+def test_of_a_pool_like_the_guide_a_sample_alone_is_rated_where_the_ratio_is_left_open(
+    tiny: BaseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "LOOK_ROWS", 12)
+
+    open_, named = looking(tiny, LIKE_GUIDE, ratio="auto"), looking(tiny, LIKE_GUIDE, ratio=0.5)
+
+    assert (len(open_.row_R), open_.rest_like_guide) == (12, True)
+    assert (len(named.row_R), named.rest_like_guide) == (45, False)
+    assert open_.row_R.tolist() == sorted(set(open_.row_R.tolist())) != list(range(12))
+    np.testing.assert_allclose(open_.response_RN, named.response_RN[open_.row_R], atol=1e-3)
+    assert (
+        len(looking(tiny, LIKE_GUIDE, ratio="auto", kind="select_data").row_R) == 45
+    )  # scores are what such a job is for
+    again = looking(tiny, LIKE_GUIDE, ratio="auto")
+    assert again.response_RN.tobytes() == open_.response_RN.tobytes()
+
+
+def test_a_pool_unlike_the_guide_is_rated_as_a_whole_as_if_no_sample_had_been_looked_at(
+    tiny: BaseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [Row(row.answer, row.prompt[::-1], line=row.line) for row in LIKE_GUIDE[:30]]
+    whole = looking(tiny, rows, ratio="auto")
+    monkeypatch.setattr(module, "LOOK_ROWS", 12)
+
+    parts = looking(tiny, rows, ratio="auto")
+
+    assert parts.row_R.tolist() == whole.row_R.tolist() == list(range(30))
+    assert not parts.rest_like_guide
+    np.testing.assert_allclose(parts.response_RN, whole.response_RN, atol=1e-3)
+    assert parts.quality_R is not None
+    assert whole.quality_R is not None
+    np.testing.assert_allclose(parts.quality_R, whole.quality_R, rtol=1e-5)

@@ -65,6 +65,16 @@ def test_head_maps_of_two_models_are_not_compared() -> None:
     assert pair.reasons["heads"] == "their base models are not the same"
 
 
+def test_head_maps_that_rank_nothing_do_not_agree_or_differ() -> None:
+    one = a_job("a", heads=[(0, 0)], head_map=a_map([[1, 2]]))
+    flat = a_job("b", heads=[(0, 0)], head_map=a_map([[1, 1]]))
+
+    for jobs in ([one, flat], [flat, one], [flat, flat]):
+        (pair,) = compare(jobs).pairs
+        assert pair.heads is None
+        assert "ranks nothing" in pair.reasons["heads"]
+
+
 @pytest.mark.parametrize("rows", [40, 3 * GROUPS + 7])
 def test_the_paired_interval_is_the_one_that_an_evaluation_gives(rows: int) -> None:
     one, other = losses(rows), losses(rows, gain=0.05)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from typing import Any
 
-from p2d.config import DATA_SCORERS, DataConfig, HeadsConfig, JobConfig
+import pytest
+
+from p2d.config import DATA_SCORERS, WITHOUT_RESPONSES, DataConfig, HeadsConfig, JobConfig
 from p2d.estimate import Speed, estimate_flops, estimate_seconds
 from p2d.model_info import ModelInfo
 from p2d.plans import RowCounts
@@ -21,7 +23,7 @@ def rows(count: int) -> RowCounts:
 
 
 def seconds(recipe: str = "default", count: int = 300, flop_per_s: float = 1e11) -> dict[str, float]:
-    config = resolve(JobConfig(recipe=recipe), rows=count, context_length=8192, head_dim=64).config
+    config = resolve(JobConfig(recipe=recipe), rows=count, context_length=8192, head_dim=64, validation_guide=24).config
     return estimate_seconds(SMOLLM2, config, Speed(flop_per_s), train=rows(count), guide=rows(24), evaluation=rows(36))
 
 
@@ -53,13 +55,24 @@ def test_a_faster_device_needs_less() -> None:
     assert seconds(flop_per_s=1e12)["train"] * 9 < seconds(flop_per_s=1e11)["train"]
 
 
-def test_a_given_random_scorer_costs_next_to_nothing() -> None:
-    config = resolve(JobConfig(), rows=300, context_length=8192, head_dim=64).config
-    config = replace(config, data=replace(config.data, scorer="random"))
+@pytest.mark.parametrize("data", [DataConfig(), DataConfig(scorer="random")])
+def test_a_scorer_that_looks_at_no_row_costs_next_to_nothing(data: DataConfig) -> None:
+    config = resolve(JobConfig(data=data), rows=300, context_length=8192, head_dim=64).config
 
     found = estimate_seconds(SMOLLM2, config, Speed(1e11), train=rows(300), guide=rows(24), evaluation=rows(36))
 
-    assert found["respond"] == 0
+    assert (found["respond"], found["select"]) == (0, 0.5)
+
+
+def test_where_the_guide_decides_a_sample_is_foreseen_and_all_rows_trained_but_for_a_job_that_asks_for_scores() -> None:
+    def flops(**asked: Any) -> dict[str, float]:
+        config = resolve(JobConfig(**asked), rows=2000, context_length=8192, head_dim=64, validation_guide=24).config
+        return estimate_flops(SMOLLM2, config, train=rows(2000), guide=rows(24))
+
+    left, half = flops(), flops(data=DataConfig(ratio=0.5))
+    assert left["train"] > 1.7 * half["train"]  # the search for a rate is the same
+    assert left["respond"] < 0.15 * half["respond"]
+    assert flops(kind="select_data")["respond"] == half["respond"]
 
 
 def test_a_fast_job_foresees_less_scoring() -> None:
@@ -67,7 +80,7 @@ def test_a_fast_job_foresees_less_scoring() -> None:
         config = resolve(JobConfig(data=DataConfig(**data)), rows=5000, context_length=8192, head_dim=64).config  # type: ignore[arg-type]
         return estimate_seconds(SMOLLM2, config, Speed(1e11), train=rows(5000), guide=rows(24), evaluation=rows(36))
 
-    for scorer in sorted(set(DATA_SCORERS) - {"random"}):
+    for scorer in sorted(set(DATA_SCORERS) - WITHOUT_RESPONSES):
         faithful, fast = (found(scorer=scorer, ratio=0.1, mode=mode) for mode in ("faithful", "fast"))
         assert fast["respond"] < 0.35 * faithful["respond"], scorer
     assert found(scorer="icl", ratio=0.1, metric="rouge_l")["respond"] > found(scorer="icl", ratio=0.1)["respond"]

@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from p2d.guide_scale import outscored
 from p2d.response_matrix import ResponseShard, read_shards, save_shard
 from p2d.rows import Row
-from p2d.selection import outscored, select_rows, summarise
+from p2d.selection import select_rows, summarise
 from tests.p2d.test_selection import HEADS, a_shard, selected
 
 GUIDE = [[0.0, response, 0, 0] for response in (1, 2, 3, 4, 5)]
@@ -123,13 +124,88 @@ def test_in_fast_mode_rows_that_were_not_scored_stay_behind_a_pool_like_the_guid
     assert np.isnan(selection.score_R[[1, 3, 6]]).all()
 
 
-def test_what_is_kept_below_the_bar_is_told() -> None:
-    shard = rated([3, 4, 1, 0], [3, 4, 1, 0])
+@pytest.mark.parametrize(("good", "bad", "seem_good"), [(12, 8, 20), (6, 14, 10), (3, 17, 5), (0, 20, 0), (20, 0, 20)])
+def test_as_many_rows_seem_good_as_the_guides_own_share_above_the_bar_makes_of_those_above_it(
+    good: int, bad: int, seem_good: int
+) -> None:
+    values = [4.0] * good + [-9.0] * bad  # of the guide 3 of 5 reach the bar, and so many of all good rows
 
-    enough, too_few, every = (summarise(selected([shard], HEADS, ratio)) for ratio in (0.5, 0.75, 1.0))
+    selection = selected([rated(values, values)], HEADS, 0.5)
 
-    assert (enough.warnings, every.warnings, enough.good_enough) == ([], [], 2)
-    assert too_few.warnings[0].startswith("1 of the 3 kept rows are less good than 60% of the held-out rows")
+    assert (selection.seem_good, selection.good_enough) == (seem_good, good)
+
+
+def test_a_ratio_that_is_left_open_keeps_as_many_as_seem_good_best_first_and_a_tenth_at_least() -> None:
+    some, none = ([4.0] * good + [1.0] + [-9.0] * (29 - good) for good in (6, 0))
+
+    assert selected([rated(some, some)], HEADS, "auto").kept_rows[:8] == [0, 1, 2, 3, 4, 5, 6, 7]
+    assert selected([rated(some, some)], HEADS, "auto").kept == 10
+    assert selected([rated(none, none)], HEADS, "auto").kept_rows == [0, 1, 2]
+
+
+def test_a_ratio_that_is_left_open_keeps_a_pool_like_the_guide_but_for_what_repeats() -> None:
+    rows = [Row(f"the same question of ever the same words {n // 19}", "its answer", line=n) for n in range(20)]
+
+    selection = select_rows([rated(LIKE, LIKE)], HEADS, "auto", rows, seed=0, guide_apart=True)
+
+    assert selection.like_guide
+    assert selection.kept == selection.seem_good == len(rows) - int((selection.repeats_R >= 0).sum()) < 20
+    assert summarise(selection).warnings == []
+
+
+def sampled(start: int, stop: int) -> ResponseShard:
+    """A shard of which five rows were scored, and the rest is taken to be like the guide."""
+    return replace(
+        rated([1, 2, 3, 4, 5], [1, 2, 3, 4, 5]),
+        span=range(start, stop),
+        row_R=np.arange(start, start + 5),
+        rest_like_guide=True,
+    )
+
+
+def test_rows_that_a_sample_vouches_for_are_as_good_as_any() -> None:
+    selection = selected([sampled(0, 40)], HEADS, 0.5)
+
+    assert (selection.scored, selection.trusted, selection.kept, selection.good_enough) == (5, 35, 20, 40)
+    assert len(set(selection.score_R.tolist())) == 40
+    assert not set(selection.kept_rows) <= set(range(20))
+    assert selection.quality_R is not None
+    assert np.isnan(selection.quality_R).sum() == 35
+    assert summarise(selection).warnings == []
+
+
+def test_a_sample_vouches_for_its_own_shard_alone() -> None:
+    doubted = replace(
+        rated([4.0] * 3 + [-9.0] * 7, [4.0] * 3 + [-9.0] * 7), span=range(40, 50), row_R=np.arange(40, 50)
+    )
+    rows = [Row(f"prompt{n}", f"answer{n}", line=n) for n in range(50)]
+
+    selection = select_rows([sampled(0, 40), doubted], HEADS, "auto", rows, seed=0, guide_apart=True)
+
+    assert (selection.like_guide, selection.scored, selection.trusted) == (False, 15, 35)
+    assert selection.kept == selection.seem_good == 45
+    assert set(selection.kept_rows) > set(range(43))
+
+
+def test_where_more_is_kept_than_seems_good_it_is_told() -> None:
+    values = [3, 4, 3, 1, 0, -1, -2, -3, -4.0, -5]
+    shard = rated(values, values)
+
+    enough, too_few, every = (summarise(selected([shard], HEADS, ratio)) for ratio in (0.6, 0.8, 1.0))
+
+    assert (enough.warnings, every.warnings, enough.good_enough, enough.seem_good) == ([], [], 3, 5)
+    assert too_few.warnings[0].startswith(
+        "About 5 rows seem to be like the held-out ones, and 8 that repeat no other were kept"
+    )
+
+
+def test_copies_are_not_called_bad() -> None:
+    rows = [Row(f"the same question of ever the same words {n // 2}", "its answer", line=n) for n in range(20)]
+
+    warnings = summarise(select_rows([rated(LIKE, LIKE)], HEADS, 0.9, rows, seed=0, guide_apart=True)).warnings
+
+    assert warnings
+    assert not any("seem to be like" in warning for warning in warnings)
 
 
 def test_a_guide_that_is_too_small_to_measure_is_told() -> None:

@@ -104,3 +104,13 @@ def test_the_picture_is_well_formed_and_marks_the_chosen_heads() -> None:
     cells = [cell for cell in picture.iter("{http://www.w3.org/2000/svg}rect") if len(cell)]
     assert len(cells) == 6
     assert sum(cell.get("stroke") == "#000" for cell in cells) == 3
+
+
+def test_a_map_of_equal_scores_is_drawn_as_what_it_is() -> None:
+    picture = ElementTree.fromstring(replace(a_map(((1.0, 1.0, 1.0),) * 2), scorer="uniform").to_svg(0.34))
+
+    cells = [cell for cell in picture.iter("{http://www.w3.org/2000/svg}rect") if len(cell)]
+    assert {(cell.get("fill"), cell.get("stroke")) for cell in cells} == {("#bebebe", "#fff")}
+    assert [cell[0].text for cell in cells[:1]] == ["layer 0, head 0: not ranked, score 1"]
+    assert "nothing is ranked" in [text.text for text in picture.iter("{http://www.w3.org/2000/svg}text")]
+    assert (a_map().ranks, a_map(((1.0,),)).ranks) == (True, False)

@@ -22,7 +22,7 @@ from p2d.models import load_base_model
 from p2d.pipeline import STEPS, ModelCache, PlannedStep, StepCall, is_input, plan_steps, run_step
 from p2d.plans import split_rows
 from p2d.rows import Turn, conversation, load_rows, write_rows
-from p2d.selection import load_kept, read_selection
+from p2d.selection_file import load_kept, read_selection
 from tests.factories import some_rows, tiny_model_dir
 
 RESULTS = {"heads.safetensors", "manifest.json", "head_map.json", "selection.jsonl", "report.json"}
@@ -95,8 +95,11 @@ def test_a_recipe_adapts_the_model_and_reports(recipe: str, tiny_dir: Path, file
     repeating = {**report, "selection": {**report["selection"], "repeating": 3}}
     assert "; 3 nearly repeat a better one and stood behind" in shown(repeating)
     good = {**report, "selection": {**report["selection"], "good_enough": 0, "scored": 40}}
-    assert "; 0 of 40 scored rows are as good as most held-out rows" in shown(good)
+    assert "; 0 are taken to be as good as most held-out rows, and chance decides among them" in shown(good)
     assert "as good as most" not in shown(report)  # fewer than eight rows guide
+    sampled = {**report, "selection": {**good["selection"], "trusted": 24, "seem_good": 9, "rows": 40, "scored": 16}}
+    assert "; 16 were scored, and for 24 a random sample vouches; 0 are taken" in shown(sampled)
+    assert "; about 9 of 40 that repeat no other seem to be like them" in shown(sampled)
     del repeating["selection"]["repeating"]  # as in reports of earlier versions
     assert "stood behind" not in shown(repeating)
     assert sum(row.kept for row in read_selection(tmp_path / "selection.jsonl")) == 8
@@ -112,7 +115,7 @@ def test_a_recipe_adapts_the_model_and_reports(recipe: str, tiny_dir: Path, file
     assert (report["heads"]["scorer"], report["selection"]["scorer"], report["heads"]["projections"]) == expected
 
 
-def test_a_job_without_settings_trains_a_low_rank_in_all_heads_and_no_proxy(
+def test_a_job_without_settings_trains_a_low_rank_in_all_heads_on_all_rows_and_chooses_nothing(
     tiny_dir: Path, files: Path, tmp_path: Path
 ) -> None:
     held_out = files / "held_out.jsonl"
@@ -125,13 +128,35 @@ def test_a_job_without_settings_trains_a_low_rank_in_all_heads_and_no_proxy(
     assert (training["rank"], config["training"]["rank"]) == (8, 8)
     # Layers, units of o and of v, the rank, both sides of a slice.
     assert training["n_parameters"] == 3 * (6 + 2) * 8 * (16 + 96)
-    assert (report["selection"]["kept"], report["selection"]["mode"]) == (24, "fast")
+    assert (report["selection"]["kept"], report["selection"]["scorer"]) == (24, "uniform")
     assert config["training"]["epochs"] == 3  # 6 steps each
+    assert config["training"]["learning_rate"] == training["learning_rate"]
+    assert config["training"]["precision"] == report["dtype"]
+    assert {"/training/learning_rate", "/training/precision"} <= set(report["reasons"])
+    assert "auto" not in [value for group in ("heads", "data", "training") for value in config[group].values()]
     assert report["evaluation"]["loss_after"] < report["evaluation"]["loss_before"]
     spent = {step["step"]: (step["flops"], step["tokens"], step["rows"]) for step in report["cost"]["steps"]}
     assert spent["heads"] == (0, 0, 0)
+    assert spent["respond"] == (0, 0, 24)
     assert "all 18: none had to be found" in shown(report)
     assert "half-proxies" not in shown(report)
+    assert "all 24: none had to be chosen" in shown(report)
+
+
+def test_a_validation_dataset_that_can_guide_decides_how_many_rows_are_kept(tiny_dir: Path, tmp_path: Path) -> None:
+    rows = some_rows(96)
+    data, held_out = tmp_path / "train.jsonl", tmp_path / "held_out.jsonl"
+    write_rows(data, [row for place, row in enumerate(rows) if place % 4])
+    write_rows(held_out, rows[::4])  # 24 rows, of which 9 guide
+    config = JobConfig(kind="select_data")
+
+    result = adapt(model=tiny_dir, data=data, validation=held_out, out=tmp_path / "out", config=config, device="cpu")
+
+    report, selection = result.report, result.report["selection"]
+    assert selection["kept"] == max(selection["seem_good"], 8)
+    assert report["config"]["data"]["ratio"] == selection["kept"] / 72
+    assert "as many rows as seemed to be like those of the validation dataset" in report["reasons"]["/data/ratio"]
+    assert not [warning for warning in report["warnings"] if "as clean as it is" in warning]
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gemma3_text"])
@@ -273,6 +298,22 @@ def test_controls_are_trained_at_the_same_size(tiny_dir: Path, files: Path, tmp_
     info = result.report["base_model"]
     one_head = 2 * info["head_dim"] * info["hidden_size"]  # its v and o slices
     assert abs(heads["trained_parameters"] - rows["trained_parameters"]) <= one_head
+
+
+def test_a_control_that_trains_what_the_job_trains_gets_no_verdict(tiny_dir: Path, files: Path, tmp_path: Path) -> None:
+    config = replace(a_config(controls=("random_heads", "random_data")), data=DataConfig(ratio=1.0))
+
+    result = adapt(model=tiny_dir, data=files / "train.jsonl", out=tmp_path, config=config, device="cpu")
+
+    heads, rows = result.report["evaluation"]["controls"]
+    assert heads["verdict"] in ("better", "worse", "no clear difference")
+    assert rows["verdict"] == "no comparison"
+    assert rows["rows"] == result.report["rows"]["train"]["rows"]
+    assert not any("as clean as it is" in text for text in result.report["warnings"])  # no row is left out
+    (warning,) = (text for text in result.report["warnings"] if "random_data" in text)
+    assert "compares nothing" in warning
+    assert f"control random_data {rows['loss']:.4f}: no comparison" in headline(result.report)
+    assert "no comparison, for it trained the same heads and rows" in shown(result.report)
 
 
 def test_lora_on_all_rows_is_trained_as_a_control_and_the_job_is_held_against_it(

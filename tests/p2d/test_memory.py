@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from p2d import baselines, batches, cpu_attention, generation, loss
 from p2d.arch.spec import every_head
-from p2d.config import HeadsConfig, JobConfig, TrainingConfig, heads_ratio, top_count
+from p2d.config import DataConfig, HeadsConfig, JobConfig, TrainingConfig, heads_ratio, top_count
 from p2d.identify import identify_heads
 from p2d.memory import (
     ALIGNMENT_TOKENS,
@@ -107,7 +107,11 @@ def machine(base: BaseModel) -> Machine:
 
 
 def config(base: BaseModel, **heads: Any) -> JobConfig:
-    asked = JobConfig(heads=HeadsConfig(proxy_rows=8, **heads), training=TrainingConfig(epochs=1, learning_rate=1e-3))
+    asked = JobConfig(
+        heads=HeadsConfig(proxy_rows=8, **heads),
+        data=DataConfig(scorer="alignment"),
+        training=TrainingConfig(epochs=1, learning_rate=1e-3),
+    )
     return resolve(asked, rows=8, context_length=base.info.context_length, head_dim=base.info.head_dim).config
 
 

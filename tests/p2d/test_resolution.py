@@ -10,6 +10,7 @@ import pytest
 from p2d.config import (
     DEFAULT_RATIO,
     MAX_EPOCHS,
+    MIN_GUIDE,
     MIN_ROWS,
     MIN_STEPS,
     RECIPES,
@@ -17,38 +18,140 @@ from p2d.config import (
     HeadsConfig,
     JobConfig,
     TrainingConfig,
-    data_ratio,
     epochs_of,
     head_choice,
     heads_ratio,
     least_proxy_rows,
+    most_kept,
     pool_count,
     proxy_count,
     rank_of,
-    top_count,
 )
 from p2d.config_checks import check
 from p2d.errors import ConfigError
-from p2d.resolution import Resolution, resolve
+from p2d.resolution import Resolution, resolve, settled
 
 MEASURED = "docs/results/quality.md"
+CHOSEN = DataConfig(scorer="alignment_likelihood")
+OWN_GUIDE = "Rows held out of the dataset itself guide the choice of rows"
 
 
-def found(rows: int = 2000, *, head_dim: int = 64, map_scorer: str | None = None, **asked: Any) -> Resolution:
-    return resolve(JobConfig(**asked), rows=rows, context_length=64, head_dim=head_dim, map_scorer=map_scorer)
+def found(
+    rows: int = 2000, *, head_dim: int = 64, map_scorer: str | None = None, validation_guide: int = 0, **asked: Any
+) -> Resolution:
+    return resolve(
+        JobConfig(**asked),
+        rows=rows,
+        context_length=64,
+        head_dim=head_dim,
+        map_scorer=map_scorer,
+        validation_guide=validation_guide,
+    )
 
 
-def test_a_job_without_settings_trains_a_low_rank_in_all_heads_on_half_of_the_rows_once() -> None:
+def test_a_job_without_settings_trains_a_low_rank_in_all_heads_on_all_rows_once() -> None:
     made = found()
     heads, data, training = made.config.heads, made.config.data, made.config.training
 
     assert (heads.scorer, heads.ratio) == ("uniform", 1.0)
-    assert (data.scorer, data.ratio, data.mode) == ("alignment_likelihood", 0.5, "fast")
+    assert (data.scorer, data.ratio, data.mode) == ("uniform", 1.0, "faithful")
     assert (training.slices, training.rank, training.epochs) == (("v", "o"), 8, 1)
-    for pointer in ("/heads/ratio", "/data/ratio", "/data/mode", "/training/rank", "/training/epochs"):
+    for pointer in ("/heads/ratio", "/data/ratio", "/training/rank", "/training/epochs"):
         assert MEASURED in made.reasons[pointer]
     assert "none to choose" in made.reasons["/heads/scorer"]
+    assert "none to choose" in made.reasons["/data/scorer"]
+    assert "no validation dataset of 20 rows or more vouches for a choice" in made.reasons["/data/ratio"]
     assert made.warnings == ()
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"kind": "select_data"},
+        {"controls": ("random_data",)},
+        {"data": DataConfig(scorer="alignment_likelihood")},
+        {"data": DataConfig(mode="fast")},
+        {"data": DataConfig(selection="sel_0")},
+        {"recipe": "paper"},
+    ],
+)
+def test_rows_are_chosen_without_a_validation_dataset_where_anything_asks_for_it(asked: dict[str, Any]) -> None:
+    data = found(**asked).config.data
+
+    assert (data.scorer, data.ratio) == (("icl", 0.1) if "recipe" in asked else ("alignment_likelihood", 0.5))
+
+
+def test_a_data_scorer_that_ranks_nothing_keeps_the_first_rows_and_says_so() -> None:
+    made = found(data=DataConfig(scorer="uniform", ratio=0.3))
+
+    assert made.config.data.ratio == 0.3
+    assert any("ranks nothing: data.ratio keeps the first rows" in warning for warning in made.warnings)
+    whole = found(data=DataConfig(scorer="uniform"), kind="select_data")
+    assert (whole.config.data.ratio, whole.warnings) == (1.0, ())
+
+
+@pytest.mark.parametrize(("rows", "kept", "epochs"), [(300, 30, 3), (300, 66, 2), (1000, 220, 1), (1000, 1000, 1)])
+def test_once_the_run_knows_how_many_rows_are_kept_epochs_are_as_many_as_these_ask_for(
+    rows: int, kept: int, epochs: int
+) -> None:
+    made = found(rows, validation_guide=32)
+
+    config, reasons = settled(made.config, made.reasons, kept=kept, rows=rows)
+
+    same = found(rows, data=DataConfig(ratio=kept / rows)).config.training
+    assert config.data.ratio == kept / rows
+    assert (config.training.epochs, config.training) == (epochs, same)
+    assert reasons["/data/ratio"] == "as many rows as seemed to be like those of the validation dataset"
+    assert f"{epochs}: " in reasons["/training/epochs"]
+    given = found(rows, validation_guide=32, training=TrainingConfig(epochs=5))
+    assert settled(given.config, given.reasons, kept=kept, rows=rows)[0].training.epochs == 5
+    named = found(rows, data=DataConfig(ratio=0.3))
+    assert settled(named.config, named.reasons, kept=kept, rows=rows) == (named.config, named.reasons)
+
+
+def test_a_rate_that_was_searched_for_is_told_and_one_that_was_given_stays() -> None:
+    made = found()
+    given = found(training=TrainingConfig(learning_rate=1e-3))
+
+    config, reasons = settled(made.config, made.reasons, learning_rate=2e-3)
+
+    assert (config.training.learning_rate, config.data) == (2e-3, made.config.data)
+    assert reasons["/training/learning_rate"] == "the best of a short search on held-out rows"
+    assert settled(given.config, given.reasons, learning_rate=2e-3) == (given.config, given.reasons)
+
+
+def test_a_validation_dataset_decides_how_many_rows_are_kept_inside_the_run() -> None:
+    made = found(rows=5000, validation_guide=32)
+    data = made.config.data
+
+    assert (data.scorer, data.ratio, data.mode) == ("alignment_likelihood", "auto", "fast")
+    assert (most_kept(data, 5000), pool_count(data, 5000), epochs_of(made.config.training)) == (5000, 5000, 1)
+    assert "as many rows as seem to be like those of the validation dataset" in made.reasons["/data/ratio"]
+
+
+@pytest.mark.parametrize(("rows", "told"), [(300, "30 of 300"), (1990, "199 of 1990"), (2000, None)])
+def test_a_dataset_of_which_a_tenth_is_too_few_rows_is_told_so_before_the_run(rows: int, told: str | None) -> None:
+    warnings = found(rows, validation_guide=32).warnings
+
+    assert [f"keeps as few as {told} rows" in warning for warning in warnings] == ([] if told is None else [True])
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"recipe": "paper"},
+        {"data": DataConfig(scorer="alignment")},
+        {"data": DataConfig(ratio=0.3)},
+        {"data": DataConfig(scorer="alignment_likelihood"), "validation_guide": MIN_GUIDE - 1},
+        {"data": DataConfig(selection="sel_0")},
+    ],
+)
+def test_the_ratio_is_a_number_where_no_guide_of_another_dataset_measures_rows(asked: dict[str, Any]) -> None:
+    ratio = found(**{"validation_guide": 32} | asked).config.data.ratio
+
+    assert ratio == {"paper": DEFAULT_RATIO}.get(
+        asked.get("recipe", ""), 0.3 if asked.get("data") == DataConfig(ratio=0.3) else 0.5
+    )
 
 
 def test_the_recipe_of_the_paper_is_what_it_was() -> None:
@@ -57,7 +160,7 @@ def test_the_recipe_of_the_paper_is_what_it_was() -> None:
         heads, data, training = made.config.heads, made.config.data, made.config.training
 
         assert (heads.scorer, heads.ratio, heads.proxy_rows) == ("pad", 0.10, min(100, rows))
-        assert (data.scorer, data.mode, top_count(data_ratio(data), rows)) == ("icl", "faithful", kept)
+        assert (data.scorer, data.mode, most_kept(data, rows)) == ("icl", "faithful", kept)
         assert (training.slices, training.rank, training.epochs) == (("q", "k", "v"), None, 3)
         assert MEASURED not in "".join(made.reasons.values())
 
@@ -107,6 +210,53 @@ def test_a_map_that_ranks_nothing_is_never_cut_by_default() -> None:
     assert any("ranks nothing" in warning for warning in cut.warnings)
 
 
+@pytest.mark.parametrize(
+    ("rows", "apart", "asked", "told"),
+    [
+        (2000, False, {}, False),  # all rows are kept
+        (2000, False, {"controls": ("random_data",)}, True),
+        (2000, True, {}, False),
+        (200, False, {"data": DataConfig(scorer="alignment_likelihood")}, False),
+        (2000, False, {"kind": "identify_heads"}, False),
+        (2000, False, {"kind": "select_data"}, True),
+        (2000, False, {"data": DataConfig(selection="sel_1")}, False),
+        (2000, False, {"data": DataConfig(scorer="random")}, False),
+        (2000, False, {"recipe": "paper"}, False),
+    ],
+)
+def test_rows_of_the_dataset_itself_vouch_for_no_others(
+    rows: int, apart: bool, asked: dict[str, Any], told: bool
+) -> None:
+    made = found(rows, validation_guide=32 if apart else 0, **asked)
+
+    assert any("as clean as it is" in warning for warning in made.warnings) == told
+    assert len(made.warnings) == told
+
+
+@pytest.mark.parametrize(
+    ("rows", "asked", "named"),
+    [
+        (50, {"controls": ("random_data", "lora")}, ["data.ratio"]),
+        (2000, {"controls": ("random_data",), "data": DataConfig(ratio=1.0)}, ["data.ratio"]),
+        (2000, {"controls": ("random_heads",), "heads": HeadsConfig(ratio=1.0)}, ["heads.ratio"]),
+        (
+            50,
+            {"controls": ("random_heads", "random_data"), "heads": HeadsConfig(ratio=1)},
+            ["heads.ratio", "data.ratio"],
+        ),
+        (2000, {"controls": ("random_heads", "random_data", "lora")}, []),
+        (50, {"controls": ("random_data",), "data": DataConfig(selection="sel_1")}, []),
+        (50, {}, []),
+    ],
+)
+def test_a_control_that_draws_what_the_job_has_already_is_warned_of(
+    rows: int, asked: dict[str, Any], named: list[str]
+) -> None:
+    warnings = [warning for warning in found(rows, **asked).warnings if not warning.startswith(OWN_GUIDE)]
+
+    assert all(warning.endswith(f"set {name} below 1.") for warning, name in zip(warnings, named, strict=True))
+
+
 def test_a_given_ratio_of_heads_is_obeyed_and_trained_whole() -> None:
     made = found(heads=HeadsConfig(ratio=0.3))
 
@@ -149,11 +299,11 @@ def test_a_given_rank_or_none_is_obeyed_in_all_heads_and_in_some(rank: int | Non
 
 @pytest.mark.parametrize(
     ("rows", "batch_size", "epochs"),
-    [(2000, 4, 1), (480, 4, 1), (473, 4, 1), (472, 4, 2), (117, 4, 2), (116, 4, 3), (8, 4, 3), (2000, 16, 1), (2000, 17, 2)],
+    [(2000, 4, 1), (117, 4, 1), (116, 4, 2), (57, 4, 2), (56, 4, 3), (8, 4, 3), (2000, 34, 1), (2000, 35, 2)],
 )  # fmt: skip
 def test_rows_are_seen_once_where_that_makes_steps_enough(rows: int, batch_size: int, epochs: int) -> None:
-    made = found(rows, training=TrainingConfig(batch_size=batch_size))
-    kept = top_count(data_ratio(made.config.data), rows)
+    made = found(rows, training=TrainingConfig(batch_size=batch_size), data=CHOSEN)
+    kept = most_kept(made.config.data, rows)
     steps = -(-kept // batch_size)
 
     assert made.config.training.epochs == epochs
@@ -165,10 +315,10 @@ def test_rows_are_seen_once_where_that_makes_steps_enough(rows: int, batch_size:
 
 @pytest.mark.parametrize(("rows", "kept"), [(10_000, 5000), (400, 200), (399, 200), (200, 200), (50, 50)])
 def test_half_of_the_rows_are_kept_but_never_so_few_that_their_number_counts(rows: int, kept: int) -> None:
-    made = found(rows)
+    made = found(rows, data=CHOSEN)
 
-    assert top_count(data_ratio(made.config.data), rows) == kept
-    assert made.warnings == ()
+    assert most_kept(made.config.data, rows) == kept
+    assert len(made.warnings) == (kept < rows)
 
 
 def test_fast_mode_is_the_default_where_it_leaves_no_row_unscored() -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from p2d.config import DATA_SCORERS, DataConfig, JobConfig
+from p2d.config import DATA_SCORERS, WITHOUT_RESPONSES, DataConfig, JobConfig
 from p2d.errors import Cancelled
 from p2d.models import BaseModel
 from p2d.pipeline import Progress, no_progress
@@ -82,7 +82,7 @@ def test_scoring_leaves_the_model_as_it_was(tiny: BaseModel, name: str) -> None:
     assert is_clean(tiny)
 
 
-@pytest.mark.parametrize("name", sorted(set(DATA_SCORERS) - {"random"}))
+@pytest.mark.parametrize("name", sorted(set(DATA_SCORERS) - WITHOUT_RESPONSES))
 def test_a_cancelled_scorer_leaves_the_model_clean(tiny: BaseModel, name: str) -> None:
     def cancel(done: int, total: int, metrics: Mapping[str, float], /) -> None:
         raise Cancelled("asked to stop")

@@ -19,7 +19,8 @@ from p2d.response_matrix import ResponseShard
 from p2d.responses import DataScorer, ResponseInput
 from p2d.row_files import RowFile, line_starts, open_rows, write_row_file
 from p2d.rows import Row, content_hash, load_rows, write_rows
-from p2d.selection import load_kept, select_rows, summarise, write_selection
+from p2d.selection import select_rows, summarise
+from p2d.selection_file import load_kept, write_selection
 from p2d.validation import validate_file
 from tests.factories import some_rows
 

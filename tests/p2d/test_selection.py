@@ -16,19 +16,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from p2d.config import DATA_SCORERS
+from p2d.config import DATA_SCORERS, Auto
 from p2d.errors import ConfigError, EngineError
 from p2d.response_matrix import Combine, ResponseShard, read_shards, save_shard
 from p2d.rows import Row
-from p2d.selection import (
-    Selection,
-    check_selection,
-    load_kept,
-    read_selection,
-    select_rows,
-    summarise,
-    write_selection,
-)
+from p2d.selection import Selection, select_rows, summarise
+from p2d.selection_file import check_selection, load_kept, read_selection, write_selection
 from p2d.selection_table import read_table
 
 HEADS = [(0, 1), (1, 0)]
@@ -61,7 +54,7 @@ def a_shard(
     )
 
 
-def selected(shards: list[ResponseShard], heads: list[tuple[int, int]], ratio: float) -> Selection:
+def selected(shards: list[ResponseShard], heads: list[tuple[int, int]], ratio: float | Auto) -> Selection:
     """A selection over rows that have no word in common."""
     rows = [Row(f"prompt{n}", f"answer{n}", line=n) for n in range(shards[-1].span.stop)]
     return select_rows(shards, heads, ratio, rows, seed=0)

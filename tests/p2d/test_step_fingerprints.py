@@ -9,7 +9,17 @@ from typing import Any
 import pytest
 
 from p2d import steps
-from p2d.config import DATA_SCORERS, HEAD_SCORERS, DataConfig, HeadsConfig, JobConfig, TrainingConfig, pool_count
+from p2d.config import (
+    DATA_SCORERS,
+    HEAD_SCORERS,
+    RATING_SCORERS,
+    WITHOUT_RESPONSES,
+    DataConfig,
+    HeadsConfig,
+    JobConfig,
+    TrainingConfig,
+    pool_count,
+)
 from p2d.pipeline import ModelCache, StepCall, run_step
 from p2d.plans import Plan, load_plan
 from p2d.rows import write_rows
@@ -76,14 +86,15 @@ def test_heads_reads_the_fields_of_its_fingerprint(scorer: str, tiny_dir: Path, 
 def test_respond_reads_the_fields_of_its_fingerprint(
     scorer: str, mode: Any, tiny_dir: Path, tmp_path: Path, seen: set[str]
 ) -> None:
-    if (scorer, mode) == ("random", "fast"):
+    if scorer in WITHOUT_RESPONSES and mode == "fast":
         pytest.skip("there is no such mode")
     config = replace(CONFIG, data=replace(CONFIG.data, scorer=scorer, mode=mode, ratio=0.3))
 
     resolved = run("respond", config, tiny_dir, tmp_path)
 
     named = set(fields_read("respond", resolved))
-    assert seen <= named
+    # Whether the ratio is left open is asked, and its number then not used.
+    assert seen - named <= ({"data.ratio", "kind"} if scorer in RATING_SCORERS else set())
     assert named - seen <= {"training.seed", "data.metric"}  # read where rows are drawn, and where answers are judged
 
 
@@ -132,6 +143,9 @@ def test_a_ratio_or_a_training_setting_costs_no_pass_over_the_model_and_a_seed_d
     assert changed(training=replace(config.training, batch_size=2)) == {"heads"}
     assert changed(data=replace(config.data, scorer="icl")) == {"respond"}
     assert changed(data=replace(config.data, mode="fast", ratio=0.2)) == {"respond"}
+    left = replace(config.data, ratio="auto")
+    assert changed(data=left) == {"respond"}  # a sample may be all that is scored
+    assert changed(data=left, kind="select_data") == set()
 
 
 def test_where_fast_mode_leaves_no_row_unscored_another_ratio_costs_no_pass() -> None:

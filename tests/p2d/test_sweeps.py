@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from p2d.config import DATA_SCORERS, DataConfig, HeadsConfig, JobConfig, TrainingConfig
+from p2d.config import DATA_SCORERS, WITHOUT_RESPONSES, DataConfig, HeadsConfig, JobConfig, TrainingConfig
 from p2d.files import read_json
 from p2d.models import BaseModel
 from p2d.pipeline import ModelCache, StepCall, run_step
@@ -18,7 +18,8 @@ from p2d.registry import load
 from p2d.response_matrix import load_shard, read_shards, save_shard
 from p2d.responses import ResponseInput
 from p2d.rows import Row, write_rows
-from p2d.selection import read_selection, select_rows
+from p2d.selection import select_rows
+from p2d.selection_file import read_selection
 from tests.factories import some_rows
 
 ROWS, GUIDE = some_rows(24), some_rows(4, first=100)
@@ -36,7 +37,7 @@ def counted_forwards(base: BaseModel) -> Iterator[list[int]]:
         handle.remove()
 
 
-@pytest.mark.parametrize("scorer", sorted(set(DATA_SCORERS) - {"random"}))
+@pytest.mark.parametrize("scorer", sorted(set(DATA_SCORERS) - WITHOUT_RESPONSES))
 def test_ten_head_sets_and_ratios_run_no_model_pass(tiny: BaseModel, tmp_path: Path, scorer: str) -> None:
     respond = load(DATA_SCORERS, scorer, what="data scorer", pointer="/data/scorer")
     config = JobConfig(data=DataConfig(scorer=scorer, mode="faithful", n_demos=3, n_queries=2))

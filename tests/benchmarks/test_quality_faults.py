@@ -1,0 +1,165 @@
+"""What is wrong with a run of the quality matrix is said: bad options before anything is computed, the rest on its page."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.quality.__main__ import _options, main
+from benchmarks.quality.cells import Laboratory
+from benchmarks.quality.matrix import run
+from benchmarks.quality.pools import PoolSpec, build
+from benchmarks.quality.tables import Before, page
+from p2d.errors import Diverged, OutOfMemory
+from p2d.optimization import SliceTrainer
+from p2d.rows import Row, write_rows
+from tests.benchmarks.test_quality import OTHER, TASK, found, options_of
+from tests.factories import some_rows
+
+ONE = "LoRA rank 8, all rows, 1 epoch"
+
+
+def test_a_page_names_rows_that_leak_and_pools_too_small_to_judge_a_tenth(tmp_path: Path) -> None:
+    options = options_of(tmp_path, arm="all rows, 1 epoch", share=0.0)
+    whole, prompt = some_rows(1, first=50)[0], some_rows(1, first=55)[0].prompt
+    rows = [*some_rows(17), whole, Row(prompt, "another answer", 19)]
+    write_rows(tmp_path / "train.jsonl", rows)
+
+    page_of_run = run(options, lambda line: None)
+
+    assert "2 training rows of gsm8k were left out" in page_of_run
+    assert "gsm8k, 16 rows, clean: 10% of it is 2 rows" in page_of_run
+    write_rows(tmp_path / "train.jsonl", some_rows(17))
+    assert "were left out" not in run(options, lambda line: None)
+
+
+def diverging(monkeypatch: pytest.MonkeyPatch, where: Any) -> None:
+    """Training ends in numbers that are none where `where(seed, rate)` says so."""
+    advance = SliceTrainer.advance
+
+    def broken(trainer: SliceTrainer, schedule: Any) -> Any:
+        if where(int(trainer._seed), schedule.peak):
+            raise Diverged("not finite", step=1, rows=[])
+        return advance(trainer, schedule)
+
+    monkeypatch.setattr(SliceTrainer, "advance", broken)
+
+
+def test_a_seed_that_diverged_is_named_and_not_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    diverging(monkeypatch, lambda seed, rate: seed == 1)
+
+    text = run(options_of(tmp_path, arm=ONE, share=0.0, seeds=3), lambda line: None)
+
+    line = next(line for line in text.splitlines() if line.startswith(f"| {ONE} |"))
+    rate, seeds = line.split(" | ")[5:7]
+    rate = rate.removesuffix(" (border)")
+    assert seeds == "2"
+    assert f"{ONE} diverged on gsm8k, 16 rows, clean: seed 1 at {rate}. Its figures are those of the others." in text
+
+
+def test_an_arm_that_diverges_at_first_is_tried_at_lower_rates_and_both_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    diverging(monkeypatch, lambda seed, rate: rate > 5e-4)
+
+    text = run(options_of(tmp_path, arm=ONE, share=0.0), lambda line: None)
+
+    assert f"{ONE} diverged on gsm8k, 16 rows, clean: seed 0 at 0.002, seed 0 at 0.001. Its figures" in text
+    assert "| 0.0005 (border) | 1 |" in text
+
+
+def test_an_arm_that_diverges_at_every_rate_is_named_though_no_line_is_left_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    diverging(monkeypatch, lambda seed, rate: True)
+
+    text = run(options_of(tmp_path, arm=ONE, share=0.0), lambda line: None)
+
+    assert "seed 0 at 0.001, seed 0 at 0.0005. Nothing of it is left to show." in text
+    assert f"| {ONE} |" not in text
+
+
+def test_an_arm_that_fails_is_named_and_the_others_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    best = Laboratory.best
+
+    def failing(self: Laboratory, arm: Any, seeds: int) -> Any:
+        if arm.name == ONE:
+            raise OutOfMemory("There is not enough memory.")
+        return best(self, arm, seeds)
+
+    monkeypatch.setattr(Laboratory, "best", failing)
+
+    text = run(options_of(tmp_path, arm="all rows, 1 epoch", share=0.0), lambda line: None)
+
+    assert f"{ONE} on gsm8k, 16 rows, clean failed: There is not enough memory." in text
+    assert "| LoRA rank 6, all rows, 1 epoch |" in text
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("--rows=0", "argument --rows: '0' is not a whole number from 1 on"),
+        ("--validation=0", "argument --validation: '0' is not a whole"),
+        ("--held-out=-3", "argument --held-out: '-3' is not a whole"),
+        ("--batch=x", "argument --batch: 'x' is not a whole"),
+        ("--share=1.5", "argument --share: '1.5' is no number between 0 and 1"),
+        ("--junk=dust", "argument --junk: 'dust' is none of"),
+    ],
+)
+def test_an_option_out_of_range_is_refused(given: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        _options(["--model=x", given])
+
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_model_that_is_not_there_is_told_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([f"--model={tmp_path / 'nothing'}", f"--out={tmp_path}"]) == 2
+
+    assert capsys.readouterr().err == "quality: There is no model 'nothing'.\n"
+
+
+def test_a_kind_of_bad_rows_that_a_task_cannot_have_names_the_task() -> None:
+    wordy = tuple(Row(f"Say {row.prompt}.", "no number", row.line) for row in some_rows(8))
+
+    with pytest.raises(ValueError, match="of dialogsum has no number that could be made wrong"):
+        build(PoolSpec("dialogsum", 8, ("wrong number",), 0.5), type(OTHER)("dialogsum", wordy, (), ()), TASK)
+
+
+def test_a_page_says_how_it_was_made_and_nothing_of_where(tmp_path: Path) -> None:
+    given = [
+        "--model=/home/me/model",
+        "--task=gsm8k=/home/me/data",
+        "--rows=12",
+        "--core",
+        "--minutes=1",
+        "--threads=3",
+    ]
+
+    options = _options([*given, "--junk=echo+off task", "--text=/home/me/text.txt"])
+
+    assert options.command == (
+        "./run quality --model DIR --task gsm8k=DIR --text FILE --rows 12 --junk 'echo+off task' --core"
+    )
+    assert f"Command: `{options_of(tmp_path).command}`." in run(
+        options_of(tmp_path, arm=ONE, share=0.0, minutes=0.0), lambda line: None
+    )
+
+
+def test_an_arm_that_was_tried_at_one_rate_alone_stands_beside_the_tables() -> None:
+    shown, tried = found("shown", 100, 1.0, 2.0), found("tried", 100, 3e12, 1.5).cells[0]
+    stored = [
+        *shown.cells,
+        replace(tried, seed=1, rate=8e-3),
+        replace(tried, rate=8e-3),
+        replace(tried, diverged=True, measured=None),
+    ]
+
+    text = page({"pool": [shown]}, base={"pool": Before(4.0)}, facts={}, notes=[], stored={"pool": stored})
+
+    assert "| tried | 4 | 0% | 0.008 | 0, 1 | 1.5000 | 3 |" in text
+    assert text.count("| shown |") == text.count("| tried |") == 1
