@@ -74,6 +74,16 @@ def _best(laboratory: Laboratory, arm: Arm, seeds: int, notes: list[str]) -> lis
         return []
 
 
+def distinct(arms: Sequence[Arm]) -> list[Arm]:
+    """Arms that differ in more than their names: with `--epochs 1` some do not. The first of such stands in the tables of all."""
+    found: dict[Arm, Arm] = {}
+    for arm in arms:
+        nameless = replace(arm, name="", groups=frozenset(), draws=1)
+        first = found.get(nameless, arm)
+        found[nameless] = replace(first, groups=first.groups | arm.groups, draws=max(first.draws, arm.draws))
+    return list(found.values())
+
+
 def joined(before: dict[str, str], now: dict[str, str]) -> dict[str, str]:
     """Facts of an earlier run over the same cells and of this one."""
     both = {name: [*before.get(name, "").split("; "), *now.get(name, "").split("; ")] for name in before | now}
@@ -109,7 +119,7 @@ class Matrix:
             max_tokens=options.max_tokens,
         )
         wanted = [arm for arm in ARMS if options.arm in arm.name and ("core" in arm.groups or not options.core)]
-        self.arms = [replace(arm, epochs=arm.epochs or options.epochs) for arm in wanted]
+        self.arms = distinct([replace(arm, epochs=arm.epochs or options.epochs) for arm in wanted])
         self.specs = [spec for spec in _specs(options, self._tasks) if options.pool in spec.name]
 
     @property

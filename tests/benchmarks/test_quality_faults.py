@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from benchmarks.quality.__main__ import _options, main
+from benchmarks.quality.arms import ARMS, REFERENCE
 from benchmarks.quality.cells import Laboratory
-from benchmarks.quality.matrix import run
+from benchmarks.quality.matrix import distinct, run
 from benchmarks.quality.pools import PoolSpec, build
 from benchmarks.quality.tables import Before, page
 from p2d.errors import Diverged, OutOfMemory
@@ -163,3 +164,16 @@ def test_an_arm_that_was_tried_at_one_rate_alone_stands_beside_the_tables() -> N
 
     assert "| tried | 4 | 0% | 0.008 | 0, 1 | 1.5000 | 3 |" in text
     assert text.count("| shown |") == text.count("| tried |") == 1
+
+
+def test_arms_that_only_their_names_tell_apart_are_computed_and_shown_once() -> None:
+    once, twice = ([replace(arm, epochs=arm.epochs or epochs) for arm in ARMS] for epochs in (1, 2))
+
+    arms = distinct(once)
+
+    names = [arm.name for arm in arms]
+    assert names[0] == REFERENCE
+    assert "LoRA rank 8, all rows, 1 epoch" not in names  # with one epoch it is the reference
+    low_rank = next(arm for arm in arms if arm.name == "rank 8 in all heads, all rows, 1 epoch")
+    assert {"core", "weights"} <= low_rank.groups  # the one of the weights' table has no line of its own
+    assert distinct(twice) == twice
