@@ -192,11 +192,10 @@ def _typical(counts: RowCounts) -> tuple[int, int]:
 
 def _respond(info: ModelInfo, config: JobConfig, train: RowCounts, guide: RowCounts) -> float:
     row, data = _typical(train), config.data
-    rows, shards = pool_count(data, train.rows), 1
+    rows, shards = pool_count(data, train.rows), -(-train.rows // SHARD_ROWS)  # each shard passes over the guide
     if samples_first(config):
         # As if all were like the guide: a sample is scored, and all rows are trained on. Otherwise all are scored and fewer are
         # trained on, for about as much in sum (docs/decisions/0034).
-        shards = -(-rows // SHARD_ROWS)  # each passes over the guide, which is no small part of a sample
         rows = min(rows, LOOK_ROWS * shards)
     slices = config.training.slices
     assert slices != "auto", "resolve the config first"

@@ -75,6 +75,15 @@ def test_where_the_guide_decides_a_sample_is_foreseen_and_all_rows_trained_but_f
     assert flops(kind="select_data")["respond"] == half["respond"]
 
 
+def test_every_shard_is_foreseen_to_pass_over_the_guide() -> None:
+    def respond(count: int, guide: int) -> float:
+        config = resolve(JobConfig(data=DataConfig(ratio=0.5)), rows=count, context_length=8192, head_dim=64).config
+        return estimate_flops(SMOLLM2, config, train=rows(count), guide=rows(guide))["respond"]
+
+    assert respond(4000, 64) == pytest.approx(2 * respond(2000, 64))
+    assert respond(4000, 64) - respond(4000, 32) == pytest.approx(2 * (respond(2000, 64) - respond(2000, 32)))
+
+
 def test_a_fast_job_foresees_less_scoring() -> None:
     def found(**data: object) -> dict[str, float]:
         config = resolve(JobConfig(data=DataConfig(**data)), rows=5000, context_length=8192, head_dim=64).config  # type: ignore[arg-type]
