@@ -70,8 +70,14 @@ def _best(laboratory: Laboratory, arm: Arm, seeds: int, notes: list[str]) -> lis
     try:
         return laboratory.best(arm, seeds)
     except P2DError as error:
-        notes.append(f"{arm.name} on {laboratory.pool.spec.name} failed: {error}")
+        notes.append(failure(arm, laboratory.pool.spec, error))
         return []
+
+
+def failure(arm: Arm, spec: PoolSpec, error: Exception) -> str:
+    """What the page says of an arm that could not be computed; our own errors speak for themselves."""
+    kind = "" if isinstance(error, P2DError) else f"{type(error).__name__}: "
+    return f"{arm.name} on {spec.name} failed: {kind}{error}"
 
 
 def distinct(arms: Sequence[Arm]) -> list[Arm]:

@@ -17,7 +17,7 @@ from typing import Any
 
 from benchmarks.quality.arms import Arm
 from benchmarks.quality.cells import Cell, Cells
-from benchmarks.quality.matrix import Matrix, Say
+from benchmarks.quality.matrix import Matrix, Say, failure
 from benchmarks.quality.pools import PoolSpec
 from p2d.errors import OutOfMemory, P2DError
 from p2d.memory_guard import memory_guard
@@ -113,4 +113,4 @@ def _work(options: argparse.Namespace, waiting: Any, told: Any, ends: float) -> 
             told.put(("out of memory", order))
             return
         except (P2DError, RuntimeError, ValueError) as error:  # the other orders go on
-            told.put(("failed", f"{arm.name} on {spec.name} failed: {type(error).__name__}: {error}"))
+            told.put(("failed", failure(arm, spec, error)))
