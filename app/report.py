@@ -45,6 +45,8 @@ def _results(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         kept = f"all {selection['rows']}: none had to be chosen"
     if selection.get("trusted"):  # reports of earlier versions know of none
         kept += f"; {selection['scored']} were scored, and for {selection['trusted']} a random sample vouches"
+    if selection.get("unlike"):
+        kept += f"; {selection['unlike']} do not read like the held-out rows and were left out"
     if (good := selection.get("good_enough")) is not None:
         enough = f"{good} are taken to be as good as most held-out rows"
         if selection.get("like_guide"):

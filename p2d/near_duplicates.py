@@ -109,9 +109,14 @@ def _form(rows: Sequence[Row], places: Ints) -> Hashes:
     return common
 
 
+def words_of(text: str) -> list[str]:
+    """Words, characters of scripts without spaces, and signs that may mean something, in lower case."""
+    return _WORDS.findall(text.lower()) or text.split()
+
+
 def _words(row: Row, form: Hashes) -> _Words:
     before = "\n".join(turn.content for turn in row.before)
-    words = [_WORDS.findall(text.lower()) or text.split() for text in (before, row.prompt, row.answer)]
+    words = [words_of(text) for text in (before, row.prompt, row.answer)]
     whole = blake2b("\n".join(map(" ".join, words)).encode(), digest_size=16).digest()
     parts = tuple(_without(_pairs(part, number), form)[:MOST_PAIRS] for number, part in enumerate(words))
     return _Words(parts, whole)

@@ -50,6 +50,9 @@ class ResponseShard:
     combine: Combine
     rest_like_guide: bool = False
     """Whether the rows of the span that were not scored are taken to be like the guide's, as a random sample of them was."""
+    unlike_R: npt.NDArray[np.int64] | None = None
+    """Then the rows for which that does not hold, ascending: they do not read like the guide's (`p2d.guide_words`). None where
+    nobody looked."""
 
     def __post_init__(self) -> None:
         assert self.response_RN.dtype == np.float16
@@ -57,6 +60,22 @@ class ResponseShard:
         assert (self.quality_R is None) == (self.combine == "response")
         assert (self.guide_response_GN is None) == (self.guide_quality_G is None) == (self.combine != "guide")
         assert (len(self.layers) == 0) == (self.combine == "quality")
+        assert self.unlike_R is None or self.rest_like_guide
+
+    @property
+    def trusted_R(self) -> npt.NDArray[np.int64]:
+        """The rows that were not scored and that a sample vouches for, ascending."""
+        if not self.rest_like_guide:
+            return self.row_R[:0]
+        others = self.row_R if self.unlike_R is None else np.union1d(self.row_R, self.unlike_R)
+        return np.setdiff1d(np.arange(self.span.start, self.span.stop), others)
+
+    @property
+    def sample_R(self) -> npt.NDArray[np.bool_]:
+        """Whether each scored row is of that sample."""
+        if self.unlike_R is None:
+            return np.full(len(self.row_R), self.rest_like_guide)
+        return ~np.isin(self.row_R, self.unlike_R)
 
 
 def median_and_spread(value_G: npt.NDArray[np.float64]) -> tuple[float, float]:
@@ -79,6 +98,8 @@ def save_shard(path: Path, shard: ResponseShard) -> None:
     if shard.guide_response_GN is not None and shard.guide_quality_G is not None:
         tensors["guide_response"] = np.ascontiguousarray(shard.guide_response_GN)
         tensors["guide_quality"] = np.ascontiguousarray(shard.guide_quality_G, dtype=np.float32)
+    if shard.unlike_R is not None:
+        tensors["unlike"] = np.ascontiguousarray(shard.unlike_R, dtype=np.int64)
     facts = {
         "span": [shard.span.start, shard.span.stop],
         "layers": [shard.layers.start, shard.layers.stop],
@@ -108,6 +129,7 @@ def load_shard(path: Path) -> ResponseShard:
             scorer=facts["scorer"],
             combine=facts["combine"],
             rest_like_guide=facts.get("rest_like_guide", False),  # not in older shards
+            unlike_R=file.get_tensor("unlike") if "unlike" in names else None,
         )
 
 

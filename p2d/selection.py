@@ -15,7 +15,8 @@ chosen by them, by score or by text.
 
 Three things a cheap scoring may leave out, and what then holds:
 - for each chosen head in a layer that was not scored, the mean of all scored heads stands in;
-- a row of a shard that was taken to be like the guide by a sample of it is as good as any: chance decides (docs/decisions/0034);
+- a row of a shard that was taken to be like the guide by a sample of it is as good as any: chance decides (docs/decisions/0034),
+  unless it was left out of that because it does not read like the guide's (docs/decisions/0037): then it has no score;
 - any other row that was not scored (fast mode's pool) has no score, ranks behind all that have one, and is never kept.
 """
 
@@ -59,6 +60,8 @@ class Selection:
     """Rows that were scored."""
     trusted: int
     """Rows that were not, and are taken to be like the guide, as a sample of their shard was."""
+    unlike: int
+    """Rows that were not, for they do not read like the guide's."""
     scorer: str
     combine: Combine
     heads: int
@@ -93,6 +96,8 @@ class SelectionSummary:
     """Rows that were scored; fewer than `rows` in fast mode, where the others could not be kept, or where some are `trusted`."""
     trusted: int
     """Rows that were not scored and could be kept, for a random sample of them was like the held-out rows."""
+    unlike: int
+    """Rows that were not scored and could not be kept, for by their words they are not like the held-out rows."""
     kept: int
     repeating: int
     """Scored rows that nearly repeat a better one, and so rank behind those that do not."""
@@ -140,7 +145,8 @@ def select_rows(
     like_guide = False
     if scale is not None:
         doubted = score[~matrix.sampled]
-        like_guide = guide_apart and (not len(doubted) or outscored(scale.score_G, doubted) <= LIKE_GUIDE)
+        none_doubted = not len(doubted) or outscored(scale.score_G, doubted) <= LIKE_GUIDE
+        like_guide = guide_apart and not matrix.unlike and none_doubted
         good_R = np.concatenate([place_R[(score >= scale.bar) | matrix.sampled | like_guide], matrix.trusted_R])
         score_R[good_R] = scale.bar + _draws(len(rows), seed)[good_R]
     repeats_R = np.full(len(rows), -1, dtype=np.int64)
@@ -161,6 +167,7 @@ def select_rows(
         kept=min(kept, len(place_R) + len(matrix.trusted_R)),
         scored=len(place_R),
         trusted=len(matrix.trusted_R),
+        unlike=matrix.unlike,
         scorer=matrix.scorer,
         combine=matrix.how,
         heads=len(heads),
@@ -184,6 +191,8 @@ class _Matrix:
     """Whether each stands for a shard that was taken to be like the guide."""
     trusted_R: Ints
     """The other rows of those shards."""
+    unlike: int
+    """How many others there did not read like the guide's and were not scored."""
     scale: GuideScale | None
     how: Combine
     scorer: str
@@ -191,16 +200,17 @@ class _Matrix:
 
 
 def _gathered(shards: Iterable[ResponseShard], heads: Sequence[tuple[int, int]], rows: Sequence[Row]) -> _Matrix:
-    sums, qualities, places, sampled, trusted = [], [], [], [], [np.zeros(0, dtype=np.int64)]
+    sums, qualities, places, sampled, trusted, unlike = [], [], [], [], [], 0
     ways: set[Combine] = set()
     shard = None
     for shard in shards:
         ways.add(shard.combine)
         sums.append(summed(shard.response_RN, shard, heads))
         places.append(shard.row_R)
-        sampled.append(np.full(len(shard.row_R), shard.rest_like_guide))
-        if shard.rest_like_guide:
-            trusted.append(np.setdiff1d(shard.span, shard.row_R))
+        sampled.append(shard.sample_R)
+        trusted.append(shard.trusted_R)
+        if shard.unlike_R is not None:
+            unlike += len(np.setdiff1d(shard.unlike_R, shard.row_R))
         if shard.quality_R is not None:
             qualities.append(shard.quality_R)
     assert shard is not None
@@ -224,6 +234,7 @@ def _gathered(shards: Iterable[ResponseShard], heads: Sequence[tuple[int, int]],
         quality=quality,
         sampled=np.concatenate(sampled),
         trusted_R=np.concatenate(trusted),
+        unlike=unlike,
         scale=scale,
         how=how,
         scorer=shard.scorer,
@@ -301,6 +312,7 @@ def summarise(selection: Selection) -> SelectionSummary:
         rows=len(selection.score_R),
         scored=selection.scored,
         trusted=selection.trusted,
+        unlike=selection.unlike,
         kept=selection.kept,
         repeating=int((selection.repeats_R >= 0).sum()),
         kept_repeating=kept_repeating,

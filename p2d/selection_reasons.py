@@ -40,13 +40,13 @@ class RowReason:
     quality: float | None
     guide: GuideScale | None
     """What both are measured by; None where the guide was not rated."""
-    trusted: bool = False
-    """Whether the row was not scored, for a random sample of its shard is like the guide."""
+    unscored: str | None = None
+    """Why the row was not scored, has none of these parts, and is kept or not all the same: TRUSTED or UNLIKE."""
 
     @property
     def formula(self) -> str:
-        """How the score is made of these parts."""
-        return TRUSTED if self.trusted else FORMULAS[self.combine]
+        """How the score is made of these parts, or why there is none."""
+        return self.unscored or FORMULAS[self.combine]
 
 
 FORMULAS: dict[Combine, str] = {
@@ -63,8 +63,14 @@ FORMULAS: dict[Combine, str] = {
 TRUSTED = "score = the bar and a number drawn from 0 to 1: the row was not scored, for a random sample beside it is like the guide"
 """The same of a row that has no parts."""
 
+UNLIKE = (
+    "no score: by its words the row is not like the guide's, and of a random sample the rows that are like it by their words "
+    "were taken to be all that is"
+)
+"""The same of a row that is left out."""
 
-def _trusted(shard: ResponseShard, heads: Sequence[Head]) -> RowReason:
+
+def _unscored(shard: ResponseShard, heads: Sequence[Head], why: str) -> RowReason:
     return RowReason(
         combine=shard.combine,
         heads=(),
@@ -73,19 +79,22 @@ def _trusted(shard: ResponseShard, heads: Sequence[Head]) -> RowReason:
         response=0.0,
         quality=None,
         guide=guide_scale(shard, heads),
-        trusted=True,
+        unscored=why,
     )
 
 
 def explain(shard: ResponseShard, row: int, heads: Sequence[Head]) -> RowReason | None:
-    """What the row's score is made of; None where the row was not scored.
+    """What the row's score is made of, or why it was not scored; None where it merely was not.
 
     Args:   shard: the one whose span has the row. heads: the chosen ones, best first.
     """
     assert row in shard.span
     place = int(np.searchsorted(shard.row_R, row))
     if place == len(shard.row_R) or shard.row_R[place] != row:
-        return _trusted(shard, heads) if shard.rest_like_guide else None
+        if not shard.rest_like_guide:
+            return None
+        left_out = shard.unlike_R is not None and row in shard.unlike_R
+        return _unscored(shard, heads, UNLIKE if left_out else TRUSTED)
     response_N = shard.response_RN[place].astype(np.float64)
     scored = [
         HeadResponse(

@@ -107,7 +107,7 @@ def response_size(info: ModelInfo, config: JobConfig, *, rows: int, guide: int, 
         combine = "guide"
     pool = pool_count(config.data, rows)
 
-    def of_shard(span: range, scored: int, *, rest_like_guide: bool) -> int:
+    def of_shard(span: range, scored: int, *, rest_like_guide: bool, unlike: int = 0) -> int:
         tensors: list[Tensor] = [("response", "F16", (scored, len(layers) * info.n_heads)), ("rows", "I64", (scored,))]
         if combine != "response":
             tensors.append(("quality", "F32", (scored,)))
@@ -116,6 +116,8 @@ def response_size(info: ModelInfo, config: JobConfig, *, rows: int, guide: int, 
                 ("guide_response", "F16", (guide, len(layers) * info.n_heads)),
                 ("guide_quality", "F32", (guide,)),
             ]
+        if unlike:
+            tensors.append(("unlike", "I64", (unlike,)))
         facts = {
             "span": [span.start, span.stop],
             "layers": [layers.start, layers.stop],
@@ -132,7 +134,8 @@ def response_size(info: ModelInfo, config: JobConfig, *, rows: int, guide: int, 
         scored = len(span) if pool == rows else pool * (shard + 1) // shards - pool * shard // shards
         looked_at = min(scored, LOOK_ROWS) if samples_first(config) else scored
         least += of_shard(span, looked_at, rest_like_guide=looked_at < scored)
-        most += of_shard(span, scored, rest_like_guide=False)
+        left_out = of_shard(span, looked_at, rest_like_guide=True, unlike=scored) if looked_at < scored else 0
+        most += max(left_out, of_shard(span, scored, rest_like_guide=False))
     # Headers name offsets: a digit more or less.
     dust = 64 * shards if pool < rows else 0
     return Size(least=least - dust, most=most + dust)

@@ -188,7 +188,7 @@ def get_selection_row(
         before=[TurnView.model_validate(turn) for turn in text.before] if text else [],
         formula=reason.formula if reason else None,
         drawn=reason is not None and reason.guide is not None and bool(table.score_R[row] >= reason.guide.bar),
-        response=reason.response if reason and reason.combine != "quality" and not reason.trusted else None,
+        response=reason.response if reason and reason.combine != "quality" and not reason.unscored else None,
         heads=[asdict(head) for head in reason.heads] if reason else [],
         stand_ins=reason.stand_ins if reason else 0,
         stand_in=reason.stand_in if reason else 0.0,

@@ -163,6 +163,16 @@ class Stages:
         )
 
 
+CHOOSING_ROWS = (
+    "p2d.guide_scale",
+    "p2d.guide_words",
+    "p2d.near_duplicates",
+    "p2d.responses.alignment",
+    "p2d.selection",
+)
+"""Modules that have a say in which rows are kept, beside the data scorer's."""
+
+
 def choosing_code(arm: Arm) -> list[str]:
     """Hashes of the modules that decide which heads and rows an arm chooses: with another scorer it is another cell.
 
@@ -170,8 +180,7 @@ def choosing_code(arm: Arm) -> list[str]:
     """
     modules: set[str] = set()
     if arm.rows in DATA_SCORERS and arm.rows != RANDOM:
-        modules |= {"p2d.guide_scale", "p2d.near_duplicates", "p2d.responses.alignment", "p2d.selection"}
-        modules.add(DATA_SCORERS[arm.rows])
+        modules |= {*CHOOSING_ROWS, DATA_SCORERS[arm.rows]}
     for heads in (arm.heads, arm.rows_for):
         if heads in HEAD_SCORERS and heads != RANDOM:
             modules |= {"p2d.identify", HEAD_SCORERS[heads]}

@@ -10,7 +10,8 @@ as good as most of them is as good as any (docs/decisions/0031). Fewer than MIN_
 the two ranks decides.
 
 Where the pool itself is to say how many of its rows are kept, a random sample is rated first. If that is like the guide, so is the
-rest: all of it is kept, and no pass is spent on it (docs/decisions/0034).
+rest: all of it is kept, and no pass is spent on it (docs/decisions/0034). Else, if those of the sample are that read like the
+guide's, then so are all other rows that do, and the rest is left out (docs/decisions/0037).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from p2d.arch.spec import every_head
 from p2d.config import LOOK_ROWS, MIN_GUIDE, alignment_layers, alignment_projections, rates_guide, samples_first
 from p2d.errors import Diverged
 from p2d.guide_scale import is_like_guide
+from p2d.guide_words import unlike_guide
 from p2d.response_matrix import ResponseShard, median_and_spread
 from p2d.responses import ResponseInput, Responses
 from p2d.responses.alignment import Aligned, Alignment, Floats, Ints
@@ -49,8 +51,8 @@ def alignment_likelihood(given: ResponseInput) -> Responses:
     shard = _shard(given, alignment.found())
     rest_R = np.setdiff1d(row_R, look_R)
     if len(rest_R):
-        if is_like_guide(shard, every_head(given.base.info)):
-            shard = replace(shard, rest_like_guide=True)
+        if (vouched := _vouched(given, shard, row_R)) is not None:
+            shard = vouched
             given.progress(len(row_R), len(row_R), {})
         else:
             alignment.rate(rest_R)
@@ -65,6 +67,17 @@ def _look(given: ResponseInput, row_R: Ints) -> Ints:
         return row_R
     rng = np.random.default_rng([given.config.training.seed, len(given.rows), given.span.start])
     return np.sort(rng.permutation(row_R)[:LOOK_ROWS])
+
+
+def _vouched(given: ResponseInput, look: ResponseShard, row_R: Ints) -> ResponseShard | None:
+    """The rated sample, if it vouches for the other rows, or for those that read like the guide's; else None."""
+    heads = every_head(given.base.info)
+    if is_like_guide(look, heads):
+        return replace(look, rest_like_guide=True)
+    unlike_R = row_R[unlike_guide(given.rows, row_R, given.guide)]
+    found = replace(look, rest_like_guide=True, unlike_R=unlike_R)
+    enough = found.sample_R.sum() >= MIN_GUIDE
+    return found if enough and is_like_guide(look, heads, found.sample_R) else None
 
 
 def _shard(given: ResponseInput, found: Aligned) -> ResponseShard:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from torch import Tensor
@@ -257,3 +259,42 @@ def test_a_pool_unlike_the_guide_is_rated_as_a_whole_as_if_no_sample_had_been_lo
     assert parts.quality_R is not None
     assert whole.quality_R is not None
     np.testing.assert_allclose(parts.quality_R, whole.quality_R, rtol=1e-5)
+
+
+UNLIKE = [Row(row.answer, row.prompt[::-1] + end, line=row.line) for row in LIKE_GUIDE for end in "?!."]
+MIXED = [*LIKE_GUIDE, *UNLIKE]
+
+
+def by_words(rows: Sequence[Row], row_R: npt.NDArray[np.int64], _: Sequence[Row]) -> npt.NDArray[np.bool_]:
+    return np.array([rows[index] in UNLIKE for index in row_R.tolist()])
+
+
+def test_rows_that_read_like_the_guide_are_vouched_for_by_those_of_the_sample_that_do(
+    tiny: BaseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "LOOK_ROWS", 60)
+    monkeypatch.setattr(module, "unlike_guide", by_words)
+
+    shard = looking(tiny, MIXED, ratio="auto")
+
+    assert (len(shard.row_R), shard.rest_like_guide) == (60, True)
+    assert shard.unlike_R is not None
+    assert shard.unlike_R.tolist() == list(range(45, 180))
+    looked_at = set(shard.row_R.tolist())
+    assert shard.trusted_R.tolist() == [row for row in range(45) if row not in looked_at]
+    assert shard.row_R[shard.sample_R].tolist() == [row for row in range(45) if row in looked_at]
+
+
+def test_where_words_leave_too_few_of_the_sample_or_such_as_the_model_doubts_all_rows_are_rated(
+    tiny: BaseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "LOOK_ROWS", 60)
+    shards = []
+    for every in (False, True):  # the wrong rows, or all
+        monkeypatch.setattr(
+            module, "unlike_guide", lambda rows, row_R, _, every=every: every | ~by_words(rows, row_R, _)
+        )
+        shards.append(looking(tiny, MIXED, ratio="auto"))
+
+    for shard in shards:
+        assert (len(shard.row_R), shard.rest_like_guide, shard.unlike_R) == (180, False, None)

@@ -174,6 +174,26 @@ def test_rows_that_a_sample_vouches_for_are_as_good_as_any() -> None:
     assert summarise(selection).warnings == []
 
 
+def test_rows_that_do_not_read_like_the_guide_are_not_vouched_for_and_come_last(tmp_path: Path) -> None:
+    shard = replace(
+        sampled(0, 40),
+        response_RN=np.array([[0, value, 0, 0] for value in (1, 2, 3, -9, 5)], dtype=np.float16),
+        unlike_R=np.array([3, 4, *range(10, 25)]),
+    )
+    save_shard(tmp_path / "a.safetensors", shard)
+
+    (read,) = read_shards([tmp_path / "a.safetensors"])
+    selection = selected([read], HEADS, "auto")
+
+    assert (selection.scored, selection.trusted, selection.unlike, selection.like_guide) == (5, 20, 15, False)
+    # A row that was scored all the same is judged by its score: the one of the two that reaches the bar stands for two.
+    assert selection.kept == selection.seem_good == 3 + 20 + 2
+    assert selection.kept_rows == [*range(10), *range(25, 40)]
+    assert np.isnan(selection.score_R[10:25]).all()
+    assert sorted(selection.rank_R[10:25].tolist()) == list(range(25, 40))
+    assert summarise(selection).unlike == 15
+
+
 def test_a_sample_vouches_for_its_own_shard_alone() -> None:
     doubted = replace(
         rated([4.0] * 3 + [-9.0] * 7, [4.0] * 3 + [-9.0] * 7), span=range(40, 50), row_R=np.arange(40, 50)

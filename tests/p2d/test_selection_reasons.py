@@ -12,7 +12,7 @@ from p2d.response_matrix import Combine, ResponseShard, load_shard, save_shard
 from p2d.rows import Row
 from p2d.selection import select_rows
 from p2d.selection_file import write_selection
-from p2d.selection_reasons import RowReason, explain
+from p2d.selection_reasons import TRUSTED, UNLIKE, RowReason, explain
 from p2d.selection_table import SelectionTable, read_table
 
 LAYERS, HEADS, ROWS = 6, 4, 60
@@ -115,6 +115,17 @@ def test_of_a_pool_that_is_like_the_guide_every_score_is_a_drawn_one(tmp_path: P
             reason = explain(shard, row, CHOSEN)
             assert reason is not None
             assert added_up(reason, table, row, all_drawn=True) == table.score_R[row]
+
+
+def test_a_row_that_was_not_scored_says_why_it_is_trusted_or_left_out() -> None:
+    first = replace(shards("guide", 0, pool=True)[0], rest_like_guide=True, unlike_R=np.array([3, 4, 5]))
+
+    reasons = {row: explain(first, row, CHOSEN) for row in (3, 4, 7)}
+
+    assert [reason and reason.unscored for reason in reasons.values()] == [None, UNLIKE, TRUSTED]  # 3 is of the sample
+    assert reasons[4] is not None
+    assert (reasons[4].formula, reasons[4].heads) == (UNLIKE, ())
+    assert explain(replace(first, rest_like_guide=False, unlike_R=None), 4, CHOSEN) is None
 
 
 def test_the_rank_by_response_is_the_one_of_the_responses(tmp_path: Path, seed: int) -> None:
