@@ -43,10 +43,13 @@ def _results(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     kept = f"{selection['kept']} of {selection['rows']} by {selection['scorer']}"
     if selection["scorer"] == UNIFORM and selection["kept"] == selection["rows"]:
         kept = f"all {selection['rows']}: none had to be chosen"
-    if selection.get("trusted"):  # reports of earlier versions know of none
-        kept += f"; {selection['scored']} were scored, and for {selection['trusted']} a random sample vouches"
-    if selection.get("unlike"):
-        kept += f"; {selection['unlike']} do not read like the held-out rows and were left out"
+    trusted, unlike = selection.get("trusted"), selection.get("unlike")  # reports of earlier versions know of neither
+    if trusted or unlike:
+        kept += f"; {selection['scored']} were scored" + (
+            f", and for {trusted} a random sample vouches" if trusted else ""
+        )
+    if unlike:
+        kept += f"; {unlike} do not read like the held-out rows and were left out"
     if (good := selection.get("good_enough")) is not None:
         enough = f"{good} are taken to be as good as most held-out rows"
         if selection.get("like_guide"):

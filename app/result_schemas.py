@@ -233,7 +233,9 @@ class RowReasonView(PlacedRowView):
     prompt: str | None = Field(description="Null where the job's rows are gone.")
     answer: str | None
     before: list[TurnView] = Field(default=[], description="Of a conversation the turns before the prompt.")
-    formula: str | None = Field(description="How the score is made of the figures below.")
+    formula: str | None = Field(
+        description="How the score is made of the figures below, or why the row has none of them."
+    )
     drawn: bool = Field(
         description="Whether the row is good enough, or all rows of its part are, so that chance decided."
     )

@@ -194,8 +194,8 @@ def _respond(info: ModelInfo, config: JobConfig, train: RowCounts, guide: RowCou
     row, data = _typical(train), config.data
     rows, shards = pool_count(data, train.rows), -(-train.rows // SHARD_ROWS)  # each shard passes over the guide
     if samples_first(config):
-        # As if all were like the guide: a sample is scored, and all rows are trained on. Otherwise all are scored and fewer are
-        # trained on, for about as much in sum (docs/decisions/0034).
+        # As if all were like the guide: a sample is scored, and all rows are trained on. Otherwise fewer are trained on and
+        # perhaps all scored, for less or about as much in sum (docs/decisions/0034, 0037).
         rows = min(rows, LOOK_ROWS * shards)
     slices = config.training.slices
     assert slices != "auto", "resolve the config first"

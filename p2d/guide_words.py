@@ -31,11 +31,23 @@ FARTHEST = 2.75
 """Spreads of the guide from its median beyond which a number speaks against a row. With 32 guide rows 89 to 99 % of clean rows are
 within all three bounds, and 0 to 2 % of those with another's answer, of another task or that repeat their prompt (docs/LOG.md)."""
 
+HETEROGENEOUS = 0.15
+"""Share of the guide's rows outside of their own bounds beyond which words say too little of the task: of GSM8K 0 to 12 % are, and
+more where a quarter of the guide is bad or answers quote their prompts now and then; many good rows would be, too (docs/LOG.md)."""
+
 FEWEST = 16
 """Guide rows that say how far is far: of clean rows 91 and 94 % are within, with 8 guide rows 78 and 84 %, in one draw 46 %."""
 
+MOST_CHARACTERS = 20_000
+"""Of a prompt and of an answer that are looked at: how a text reads shows in its beginning, and it must not fill the memory."""
+
 PRIOR_WORDS = 300
 """How many words of the pool's own mix are added to the guide's: a word that few guide rows could have had is no sign."""
+
+SIDES = ((True, True), (False, True), (True, False))
+"""Whether less, and whether more, than the guide has speaks against a row: of `grounded`, `common` and `native`."""
+
+Floats = npt.NDArray[np.float64]
 
 Word = tuple[bool, str]
 """Whether it stands in the answer, and the word."""
@@ -46,23 +58,27 @@ class _Counts:
     """Words of some rows."""
 
     words: Counter[Word]
+    total: int
+    """Of these."""
     rows_with: Counter[str]
     rows: int
 
     @classmethod
     def of(cls, rows: Iterable[tuple[list[str], list[str]]]) -> _Counts:
-        counts = cls(Counter(), Counter(), 0)
+        counts = cls(Counter(), 0, Counter(), 0)
         for prompt, answer in rows:
             counts.words.update(_placed(prompt, answer))
             counts.rows_with.update({*prompt, *answer})
             counts.rows += 1
+        counts.total = counts.words.total()
         return counts
 
 
 def unlike_guide(rows: Sequence[Row], row_R: npt.NDArray[np.int64], guide: Sequence[Row]) -> npt.NDArray[np.bool_]:
     """Whether each of the rows reads unlike the guide's, [R].
 
-    No row does by a guide of fewer than FEWEST rows, nor by a number that most of its rows share. Rows are read twice, not held.
+    No row does by a guide of fewer than FEWEST rows, or of which HETEROGENEOUS read unlike the others, nor by a number that most of
+    its rows share. Rows are read twice and not held; every word is, once, in up to 250 bytes.
 
     Args:   row_R: indices of `rows`.
     """
@@ -74,18 +90,29 @@ def unlike_guide(rows: Sequence[Row], row_R: npt.NDArray[np.int64], guide: Seque
     known = _Counts.of(own)
     of_guide = np.array([_numbers(*words, pool, known, left_out=True) for words in own])
     of_rows = np.array([_numbers(*_words(rows[index]), pool, known, left_out=False) for index in row_R.tolist()])
-    for number, (lower, upper) in enumerate(((True, True), (False, True), (True, False))):
-        median, spread = median_and_spread(of_guide[:, number])
-        away_R = of_rows[:, number] - median
-        bound = FARTHEST * spread or math.inf
-        unlike_R |= (lower & (away_R < -bound)) | (upper & (away_R > bound))
-    return unlike_R
+    bounds = [_bounds(of_guide[:, number], sides) for number, sides in enumerate(SIDES)]
+    if _outside(of_guide, bounds).mean() > HETEROGENEOUS:
+        return unlike_R
+    return _outside(of_rows, bounds)
+
+
+def _bounds(value_G: Floats, sides: tuple[bool, bool]) -> tuple[float, float]:
+    median, spread = median_and_spread(value_G)
+    far = FARTHEST * spread or math.inf
+    return median - (far if sides[0] else math.inf), median + (far if sides[1] else math.inf)
+
+
+def _outside(values: Floats, bounds: Sequence[tuple[float, float]]) -> npt.NDArray[np.bool_]:
+    """Whether one of a row's numbers is out of its bounds; [rows, 3] -> [rows]."""
+    lower, upper = np.array(bounds).T
+    outside_R: npt.NDArray[np.bool_] = ((values < lower) | (values > upper)).any(axis=1)
+    return outside_R
 
 
 def _words(row: Row) -> tuple[list[str], list[str]]:
     """Of the prompt, earlier turns included, and of the answer."""
-    prompt = [word for turn in row.before for word in words_of(turn.content)]
-    return prompt + words_of(row.prompt), words_of(row.answer)
+    prompt = "\n".join((*(turn.content for turn in row.before), row.prompt))
+    return words_of(prompt[:MOST_CHARACTERS]), words_of(row.answer[:MOST_CHARACTERS])
 
 
 def _placed(prompt: Iterable[str], answer: Iterable[str]) -> Iterator[Word]:
@@ -104,11 +131,11 @@ def _numbers(
     asked, answered = set(prompt), set(answer)
     both = weight(asked & answered)
     own = Counter(_placed(prompt, answer))
-    total, pool_total = own.total(), pool.words.total()
-    guide_total = guide.words.total() - (total if left_out else 0) + PRIOR_WORDS
+    total = own.total()
+    guide_total = guide.total - (total if left_out else 0) + PRIOR_WORDS
     native = 0.0
     for word, count in own.items():
-        share = (pool.words[word] + 0.5) / (pool_total + 1)
+        share = (pool.words[word] + 0.5) / (pool.total + 1)
         seen = guide.words[word] - (count if left_out else 0)
         native += count * math.log((seen / share + PRIOR_WORDS) / guide_total)
     return both / (weight(answered) or 1.0), both / (weight(asked | answered) or 1.0), native / max(1, total)

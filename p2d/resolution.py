@@ -210,10 +210,10 @@ def _data(
             f"as many rows as seem to be like those of the validation dataset, at least {DEFAULT_RATIO:.0%}"
             + (
                 f"; if a random {LOOK_ROWS} do, or those of them that read like it, no others are scored, and all such are kept"
+                " (docs/decisions/0034, 0037)"
                 if config.kind == "adapt"
-                else ""
+                else " (docs/decisions/0034)"
             )
-            + " (docs/decisions/0034, 0037)"
         )
     elif data.ratio == "auto":
         kept = min(rows, max(top_count(recipe.data_ratio, rows), MIN_ROWS))

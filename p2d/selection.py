@@ -93,7 +93,8 @@ class SelectionSummary:
 
     rows: int
     scored: int
-    """Rows that were scored; fewer than `rows` in fast mode, where the others could not be kept, or where some are `trusted`."""
+    """Rows that were scored; fewer than `rows` in fast mode, where the others could not be kept, or where some are `trusted` or
+    `unlike`."""
     trusted: int
     """Rows that were not scored and could be kept, for a random sample of them was like the held-out rows."""
     unlike: int
@@ -326,7 +327,7 @@ def summarise(selection: Selection) -> SelectionSummary:
         score_quantiles=[float(q) for q in np.nanquantile(selection.score_R, [0, 0.25, 0.5, 0.75, 1])],
         kept_score_min=float(selection.score_R[kept_R].min()),
         warnings=[]
-        if selection.kept == selection.scored + selection.trusted
+        if selection.kept == selection.scored + selection.trusted and not selection.unlike
         else _warnings(selection, kept_R, kept_repeating),
     )
 

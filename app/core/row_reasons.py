@@ -68,7 +68,7 @@ def sources_of(conn: Connection, selection: SelectionRecord, row: int) -> Source
 
 
 def reason_of(blobs: BlobStore, sources: Sources, row: int) -> RowReason | None:
-    """What the row's score is made of; None where the row was not scored, or a part is gone. Raises BlobMissing."""
+    """What the row's score is made of; None where it merely was not scored, or a part is gone. Raises BlobMissing."""
     if sources.head_map is None or sources.shard is None:
         return None
     with tempfile.TemporaryDirectory() as folder:

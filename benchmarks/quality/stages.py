@@ -167,6 +167,7 @@ CHOOSING_ROWS = (
     "p2d.guide_scale",
     "p2d.guide_words",
     "p2d.near_duplicates",
+    "p2d.response_matrix",
     "p2d.responses.alignment",
     "p2d.selection",
 )

@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 
+from app.api import selections
 from app.api.selections import _exported
 from app.core.garbage import collect
 from p2d.rows import Row, Turn, conversation, row_line
+from p2d.selection_reasons import UNLIKE, RowReason
 from tests.app.conftest import MODEL, Api, a_job, rows
 from tests.app.test_artifacts import all_rows
 
@@ -116,6 +118,26 @@ def test_a_cursor_of_one_order_is_none_of_the_other(api: Api, made: dict[str, An
         page = api.http.get(f"/selections/{made['id']}/rows", params={"order": order, "limit": 3}).json()
         answer = api.http.get(f"/selections/{made['id']}/rows", params={"order": other, "cursor": page["next_cursor"]})
         assert (answer.status_code, answer.json()["code"]) == (422, "request.cursor")
+
+
+def test_a_row_that_was_left_out_says_why_and_has_no_figures(
+    api: Api, made: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left_out = RowReason(
+        combine="guide",
+        heads=(),
+        stand_ins=0,
+        stand_in=0.0,
+        response=0.0,
+        quality=None,
+        guide=None,
+        unscored=UNLIKE,
+    )
+    monkeypatch.setattr(selections, "reason_of", lambda *_: left_out)
+
+    reason = api.http.get(f"/selections/{made['id']}/rows/1").json()
+
+    assert (reason["formula"], reason["response"], reason["heads"], reason["drawn"]) == (UNLIKE, None, [], False)
 
 
 def test_every_row_is_explained_by_figures_that_add_up(api: Api, made: dict[str, Any]) -> None:

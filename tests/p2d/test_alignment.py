@@ -272,12 +272,12 @@ def by_words(rows: Sequence[Row], row_R: npt.NDArray[np.int64], _: Sequence[Row]
 def test_rows_that_read_like_the_guide_are_vouched_for_by_those_of_the_sample_that_do(
     tiny: BaseModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "LOOK_ROWS", 60)
+    monkeypatch.setattr(module, "LOOK_ROWS", 90)
     monkeypatch.setattr(module, "unlike_guide", by_words)
 
     shard = looking(tiny, MIXED, ratio="auto")
 
-    assert (len(shard.row_R), shard.rest_like_guide) == (60, True)
+    assert (len(shard.row_R), shard.rest_like_guide) == (90, True)
     assert shard.unlike_R is not None
     assert shard.unlike_R.tolist() == list(range(45, 180))
     looked_at = set(shard.row_R.tolist())
@@ -285,16 +285,44 @@ def test_rows_that_read_like_the_guide_are_vouched_for_by_those_of_the_sample_th
     assert shard.row_R[shard.sample_R].tolist() == [row for row in range(45) if row in looked_at]
 
 
+def test_rows_that_words_set_apart_are_left_out_though_the_whole_sample_does_not_show_them(
+    tiny: BaseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "LOOK_ROWS", 53)
+    rows = MIXED[:54]
+    whole = looking(tiny, rows, ratio="auto")  # the words of these little sums say nothing
+    monkeypatch.setattr(module, "unlike_guide", by_words)
+
+    shard = looking(tiny, rows, ratio="auto")
+
+    assert (whole.rest_like_guide, whole.unlike_R) == (True, None)
+    assert shard.unlike_R is not None
+    assert shard.unlike_R.tolist() == list(range(45, 54))
+
+
+def test_a_few_rows_that_words_alone_speak_against_are_kept(tiny: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "LOOK_ROWS", 30)
+    monkeypatch.setattr(module, "unlike_guide", lambda _, row_R, __: row_R % 3 == 0)
+
+    shard = looking(tiny, LIKE_GUIDE, ratio="auto")
+
+    assert (len(shard.row_R), shard.rest_like_guide, shard.unlike_R) == (30, True, None)
+
+
 def test_where_words_leave_too_few_of_the_sample_or_such_as_the_model_doubts_all_rows_are_rated(
     tiny: BaseModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "LOOK_ROWS", 60)
-    shards = []
-    for every in (False, True):  # the wrong rows, or all
-        monkeypatch.setattr(
-            module, "unlike_guide", lambda rows, row_R, _, every=every: every | ~by_words(rows, row_R, _)
-        )
-        shards.append(looking(tiny, MIXED, ratio="auto"))
+    monkeypatch.setattr(module, "LOOK_ROWS", 90)
+    monkeypatch.setattr(module, "unlike_guide", by_words)
+    good = [row for row in looking(tiny, MIXED, ratio="auto").row_R.tolist() if row < len(LIKE_GUIDE)]
+    found = {}
+    for left in (0, module.FEWEST_LEFT - 1, module.FEWEST_LEFT):
+        few = good[:left]
+        monkeypatch.setattr(module, "unlike_guide", lambda _, row_R, __, few=few: ~np.isin(row_R, few))
+        found[left] = looking(tiny, MIXED, ratio="auto").unlike_R is not None
+    monkeypatch.setattr(module, "unlike_guide", lambda rows, row_R, guide: ~by_words(rows, row_R, guide))
 
-    for shard in shards:
-        assert (len(shard.row_R), shard.rest_like_guide, shard.unlike_R) == (180, False, None)
+    wrong = looking(tiny, MIXED, ratio="auto")
+
+    assert found == {0: False, module.FEWEST_LEFT - 1: False, module.FEWEST_LEFT: True}
+    assert (len(wrong.row_R), wrong.rest_like_guide, wrong.unlike_R) == (180, False, None)

@@ -183,7 +183,8 @@ def test_rows_that_do_not_read_like_the_guide_are_not_vouched_for_and_come_last(
     save_shard(tmp_path / "a.safetensors", shard)
 
     (read,) = read_shards([tmp_path / "a.safetensors"])
-    selection = selected([read], HEADS, "auto")
+    texts = [Row(f"prompt{n}", f"answer{n}", line=n) for n in range(40)]
+    selection = select_rows([read], HEADS, "auto", texts, seed=0, guide_apart=True)
 
     assert (selection.scored, selection.trusted, selection.unlike, selection.like_guide) == (5, 20, 15, False)
     # A row that was scored all the same is judged by its score: the one of the two that reaches the bar stands for two.
@@ -192,6 +193,18 @@ def test_rows_that_do_not_read_like_the_guide_are_not_vouched_for_and_come_last(
     assert np.isnan(selection.score_R[10:25]).all()
     assert sorted(selection.rank_R[10:25].tolist()) == list(range(25, 40))
     assert summarise(selection).unlike == 15
+
+
+def test_all_rows_that_read_like_the_guide_are_not_the_pool_and_where_they_are_too_few_it_is_told() -> None:
+    like = replace(sampled(0, 40), unlike_R=np.arange(5, 39))
+    texts = [Row(f"prompt{n}", f"answer{n}", line=n) for n in range(40)]
+    few = select_rows([like], HEADS, "auto", texts, seed=0, guide_apart=True)
+    bad = replace(like, response_RN=np.array([[0, -9, 0, 0]] * 5, dtype=np.float16), unlike_R=np.arange(1, 39))
+    worse = select_rows([bad], HEADS, "auto", texts, seed=0, guide_apart=True)
+
+    assert (few.kept, few.seem_good, few.like_guide) == (6, 6, False)  # none of the scored ones is doubted
+    assert (worse.kept, worse.seem_good) == (4, 2)  # a tenth at least
+    assert any("About 2 rows seem to be like the held-out ones, and 4" in text for text in summarise(worse).warnings)
 
 
 def test_a_sample_vouches_for_its_own_shard_alone() -> None:

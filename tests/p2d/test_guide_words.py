@@ -8,7 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from p2d.guide_words import FEWEST, unlike_guide
+from p2d import guide_words as module
+from p2d.guide_words import FARTHEST, FEWEST, unlike_guide
+from p2d.response_matrix import median_and_spread
 from p2d.rows import Row, Turn, read_rows
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "gsm8k"
@@ -85,3 +87,41 @@ def test_neither_the_order_of_the_rows_nor_their_place_matters() -> None:
     order = np.random.default_rng(0).permutation(len(rows))
 
     assert unlike_guide(rows, order, GUIDE).tolist() == np.array(judged(rows))[order].tolist()
+
+
+@pytest.mark.parametrize(
+    ("numbers", "unlike"),
+    [
+        ("50 50 50", False),
+        ("30 50 50", False),  # 24.46 away is far
+        ("8 50 50", True),
+        ("92 50 50", True),
+        ("50 8 50", False),  # that prompt and answer have little in common speaks against no row
+        ("50 92 50", True),
+        ("50 50 8", True),
+        ("50 50 92", False),
+    ],
+)
+def test_each_number_has_its_bounds(numbers: str, unlike: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_numbers", lambda _, answer, *__, left_out: tuple(map(float, answer)))
+    guide = [Row("", f"{n} {n} {n}", n) for n in (*range(40, 61), 40, 60)]  # half of them 10 or less from 50
+
+    spread = median_and_spread(np.array([float(row.answer.split()[0]) for row in guide]))[1]
+
+    assert spread * FARTHEST == pytest.approx(24.46, abs=0.01)
+    assert judged([Row("", numbers, 0)], guide) == [unlike]
+
+
+def test_a_guide_whose_own_rows_read_unlike_each_other_sets_nothing_apart() -> None:
+    echoes = [Row(row.prompt, row.prompt, row.line) for row in GUIDE]
+    rows = with_bad([Row(row.prompt, row.prompt, row.line) for row in POOL], 0)
+
+    assert any(judged(rows, [*GUIDE[:31], *echoes[31:]]))
+    assert not any(judged(rows, [*GUIDE[:24], *echoes[24:]]))
+
+
+def test_only_the_beginning_of_a_long_text_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [Row(row.prompt, row.answer + " and so on" * 1000, row.line) for row in POOL]
+    monkeypatch.setattr(module, "MOST_CHARACTERS", 60)
+
+    assert judged(rows) == judged([Row(row.prompt[:60], row.answer[:60], row.line) for row in rows])

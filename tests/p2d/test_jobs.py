@@ -102,6 +102,8 @@ def test_a_recipe_adapts_the_model_and_reports(recipe: str, tiny_dir: Path, file
     assert "; about 9 of 40 that repeat no other seem to be like them" in shown(sampled)
     left_out = {**report, "selection": {**sampled["selection"], "unlike": 5}}
     assert "vouches; 5 do not read like the held-out rows and were left out; 0 are taken" in shown(left_out)
+    left_out["selection"]["trusted"] = 0
+    assert "; 16 were scored; 5 do not read like the held-out rows" in shown(left_out)
     del repeating["selection"]["repeating"]  # as in reports of earlier versions
     assert "stood behind" not in shown(repeating)
     assert sum(row.kept for row in read_selection(tmp_path / "selection.jsonl")) == 8

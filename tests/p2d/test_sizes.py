@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from p2d.adapters import WEIGHTS, save_adapter
 from p2d.arch.spec import every_head
-from p2d.config import DATA_SCORERS, WITHOUT_RESPONSES, DataConfig, HeadsConfig, JobConfig, TrainingConfig
+from p2d.config import (
+    DATA_SCORERS,
+    LOOK_ROWS,
+    WITHOUT_RESPONSES,
+    DataConfig,
+    HeadsConfig,
+    JobConfig,
+    TrainingConfig,
+    alignment_layers,
+)
 from p2d.models import BaseModel
 from p2d.pipeline import no_progress
 from p2d.registry import load
 from p2d.resolution import resolve
-from p2d.response_matrix import save_shard
+from p2d.response_matrix import ResponseShard, save_shard
 from p2d.responses import DataScorer, ResponseInput
 from p2d.sizes import adapter_bytes, adapter_size, response_size
 from p2d.slices import HeadSlices
@@ -71,6 +82,35 @@ def test_with_all_heads_nothing_is_left_open(tiny: BaseModel, tmp_path: Path) ->
 
     foreseen = adapter_size(tiny.info, asked, wide=True)
     assert foreseen.least == foreseen.most == size
+
+
+@pytest.mark.parametrize("unlike", [None, 0, 1, 33])
+@pytest.mark.parametrize("rows", [65, 66, 97])
+def test_a_sample_and_what_is_left_out_have_a_size_within_the_foreseen(
+    tiny: BaseModel, tmp_path: Path, rows: int, unlike: int | None
+) -> None:
+    asked = config(1.0)
+    asked = replace(asked, data=replace(asked.data, scorer="alignment_likelihood", ratio="auto"))
+    columns = len(alignment_layers(tiny.info.n_layers)) * tiny.info.n_heads
+    shard = ResponseShard(
+        span=range(rows),
+        row_R=np.arange(LOOK_ROWS),
+        layers=alignment_layers(tiny.info.n_layers),
+        n_heads=tiny.info.n_heads,
+        response_RN=np.zeros((LOOK_ROWS, columns), dtype=np.float16),
+        quality_R=np.zeros(LOOK_ROWS, dtype=np.float32),
+        guide_response_GN=np.zeros((12, columns), dtype=np.float16),
+        guide_quality_G=np.zeros(12, dtype=np.float32),
+        scorer="alignment_likelihood",
+        combine="guide",
+        rest_like_guide=True,
+        unlike_R=None if unlike is None else np.arange(rows - unlike, rows),
+    )
+    save_shard(tmp_path / "shard", shard)
+
+    foreseen = response_size(tiny.info, asked, rows=rows, guide=12, shards=1)
+
+    assert foreseen.least <= (tmp_path / "shard").stat().st_size <= foreseen.most
 
 
 @pytest.mark.parametrize("name", sorted(DATA_SCORERS))
