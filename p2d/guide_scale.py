@@ -73,17 +73,21 @@ def guide_scale(shard: ResponseShard, heads: Sequence[tuple[int, int]]) -> Guide
 
 
 def is_like_guide(
-    shard: ResponseShard, heads: Sequence[tuple[int, int]], among_R: npt.NDArray[np.bool_] | None = None
+    shard: ResponseShard,
+    heads: Sequence[tuple[int, int]],
+    among_R: npt.NDArray[np.bool_] | None = None,
+    *,
+    most: float = LIKE_GUIDE,
 ) -> bool:
     """Whether the scored rows of a shard score like the guide's, as a whole; not where the guide was not rated.
 
-    Args:   among_R: asks about these of them alone.
+    Args:   among_R: asks about these of them alone. most: that the guide's rows may outscore them.
     """
     if (scale := guide_scale(shard, heads)) is None or not len(shard.row_R):
         return False
     assert shard.quality_R is not None
     score_R = scale.scores(summed(shard.response_RN, shard, heads), shard.quality_R.astype(np.float64))
-    return outscored(scale.score_G, score_R if among_R is None else score_R[among_R]) <= LIKE_GUIDE
+    return outscored(scale.score_G, score_R if among_R is None else score_R[among_R]) <= most
 
 
 def outscored(score_G: Floats, score_R: Floats) -> float:

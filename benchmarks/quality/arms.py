@@ -137,6 +137,16 @@ ARMS = (
         epochs=1,
         groups=CORE,
     ),
+    # The same rows for LoRA's weights: what the choice of rows is worth to whoever trains everything.
+    Arm(
+        name="LoRA rank 8, rows like the validation rows, 1 epoch",
+        weights=LORA_8,
+        rows="alignment_likelihood",
+        ratio="auto",
+        mode="fast",
+        epochs=1,
+        groups=CORE,
+    ),
     _low_rank("alignment_likelihood", 0.50, epochs=1, mode="fast", groups=CORE),
     Arm(
         name=FORMER_DEFAULT,
