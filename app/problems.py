@@ -29,6 +29,7 @@ import app.webhook_errors as webhook_errors
 from app.db.engine import DatabaseUnavailable, PoolTimeout, SchemaBehind
 from app.db.ids import new_id
 from app.field_faults import expected_and_got
+from p2d.config_checks import AUTO_OR_NULL, OR_AUTO
 from p2d.errors import ErrorDetail, P2DError
 from p2d.wording import counted
 
@@ -150,7 +151,7 @@ RETRY_AFTER_S = {
 }
 """Seconds in Retry-After; 5 for every other retryable answer."""
 
-_AUTO = {"literal['auto']": ", or 'auto'", "literal['auto',None]": ", 'auto' or null"}
+_AUTO = {"literal['auto']": OR_AUTO, "literal['auto',None]": AUTO_OR_NULL}
 """What pydantic calls the second half of a type such as `int | Auto`, and how we name it behind the first."""
 
 _TAG = re.compile(r"<\w+>")

@@ -34,8 +34,8 @@ from p2d.errors import ConfigError, ErrorDetail, UnknownName
 from p2d.registry import check_name
 from p2d.wording import counted
 
-AUTO_OR_NULL = ", 'auto' or null"
-"""What else than a number `training.rank` may be; null is None in Python."""
+OR_AUTO, AUTO_OR_NULL = ", or 'auto'", ", 'auto' or null"
+"""What else than a number a field may be, behind what was expected; null is None in Python."""
 
 
 def check(config: JobConfig) -> None:
@@ -77,15 +77,15 @@ def _faults(config: JobConfig) -> Iterator[ErrorDetail]:
     yield from _unknown_words(config)
     for pointer, ratio in (("/heads/ratio", heads.ratio), ("/data/ratio", data.ratio)):
         if ratio != "auto" and not 0 < ratio <= 1:
-            yield _wrong("config.ratio", "a ratio above 0 and at most 1, or 'auto'", ratio, pointer)
+            yield _wrong("config.ratio", f"a ratio above 0 and at most 1{OR_AUTO}", ratio, pointer)
     at_least = [
-        ("/heads/proxy_rows", heads.proxy_rows, 4, ", or 'auto'"),  # two half-proxies of two rows each
+        ("/heads/proxy_rows", heads.proxy_rows, 4, OR_AUTO),  # two half-proxies of two rows each
         ("/data/n_demos", data.n_demos, 1, ""),
         ("/data/n_queries", data.n_queries, 1, ""),
         ("/training/rank", training.rank, 1, AUTO_OR_NULL),
-        ("/training/epochs", training.epochs, 1, ", or 'auto'"),
+        ("/training/epochs", training.epochs, 1, OR_AUTO),
         ("/training/batch_size", training.batch_size, 1, ""),
-        ("/training/max_length", training.max_length, 8, ", or 'auto'"),
+        ("/training/max_length", training.max_length, 8, OR_AUTO),
         ("/training/seed", training.seed, 0, ""),
         ("/limits/max_seconds", config.limits.max_seconds, 1, ", or null"),
         ("/limits/max_gpu_seconds", config.limits.max_gpu_seconds, 1, ", or null"),
@@ -99,11 +99,11 @@ def _faults(config: JobConfig) -> Iterator[ErrorDetail]:
         yield _wrong("config.deadline", "an RFC 3339 time, with its offset", got, "/limits/deadline")
     rate = training.learning_rate
     if rate != "auto" and not (math.isfinite(rate) and rate > 0):
-        yield _wrong("config.learning_rate", "a positive number, or 'auto'", rate, "/training/learning_rate")
+        yield _wrong("config.learning_rate", f"a positive number{OR_AUTO}", rate, "/training/learning_rate")
     if training.slices != "auto" and (not training.slices or len(set(training.slices)) < len(training.slices)):
         yield ErrorDetail(
             code="config.slices",
-            message="Expected one or more of q, k, v, o, each once, or 'auto'.",
+            message=f"Expected one or more of q, k, v, o, each once{OR_AUTO}.",
             pointer="/training/slices",
         )
 

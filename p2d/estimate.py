@@ -39,7 +39,7 @@ from p2d.flops import (
     work_of,
 )
 from p2d.model_info import ModelInfo
-from p2d.pipeline import SHARD_ROWS
+from p2d.pipeline import SHARD_ROWS, shard_count
 from p2d.plans import RowCounts
 
 EFFICIENCY = 0.55
@@ -192,7 +192,7 @@ def _typical(counts: RowCounts) -> tuple[int, int]:
 
 def _respond(info: ModelInfo, config: JobConfig, train: RowCounts, guide: RowCounts) -> float:
     row, data = _typical(train), config.data
-    rows, shards = pool_count(data, train.rows), -(-train.rows // SHARD_ROWS)  # each shard passes over the guide
+    rows, shards = pool_count(data, train.rows), shard_count(train.rows, SHARD_ROWS)  # each passes over the guide
     if samples_first(config):
         # As if all were like the guide: a sample is scored, and all rows are trained on. Otherwise fewer are trained on and
         # perhaps all scored, for less or about as much in sum (docs/decisions/0034, 0037).

@@ -176,7 +176,7 @@ def plan_steps(config: JobConfig, rows: int, shard_rows: int) -> list[PlannedSte
         plan.append(PlannedStep(step="heads", after=("validate",)))
         last = ("heads",)
     if select:
-        shards = max(1, -(-rows // shard_rows))
+        shards = shard_count(rows, shard_rows)
         plan += [PlannedStep(step="respond", shard=i, shards=shards, after=("validate",)) for i in range(shards)]
         plan.append(PlannedStep(step="select", after=("heads", "respond") if find_heads else ("respond",)))
         last = ("select",)
@@ -186,6 +186,11 @@ def plan_steps(config: JobConfig, rows: int, shard_rows: int) -> list[PlannedSte
         last = ("evaluate",)
     plan.append(PlannedStep(step="package", after=last))
     return plan
+
+
+def shard_count(rows: int, shard_rows: int) -> int:
+    """How many `respond` shards there are of that many rows, at most `shard_rows` each; one of none."""
+    return max(1, -(-rows // shard_rows))
 
 
 def shard_range(rows: int, shard: int, shards: int) -> range:

@@ -21,6 +21,7 @@ from p2d.config import (
     JobConfig,
     TrainingConfig,
     pool_count,
+    samples_first,
     top_count,
 )
 from p2d.estimate import estimate_flops
@@ -97,7 +98,7 @@ class Stages:
         # In fast mode the ratio decides how many rows are looked at, and the seed which; groups of `icl` are drawn by it, too.
         looked_at = pool_count(config.data, len(every))
         # Left open, it lets a sample be scored first, which the seed draws as well.
-        sampled = arm.ratio == "auto"
+        sampled = samples_first(config)
         drawn = (looked_at, seed) if looked_at < len(every) or arm.rows == "icl" or sampled else None
         key = repr((arm.rows, arm.mode, drawn, sampled, config.training.slices))
         if key not in self._responses:

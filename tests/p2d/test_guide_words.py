@@ -27,6 +27,19 @@ def judged(rows: list[Row], guide: list[Row] = GUIDE) -> list[bool]:
     return [bool(unlike) for unlike in unlike_guide(rows, np.arange(len(rows)), guide)]
 
 
+def echoes(rows: list[Row]) -> list[Row]:
+    return [Row(row.prompt, row.prompt, row.line) for row in rows]
+
+
+def answers_of_others(rows: list[Row]) -> list[Row]:
+    return [Row(row.prompt, other.answer, row.line) for row, other in zip(rows, rows[7:], strict=False)]
+
+
+def chats(rows: list[Row]) -> list[Row]:
+    """The same questions, asked a turn earlier."""
+    return [Row("Well?", row.answer, row.line, (Turn("user", row.prompt), Turn("assistant", "Yes."))) for row in rows]
+
+
 def with_bad(bad: list[Row], seed: int) -> list[Row]:
     """The pool, every third row of it bad."""
     rows = list(POOL)
@@ -44,10 +57,10 @@ POEM = "the wind goes over the hill and whispers to the trees of a night without
 )
 def test_most_bad_rows_read_unlike_the_guide_and_hardly_any_good_one(kind: str, seed: int) -> None:
     bad = {
-        "another's answer": [Row(row.prompt, other.answer, row.line) for row, other in zip(POOL, POOL[7:], strict=False)],
-        "the prompt again": [Row(row.prompt, row.prompt, row.line) for row in POOL],
+        "another's answer": answers_of_others(POOL),
+        "the prompt again": echoes(POOL),
         "another task": [Row(" ".join(random.Random(n).sample(POEM.split(), 12)), POEM, n) for n in range(50)],
-    }[kind]  # fmt: skip
+    }[kind]
 
     unlike = np.array(judged(with_bad(bad, seed)))
 
@@ -62,15 +75,14 @@ def test_a_wrong_number_reads_like_a_right_one() -> None:
 
 
 def test_what_was_said_before_the_prompt_is_a_part_of_it() -> None:
-    chats = [Row("Well?", row.answer, row.line, (Turn("user", row.prompt), Turn("assistant", "Yes."))) for row in POOL]
-    guide = [Row("Well?", row.answer, row.line, (Turn("user", row.prompt), Turn("assistant", "Yes."))) for row in GUIDE]
+    rows, guide = chats(POOL), chats(GUIDE)
 
-    assert np.mean(judged(chats, guide)) <= 0.1
-    assert np.mean(judged([Row(row.prompt, row.answer, row.line) for row in chats], guide)) >= 0.9
+    assert np.mean(judged(rows, guide)) <= 0.1
+    assert np.mean(judged([Row(row.prompt, row.answer, row.line) for row in rows], guide)) >= 0.9
 
 
 def test_a_guide_too_small_to_say_how_far_is_far_says_nothing() -> None:
-    rows = with_bad([Row(row.prompt, row.prompt, row.line) for row in POOL], 0)
+    rows = with_bad(echoes(POOL), 0)
 
     assert not any(judged(rows, GUIDE[: FEWEST - 1]))
     assert any(judged(rows, GUIDE[:FEWEST]))
@@ -83,7 +95,7 @@ def test_by_a_number_that_the_guide_s_rows_share_no_row_is_unlike() -> None:
 
 
 def test_neither_the_order_of_the_rows_nor_their_place_matters() -> None:
-    rows = with_bad([Row(row.prompt, other.answer, row.line) for row, other in zip(POOL, POOL[7:], strict=False)], 0)
+    rows = with_bad(answers_of_others(POOL), 0)
     order = np.random.default_rng(0).permutation(len(rows))
 
     assert unlike_guide(rows, order, GUIDE).tolist() == np.array(judged(rows))[order].tolist()
@@ -113,11 +125,10 @@ def test_each_number_has_its_bounds(numbers: str, unlike: bool, monkeypatch: pyt
 
 
 def test_a_guide_whose_own_rows_read_unlike_each_other_sets_nothing_apart() -> None:
-    echoes = [Row(row.prompt, row.prompt, row.line) for row in GUIDE]
-    rows = with_bad([Row(row.prompt, row.prompt, row.line) for row in POOL], 0)
+    rows, bad = with_bad(echoes(POOL), 0), echoes(GUIDE)
 
-    assert any(judged(rows, [*GUIDE[:31], *echoes[31:]]))
-    assert not any(judged(rows, [*GUIDE[:24], *echoes[24:]]))
+    assert any(judged(rows, [*GUIDE[:31], *bad[31:]]))
+    assert not any(judged(rows, [*GUIDE[:24], *bad[24:]]))
 
 
 def test_only_the_beginning_of_a_long_text_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
