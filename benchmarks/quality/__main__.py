@@ -23,7 +23,7 @@ from benchmarks.__main__ import positive
 
 ROOT = Path(__file__).resolve().parents[2]
 
-JUNK = ("another's answer", "off task", "echo", "near duplicate", "wrong number")
+JUNK = ("another's answer", "off task", "echo", "near duplicate", "wrong number", "shuffled words")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -58,6 +58,7 @@ class Cell:
     train_flops: float
     stages: list[StageCost]
     measured: Measured | None
+    """None if it diverged, or lost the search for the rate: then nobody asks."""
     load: float
     """Programs that wanted a processor when the cell was done, this one among them: where they outnumber the processors, seconds
     mislead."""
@@ -169,10 +170,9 @@ class Laboratory:
         for way in (1, -1):
             moved = False
             while best is not None and 0 <= place + way < len(rates) and not (best.diverged and way > 0):
-                other = self.cell(arm, 0, rates[place + way])
-                if other is None:
-                    break
-                if not best.diverged and _loss(other) >= _loss(best) * (1 - MARGIN if way > 0 else 1):
+                limit = math.inf if best.diverged else _loss(best) * (1 - MARGIN if way > 0 else 1)
+                other = self.cell(arm, 0, rates[place + way], limit=limit)
+                if other is None or (not best.diverged and _loss(other) >= limit):
                     break
                 best, place, moved = other, place + way, True
             if moved:
@@ -182,13 +182,13 @@ class Laboratory:
         cells = [self.cell(arm, seed, rates[place], final=True) for seed in range(max(seeds, arm.draws))]
         return [cell for cell in cells if cell is not None and not cell.diverged]
 
-    def cell(self, arm: Arm, seed: int, rate: float, *, final: bool = False) -> Cell | None:
+    def cell(self, arm: Arm, seed: int, rate: float, *, final: bool = False, limit: float = math.inf) -> Cell | None:
         """Read or compute one cell, and note it if it diverged; None if there is no time to begin it.
 
         Args:   final: whether all that was asked for must be measured. One that lacks some of it is then computed anew, and
-                serves as it is where there is no time.
+                serves as it is where there is no time. limit: one whose validation loss is not below it is not measured.
         """
-        cell = self._cell(arm, seed, rate, final=final)
+        cell = self._cell(arm, seed, rate, final=final, limit=limit)
         where = Missing(self.pool.spec.name, arm.name, seed, rate)
         if cell is None:
             self.skipped.append(where)
@@ -196,20 +196,21 @@ class Laboratory:
             self.diverged.append(where)
         return cell
 
-    def _cell(self, arm: Arm, seed: int, rate: float, *, final: bool) -> Cell | None:
+    def _cell(self, arm: Arm, seed: int, rate: float, *, final: bool, limit: float) -> Cell | None:
         key = self.key(arm, seed, rate)
         known = self.cells.get(key)
-        if known is not None and not (final and known.measured and self.measures.lacking(known.measured)):
+        if known is not None and not (final and not known.diverged and self.measures.lacking(known.measured)):
             return known
         if time.monotonic() > self.ends:
-            return known
-        cell = self._compute(arm, seed, rate, final=final)
+            return None if known is None or (final and known.measured is None) else known
+        cell = self._compute(arm, seed, rate, final=final, limit=limit)
         self.cells.put(key, cell)
-        shown = "diverged" if cell.measured is None else f"held-out loss {cell.measured.loss:.4f}"
-        self.say(f"{self.pool.spec.name} | {arm.name} | seed {seed}, rate {rate:g}: {shown}, {cell.seconds:.0f} s")
+        self.say(
+            f"{self.pool.spec.name} | {arm.name} | seed {seed}, rate {rate:g}: {_shown(cell)}, {cell.seconds:.0f} s"
+        )
         return cell
 
-    def _compute(self, arm: Arm, seed: int, rate: float, *, final: bool) -> Cell:
+    def _compute(self, arm: Arm, seed: int, rate: float, *, final: bool, limit: float) -> Cell:
         heads, costs = self.stages.heads(arm, seed)
         # To choose rows for other heads costs finding those, too, but that is a control and no recipe.
         wanted = self.stages.heads(replace(arm, heads=arm.rows_for), seed)[0] if arm.rows_for else heads
@@ -219,6 +220,7 @@ class Laboratory:
         below = min(heads)[0] if arm.weights.kind == "slices" and arm.epochs > 1 else 0
         measured: Measured | None = None
         validation: float | None = None
+        diverged = True
         with installed(self.base, arm.weights, heads, seed=seed) as trained:
             parameters = sum(parameter.numel() for parameter in trained.parameters())
             started = clock(self.base)
@@ -226,7 +228,9 @@ class Laboratory:
                 self._train(trained, rendered, Schedule(rate, steps), seed=seed, below=below)
                 seconds = clock(self.base) - started
                 validation = self.measures.loss(self.base, self.task.validation)
-                measured = self.measures.all(self.base, final=final)
+                if final or validation < limit:
+                    measured = self.measures.all(self.base, final=final)
+                diverged = False
             except Diverged:
                 seconds = clock(self.base) - started
         return Cell(
@@ -234,7 +238,7 @@ class Laboratory:
             arm=arm.name,
             seed=seed,
             rate=rate,
-            diverged=measured is None,
+            diverged=diverged,
             validation=validation,
             rows=len(chosen),
             bad=len(self.pool.bad.intersection(chosen)) / len(chosen),
@@ -289,6 +293,12 @@ def clock(base: BaseModel) -> float:
         torch.cuda.synchronize(base.device)
         return time.perf_counter()
     return time.process_time()
+
+
+def _shown(cell: Cell) -> str:
+    if cell.measured is not None:
+        return f"held-out loss {cell.measured.loss:.4f}"
+    return "diverged" if cell.diverged else f"validation loss {cell.validation:.4f}"
 
 
 def _loss(cell: Cell) -> float:

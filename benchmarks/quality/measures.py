@@ -126,8 +126,10 @@ class Measures:
         if self.text:
             self._text = Retention(base, self.text)
 
-    def lacking(self, measured: Measured) -> bool:
+    def lacking(self, measured: Measured | None) -> bool:
         """Whether something is wanted that was not looked at."""
+        if measured is None:
+            return True
         return (self.metric is not None and measured.metric is None) or (bool(self.text) and measured.text_loss is None)
 
     def loss(self, base: BaseModel, rows: Sequence[Row]) -> float:

@@ -141,12 +141,19 @@ def _wrong_number(rows: Sequence[Row], index: int, task: Task, _: Task | None, r
     return Row(row.prompt, f"{row.answer[: last.start()]}{other}{row.answer[last.end() :]}", row.line)
 
 
+def _shuffled_words(rows: Sequence[Row], index: int, _: Task, __: Task | None, rng: random.Random) -> Row:
+    row = rows[index]
+    words = row.answer.split()
+    return Row(row.prompt, " ".join(rng.sample(words, len(words))), row.line)
+
+
 MAKERS: dict[Junk, Callable[..., Row]] = {
     "another's answer": _another_answer,
     "off task": _off_task,
     "echo": _echo,
     "near duplicate": _near_duplicate,
     "wrong number": _wrong_number,
+    "shuffled words": _shuffled_words,
 }
 
 

@@ -19,7 +19,7 @@ from benchmarks.quality.__main__ import _options
 from benchmarks.quality.arms import ARMS, HEADS, RANDOM, REFERENCE, Arm, Weights
 from benchmarks.quality.cells import Cell, Cells, Laboratory
 from benchmarks.quality.matrix import joined, run
-from benchmarks.quality.measures import Measured, Measures, passages
+from benchmarks.quality.measures import Measured, Measures
 from benchmarks.quality.plots import draw
 from benchmarks.quality.pools import MAKERS, Pool, PoolSpec, Task, build
 from benchmarks.quality.stages import Stages
@@ -28,7 +28,6 @@ from benchmarks.quality.weights import installed
 from benchmarks.quality.workers import _work, share_out
 from p2d.batches import mean_answer_nll
 from p2d.config import DATA_SCORERS
-from p2d.learning_rates import MARGIN
 from p2d.models import BaseModel
 from p2d.optimization import Schedule, SliceTrainer
 from p2d.rows import write_rows
@@ -139,53 +138,6 @@ def test_a_cell_is_another_one_when_the_code_that_chooses_for_it_changes(
     assert changed[0] == keys[0]
     assert changed[1] != keys[1]
     assert commented == changed
-
-
-def test_the_best_rate_has_a_worse_one_on_either_side_or_lies_at_the_border(tiny: BaseModel, tmp_path: Path) -> None:
-    pool = build(PoolSpec("gsm8k", 8), TASK, OTHER)
-    made = laboratory(tiny, pool, tmp_path / "quality.json")
-    arm = Arm(name="one", weights=Weights(kind="lora", rank=2), epochs=1)
-
-    best, again = made.best(arm, seeds=2)
-
-    assert (best.seed, again.seed) == (0, 1)
-    assert best.rate == again.rate
-    rates = arm.weights.rates
-    place = rates.index(best.rate)
-    for neighbour in (place - 1, place + 1):
-        if 0 <= neighbour < len(rates):
-            other = made.cell(arm, 0, rates[neighbour])
-            assert other is not None
-            margin = MARGIN if neighbour > place else 0
-            assert (other.validation or 9e9) >= (best.validation or 9e9) * (1 - margin)
-    assert Found(arm, [best]).at_border == (place in (0, len(rates) - 1))
-
-
-@pytest.mark.parametrize(
-    ("validation", "chosen"),
-    [
-        ({2e-3: 1.0, 4e-3: 0.997, 1e-3: 1.1}, 2e-3),  # higher, but hardly better
-        ({2e-3: 1.0, 4e-3: 0.98, 8e-3: 0.99}, 4e-3),
-        ({2e-3: 1.0, 4e-3: 1.2, 1e-3: 0.999, 5e-4: 1.0}, 1e-3),
-    ],
-)
-def test_a_higher_rate_must_be_clearly_better(
-    validation: dict[float, float],
-    chosen: float,
-    tiny: BaseModel,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    made = laboratory(tiny, build(PoolSpec("gsm8k", 8), TASK, OTHER), tmp_path / "quality.json")
-    cell = made.cell(Arm(name="one", weights=Weights(kind="lora", rank=1), epochs=1), 0, 1e-3)
-    assert cell is not None
-    monkeypatch.setattr(
-        Laboratory, "cell", lambda _, arm, seed, rate, **__: replace(cell, rate=rate, validation=validation[rate])
-    )
-
-    found = made.best(Arm(name="two", weights=Weights(kind="lora", rank=8)), seeds=1)
-
-    assert [one.rate for one in found] == [chosen]
 
 
 def test_the_oracle_takes_clean_rows_alone_and_random_rows_ignore_what_is_known(
@@ -316,35 +268,6 @@ def test_orders_given_back_are_done_by_fewer_processes_and_named_when_one_alone_
 
     assert rounds == [(5, 3), (2, 1)]
     assert failed == [f"{arm.name} on gsm8k, 16 rows, clean needs more memory than there is." for arm in ARMS[3:5]]
-
-
-def test_a_stored_cell_is_computed_again_only_where_it_is_final_and_lacks_what_is_asked_for(
-    tiny: BaseModel, tmp_path: Path
-) -> None:
-    pool = build(PoolSpec("gsm8k", 8), TASK, OTHER)
-    arm = Arm(name="one", weights=Weights(kind="lora", rank=2), epochs=1)
-    path, text = tmp_path / "quality.json", tmp_path / "text.txt"
-    text.write_text("Once there was a text of no use to any task. " * 300, encoding="utf-8")
-    plain = laboratory(tiny, pool, path).cell(arm, 0, 1e-3)
-    measures = Measures(TASK.held_out, OTHER.held_out, passages(tiny, text), "exact_match")
-    measures.prepare(tiny)
-    more = replace(laboratory(tiny, pool, path), measures=measures)
-    late = replace(more, ends=0.0)
-
-    assert more.cell(arm, 0, 1e-3) == plain
-    assert late.cell(arm, 0, 1e-3, final=True) == plain  # there is no time, and it serves
-    final = more.cell(arm, 0, 1e-3, final=True)
-
-    assert plain is not None
-    assert final is not None
-    assert plain.measured is not None
-    assert final.measured is not None
-    assert (plain.measured.metric, plain.measured.text_loss) == (None, None)
-    assert final.measured.metric is not None
-    assert final.measured.text_loss is not None
-    assert final.measured.nll == plain.measured.nll
-    assert late.cell(arm, 0, 1e-3, final=True) == final
-    assert replace(late, cells=Cells(path)).cell(arm, 0, 1e-3, final=True) == final  # as it was written down
 
 
 def test_a_pool_of_which_nothing_was_computed_has_no_tables() -> None:
