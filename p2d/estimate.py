@@ -79,10 +79,17 @@ class Speed:
 
 
 def estimate_seconds(
-    info: ModelInfo, config: JobConfig, speed: Speed, *, train: RowCounts, guide: RowCounts, evaluation: RowCounts
+    info: ModelInfo,
+    config: JobConfig,
+    speed: Speed,
+    *,
+    train: RowCounts,
+    guide: RowCounts,
+    evaluation: RowCounts,
+    shard_rows: int = SHARD_ROWS,
 ) -> dict[str, float]:
     """Seconds of every step of an `adapt` job, validation aside; a resolved config is needed."""
-    flops = estimate_flops(info, config, train=train, guide=guide)
+    flops = estimate_flops(info, config, train=train, guide=guide, shard_rows=shard_rows)
     flops["evaluate"] = evaluation_cost(info, config, train=train, evaluation=evaluation).total(config)
     if config.data.scorer == "icl":
         written = _written(info, config, train)
@@ -137,8 +144,13 @@ def evaluation_cost(info: ModelInfo, config: JobConfig, *, train: RowCounts, eva
     )
 
 
-def estimate_flops(info: ModelInfo, config: JobConfig, *, train: RowCounts, guide: RowCounts) -> dict[str, float]:
-    """Operations of the steps that multiply matrices and count in AER; rows are taken to be of mean length."""
+def estimate_flops(
+    info: ModelInfo, config: JobConfig, *, train: RowCounts, guide: RowCounts, shard_rows: int = SHARD_ROWS
+) -> dict[str, float]:
+    """Operations of the steps that multiply matrices and count in AER; rows are taken to be of mean length.
+
+    Args:   shard_rows: most rows of one `respond` shard, each of which passes over the guide.
+    """
     every, asked = _work(train), _work(guide)
     slices = config.training.slices
     assert slices != "auto", "resolve the config first"
@@ -155,7 +167,7 @@ def estimate_flops(info: ModelInfo, config: JobConfig, *, train: RowCounts, guid
     proxies = slice_training(info, proxy, heads=heads, projections=slices) + looks
     return {
         "heads": 0.0 if config.heads.scorer in WITHOUT_PROXY else proxies,
-        "respond": _respond(info, config, train, guide),
+        "respond": _respond(info, config, train, guide, shard_count(train.rows, shard_rows)),
         "train": _train(info, config, every.times(share), rows=share * train.rows),
     }
 
@@ -190,9 +202,9 @@ def _typical(counts: RowCounts) -> tuple[int, int]:
     return round(counts.tokens / max(1, counts.rows)), round(counts.answer_tokens / max(1, counts.rows))
 
 
-def _respond(info: ModelInfo, config: JobConfig, train: RowCounts, guide: RowCounts) -> float:
+def _respond(info: ModelInfo, config: JobConfig, train: RowCounts, guide: RowCounts, shards: int) -> float:
     row, data = _typical(train), config.data
-    rows, shards = pool_count(data, train.rows), shard_count(train.rows, SHARD_ROWS)  # each passes over the guide
+    rows = pool_count(data, train.rows)
     if samples_first(config):
         # As if all were like the guide: a sample is scored, and all rows are trained on. Otherwise fewer are trained on and
         # perhaps all scored, for less or about as much in sum (docs/decisions/0034, 0037).

@@ -149,7 +149,8 @@ def forecast(
     flop_per_s = speed.flop_per_s if speed else FLOP_PER_S
     planned = plan_steps(config, dataset.rows, known.shard_rows)
     shards = {step: sum(p.step == step for p in planned) for step in dict.fromkeys(p.step for p in planned)}
-    seconds = _seconds(model, config, list(shards), counts, flop_per_s)
+    foreseen = estimate_seconds(model, config, Speed(flop_per_s), **counts, shard_rows=known.shard_rows)
+    seconds = {step: GUESSED_S["validate"] if step == "validate" else foreseen[step] for step in shards}
     errors = past_errors(conn) if counted and speed else dict.fromkeys(seconds, WIDE)
     steps = tuple(
         StepForecast(step=step, shards=shards[step], seconds=stretched({step: s}, errors))
@@ -200,17 +201,6 @@ def forecast(
         aer_lora=counting / lora.seconds if lora else None,
         basis=_basis(counted, speed, model, errors) | _machine_basis(known.outlook, sizing),
     )
-
-
-def _seconds(
-    model: ModelInfo,
-    config: JobConfig,
-    planned: list[str],
-    counts: Mapping[str, RowCounts],
-    flop_per_s: float,
-) -> dict[str, float]:
-    foreseen = {"validate": GUESSED_S["validate"]} | estimate_seconds(model, config, Speed(flop_per_s), **counts)
-    return {step: foreseen[step] for step in planned}
 
 
 def _counts(rows: int, dataset: Content, counted: RowCounts | None) -> RowCounts:

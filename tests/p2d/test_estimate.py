@@ -76,10 +76,12 @@ def test_where_the_guide_decides_a_sample_is_foreseen_and_all_rows_trained_but_f
 
 
 def test_every_shard_is_foreseen_to_pass_over_the_guide() -> None:
-    def respond(count: int, guide: int) -> float:
+    def respond(count: int, guide: int, **of: int) -> float:
         config = resolve(JobConfig(data=DataConfig(ratio=0.5)), rows=count, context_length=8192, head_dim=64).config
-        return estimate_flops(SMOLLM2, config, train=rows(count), guide=rows(guide))["respond"]
+        return estimate_flops(SMOLLM2, config, train=rows(count), guide=rows(guide), **of)["respond"]
 
+    guide_of_one = respond(2000, 64) - respond(2000, 32)
+    assert respond(2000, 64, shard_rows=500) - respond(2000, 64) == pytest.approx(3 * 2 * guide_of_one)
     assert respond(4000, 64) == pytest.approx(2 * respond(2000, 64))
     assert respond(4000, 64) - respond(4000, 32) == pytest.approx(2 * (respond(2000, 64) - respond(2000, 32)))
 
