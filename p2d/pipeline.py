@@ -229,6 +229,8 @@ class StepCall:
     checkpoint: Path | None = None
     """A folder with an earlier checkpoint of this very step: `train` goes on from it."""
     device: str = "auto"
+    shard_rows: int = SHARD_ROWS
+    """Most rows of one `respond` shard: `validate` foresees as many passes over the guide as there are shards."""
 
 
 @dataclass(slots=True)

@@ -140,7 +140,9 @@ def validate(call: StepCall, progress: Progress, models: ModelCache, on_checkpoi
         content_hash=content_hash(split.train),
         device=str(device),
         dtype=dtype,
-        estimate_s=estimate_seconds(info, config, speed, train=train, guide=guide, evaluation=evaluation),
+        estimate_s=estimate_seconds(
+            info, config, speed, train=train, guide=guide, evaluation=evaluation, shard_rows=call.shard_rows
+        ),
         guide_apart=apart.is_file(),
     )
     write_row_file(call.out / "rows.jsonl", split.train)

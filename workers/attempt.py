@@ -221,6 +221,7 @@ class Attempt:
                 out=str(self._folder.out),
                 checkpoint=str(self._folder.checkpoint) if self._lease.checkpoint else None,
                 device=settings.device,
+                shard_rows=settings.shard_rows,
             )
         )
         heard_at = time.monotonic()

@@ -165,6 +165,7 @@ def _call(message: RunStep) -> StepCall:
         out=Path(message.out),
         checkpoint=Path(message.checkpoint) if message.checkpoint else None,
         device=message.device,
+        shard_rows=message.shard_rows,
     )
 
 

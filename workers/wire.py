@@ -21,6 +21,7 @@ class RunStep:
     out: str
     checkpoint: str | None
     device: str
+    shard_rows: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

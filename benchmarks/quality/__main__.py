@@ -11,6 +11,7 @@ Without --task: the GSM8K sample of examples/. Writes quality.json, which is als
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import shlex
 import sys
@@ -76,7 +77,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--generate", action="store_true", help="answers are written, too, and judged by exact match or ROUGE-L; dear"
     )
     parser.add_argument("--text", type=Path, help="plain text of any kind, of which it is told what was forgotten")
-    parser.add_argument("--minutes", type=float, default=120.0, help="no cell is begun later")
+    parser.add_argument("--minutes", type=_minutes, default=120.0, help="no cell is begun later")
     parser.add_argument("--threads", type=positive, default=os.cpu_count() or 1)
     parser.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16"))
     parser.add_argument("--device", default="auto")
@@ -114,6 +115,13 @@ def _share(text: str) -> float:
         if 0 <= (share := float(text)) <= 1:
             return share
     raise argparse.ArgumentTypeError(f"{text!r} is no number between 0 and 1")
+
+
+def _minutes(text: str) -> float:
+    with suppress(ValueError):
+        if 0 <= (minutes := float(text)) < math.inf:
+            return minutes
+    raise argparse.ArgumentTypeError(f"{text!r} is no number of minutes from 0 on")
 
 
 def _junk(text: str) -> tuple[str, ...]:

@@ -80,9 +80,15 @@ class Cells:
     """The cells that are there, in one JSON file, a line each, written after each."""
 
     def __init__(self, path: Path) -> None:
+        """Read what is there. Raises ValueError if that are no cells."""
         self._path = path
-        stored: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        self._cells = {key: _cell(value) for key, value in stored.get("cells", {}).items()}
+        try:
+            stored: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+            self._cells = {key: _cell(value) for key, value in stored.get("cells", {}).items()}
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(
+                f"{path} does not hold cells of an earlier run: {error!r}. Move it away, or name another folder by --out."
+            ) from error
         self.facts: dict[str, Any] = stored.get("facts", {})
         """What a reader needs to know about the run: model, machine, commands."""
 
@@ -232,7 +238,7 @@ class Laboratory:
                     measured = self.measures.all(self.base, final=final)
                 diverged = False
             except Diverged:
-                seconds = clock(self.base) - started
+                seconds, validation = clock(self.base) - started, None  # nothing that a search could prefer
         return Cell(
             pool=self.pool.spec.name,
             arm=arm.name,

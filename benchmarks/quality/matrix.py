@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import tempfile
 import time
 from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, field, replace
@@ -37,10 +38,8 @@ def run(options: argparse.Namespace, say: Say) -> str:
 
     ends = time.monotonic() + 60 * options.minutes
     cells = Cells(options.out / "quality.json")
+    _writable(options.out)
     matrix = Matrix(options, cells, say, ends)
-    if not (matrix.arms and matrix.specs):
-        raise ValueError(f"no arm or no pool has {options.arm!r} or {options.pool!r} in its name")
-    options.out.mkdir(parents=True, exist_ok=True)
     cells.facts = joined(cells.facts, matrix.facts)
     notes = []
     if options.workers > 1:
@@ -63,6 +62,16 @@ def run(options: argparse.Namespace, say: Say) -> str:
         (options.out / "quality.md").write_text(text, encoding="utf-8")
         draw(pools, options.out / "quality.svg")
     return text
+
+
+def _writable(folder: Path) -> None:
+    """Raises ValueError before anything is computed that could not be written down."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"--out {folder} cannot be written to: {error.strerror}") from error
 
 
 def _best(laboratory: Laboratory, arm: Arm, seeds: int, notes: list[str]) -> list[Cell]:
@@ -126,7 +135,16 @@ class Matrix:
         )
         wanted = [arm for arm in ARMS if options.arm in arm.name and ("core" in arm.groups or not options.core)]
         self.arms = distinct([replace(arm, epochs=arm.epochs or options.epochs) for arm in wanted])
-        self.specs = [spec for spec in _specs(options, self._tasks) if options.pool in spec.name]
+        specs = _specs(options, self._tasks)
+        self.specs = [spec for spec in specs if options.pool in spec.name]
+        if not self.arms:
+            raise ValueError(f"no arm has {options.arm!r} in its name: benchmarks/quality/arms.py lists them")
+        if not self.specs:
+            raise ValueError(
+                f"no pool has {options.pool!r} in its name; there are {', '.join(spec.name for spec in specs)}"
+            )
+        for spec in self.specs:  # what cannot be built is refused before anything is computed
+            build(spec, self._tasks[spec.task], self._other(spec))
 
     @property
     def facts(self) -> dict[str, str]:
@@ -142,7 +160,8 @@ class Matrix:
     def doubts(self) -> list[str]:
         """What is wrong with tasks and pools as they are."""
         leaks = [
-            f"{task.leaked} training rows of {name} were left out: their prompts stand among its validation or held-out rows, too."
+            f"{task.leaked} training rows of {name} were left out: their prompts stand among the rows, too, that its "
+            "validation and held-out ones are taken from."
             for name, task in self._tasks.items()
             if task.leaked
         ]
@@ -162,8 +181,7 @@ class Matrix:
     def laboratory(self, spec: PoolSpec) -> Laboratory:
         """Where the cells of a pool are computed; made when first asked for."""
         if spec.name not in self._laboratories:
-            base, task = self.base, self._tasks[spec.task]
-            other = next((t for name, t in self._tasks.items() if name != spec.task), None)
+            base, task, other = self.base, self._tasks[spec.task], self._other(spec)
             pool = build(spec, task, other)
             measures = Measures(
                 task.held_out,
@@ -186,6 +204,10 @@ class Matrix:
         laboratory = self._laboratories[spec.name]
         laboratory.ends = self.ends
         return laboratory
+
+    def _other(self, spec: PoolSpec) -> Task | None:
+        """Where off-task rows and what may be forgotten come from."""
+        return next((task for name, task in self._tasks.items() if name != spec.task), None)
 
     def orders(self) -> list[tuple[PoolSpec, Arm]]:
         """Every arm on every pool, arm by arm, the core of the table first, and of it what takes longest: all rows."""
@@ -230,7 +252,13 @@ def _diverged(cells: Sequence[Missing], shown: Set[str]) -> list[str]:
 
 
 def _missing(skipped: list[Missing]) -> list[str]:
-    return [f"No time was left for {len(skipped)} cells; the first: {skipped[0]}."] if skipped else []
+    if not skipped:
+        return []
+    arms = len({(one.pool, one.arm) for one in skipped})
+    return [
+        f"No time was left for {len(skipped)} cells of {arms} arms, nor for what their searches would have asked for next; "
+        f"the first: {skipped[0]}."
+    ]
 
 
 def read_tasks(
@@ -242,8 +270,14 @@ def read_tasks(
         name, equals, folder = one.partition("=")
         if not equals or name not in READERS:
             raise ValueError(f"--task {one}: expected NAME=DIR with one of {', '.join(READERS)}")
+        if name in tasks:
+            raise ValueError(f"--task {one}: {name} is given twice")
         read = READERS[name](Path(folder), validation=validation, held_out=held_out)
         short = tuple(row for row in read.train if _length(base, row) <= max_tokens)
+        if not short:
+            raise ValueError(
+                f"{name} has no training row of at most {max_tokens} tokens: allow longer ones by --max-tokens"
+            )
         tasks[name] = replace(read, train=short)
     return tasks
 

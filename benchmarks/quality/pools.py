@@ -31,7 +31,7 @@ class Task:
     metric: str = "exact_match"
     """What a written answer is worth (`p2d.metrics`)."""
     leaked: int = 0
-    """Training rows that were left out because their prompt stands among validation or held-out rows, too."""
+    """Training rows that were left out because their prompt stands among the rows, too, that the two others are taken from."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +113,7 @@ def _another_answer(rows: Sequence[Row], index: int, task: Task, _: Task | None,
 
 def _off_task(rows: Sequence[Row], index: int, _: Task, other: Task | None, rng: random.Random) -> Row:
     if other is None:
-        raise ValueError("off-task rows come from another task, and none was given")
+        raise ValueError("off-task rows come from another task: give a second --task")
     row = rng.choice(other.train)
     return Row(row.prompt, row.answer, rows[index].line)
 
@@ -144,7 +144,8 @@ def _wrong_number(rows: Sequence[Row], index: int, task: Task, _: Task | None, r
 def _shuffled_words(rows: Sequence[Row], index: int, _: Task, __: Task | None, rng: random.Random) -> Row:
     row = rows[index]
     words = row.answer.split()
-    return Row(row.prompt, " ".join(rng.sample(words, len(words))), row.line)
+    order = iter(rng.sample(words, len(words)))
+    return Row(row.prompt, re.sub(r"\S+", lambda _: next(order), row.answer), row.line)
 
 
 MAKERS: dict[Junk, Callable[..., Row]] = {

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from benchmarks.quality.__main__ import _options
-from benchmarks.quality.arms import ARMS, HEADS, RANDOM, REFERENCE, Arm, Weights
+from benchmarks.quality.arms import ARMS, HEADS, RANDOM, REFERENCE, REFERENCE_ONCE, Arm, Weights
 from benchmarks.quality.cells import Cell, Cells, Laboratory
 from benchmarks.quality.matrix import joined, run
 from benchmarks.quality.measures import Measured, Measures
@@ -191,13 +191,10 @@ def test_a_run_writes_a_page_with_every_arm_and_a_second_run_computes_nothing(
     assert not (tmp_path / "results/quality.svg").exists()  # nothing to compare with
 
 
-def test_a_run_without_time_writes_its_page_and_one_without_arms_says_so(tmp_path: Path) -> None:
+def test_a_run_without_time_writes_its_page(tmp_path: Path) -> None:
     assert "No time was left" in run(
         options_of(tmp_path, arm="all rows, 1 epoch", share=0.0, minutes=0.0), lambda line: None
     )
-
-    with pytest.raises(ValueError, match="no arm or no pool has 'nothing like it'"):
-        run(options_of(tmp_path, arm="nothing like it", share=0.0), lambda line: None)
 
 
 def test_processes_that_share_the_work_compute_what_one_does(tmp_path: Path) -> None:
@@ -399,6 +396,7 @@ def test_the_tables_compare_at_equal_cost_and_at_equal_parameters(tmp_path: Path
     text = page({"pool": arms}, base={"pool": Before(1.4, 2.1)}, facts={}, notes=[])
     draw({"pool": arms}, tmp_path / "quality.svg")
 
+    assert f"### Each arm against {REFERENCE}\n" in text
     assert "| 0.10 |  |  |  |  |  |" in text
     assert "| 0.20 | a tenth, chosen | 0.9900 |  |  |  |" in text
     assert "| 0.35 | a third, chosen | 0.8500 |  |  |  |" in text
@@ -408,3 +406,13 @@ def test_the_tables_compare_at_equal_cost_and_at_equal_parameters(tmp_path: Path
     assert "| 0.30 M | small | 0.9400 |  |" in text
     assert "How many rows" not in text  # two sizes are no curve
     assert "<svg" in (tmp_path / "quality.svg").read_text()
+
+
+def test_where_the_reference_was_not_computed_one_epoch_of_it_is_compared_with() -> None:
+    arms = [found(REFERENCE_ONCE, 2_000_000, 50.0, 0.95), found("chosen", 2_000_000, 20.0, 0.90, rows="alignment")]
+
+    text, alone = (page({"pool": some}, base={"pool": Before(1.4)}, facts={}, notes=[]) for some in (arms, arms[1:]))
+
+    assert f"### Each arm against {REFERENCE_ONCE}\n" in text
+    assert "0.9000 | -0.0500 (-0.0500 to -0.0500) | " in text
+    assert "### Each arm\n" in alone

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -124,6 +125,65 @@ def test_a_model_that_is_not_there_is_told_in_one_line(tmp_path: Path, capsys: p
     assert capsys.readouterr().err == "quality: There is no model 'nothing'.\n"
 
 
+@pytest.mark.parametrize(
+    ("stored", "why"),
+    [("{", "Expecting property name"), ("[]", "no attribute 'get'"), ('{"cells": {"key": {}}}', "'stages'")],
+)
+def test_a_file_that_holds_no_cells_is_refused_by_name_and_left_alone(
+    stored: str, why: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "quality.json").write_text(stored)
+
+    assert main([f"--model={tmp_path / 'nothing'}", f"--out={tmp_path}"]) == 2
+
+    said = capsys.readouterr().err
+    assert said.startswith(f"quality: {tmp_path / 'quality.json'} does not hold cells of an earlier run: ")
+    assert why in said
+    assert said.endswith("Move it away, or name another folder by --out.\n")
+    assert (tmp_path / "quality.json").read_text() == stored
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused_before_a_model_is_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+
+    assert main([f"--model={tmp_path / 'nothing'}", f"--out={tmp_path / 'file'}"]) == 2
+
+    assert capsys.readouterr().err == f"quality: --out {tmp_path / 'file'} cannot be written to: File exists\n"
+
+
+@pytest.mark.parametrize(
+    ("more", "text"),
+    [
+        ({"arm": "nobody"}, "no arm has 'nobody' in its name"),
+        ({"pool": "clear"}, "no pool has 'clear' in its name; there are gsm8k, 16 rows, "),
+        ({"max_tokens": 2}, "gsm8k has no training row of at most 2 tokens"),
+        ({"junk": [("off task",)]}, "off-task rows come from another task: give a second --task"),
+    ],
+)
+def test_what_cannot_be_computed_is_refused_before_anything_is(more: dict[str, Any], text: str, tmp_path: Path) -> None:
+    said: list[str] = []
+
+    with pytest.raises(ValueError, match=text):
+        run(options_of(tmp_path, **more), said.append)
+
+    assert said == []
+
+
+def test_a_task_that_is_given_twice_and_minutes_without_end_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = options_of(tmp_path)
+    with pytest.raises(ValueError, match="gsm8k is given twice"):
+        run(Namespace(**{**vars(options), "task": options.task * 2}), lambda line: None)
+
+    for minutes in ("nan", "inf", "-1"):
+        with pytest.raises(SystemExit):
+            _options(["--model=m", f"--minutes={minutes}"])
+        assert f"{minutes!r} is no number of minutes from 0 on" in capsys.readouterr().err
+
+
 def test_a_kind_of_bad_rows_that_a_task_cannot_have_names_the_task() -> None:
     wordy = tuple(Row(f"Say {row.prompt}.", "no number", row.line) for row in some_rows(8))
 
@@ -160,8 +220,14 @@ def test_an_arm_that_was_tried_at_one_rate_alone_stands_beside_the_tables() -> N
         replace(tried, diverged=True, measured=None),
     ]
 
-    text = page({"pool": [shown]}, base={"pool": Before(4.0)}, facts={}, notes=[], stored={"pool": stored})
+    renamed = replace(shown, arm=replace(shown.arm, name="the same"))
 
+    text, other = (
+        page({"pool": [one]}, base={"pool": Before(4.0)}, facts={}, notes=[], stored={"pool": stored})
+        for one in (shown, renamed)
+    )
+
+    assert "| shown |" not in other
     assert "| tried | 4 | 0% | 0.008 | 0, 1 | 1.5000 | 3 |" in text
     assert text.count("| shown |") == text.count("| tried |") == 1
 

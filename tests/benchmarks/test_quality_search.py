@@ -9,9 +9,10 @@ import pytest
 
 from benchmarks.quality.arms import Arm, Weights
 from benchmarks.quality.cells import Cells, Laboratory
-from benchmarks.quality.measures import Measures, passages
+from benchmarks.quality.measures import Measured, Measures, passages
 from benchmarks.quality.pools import PoolSpec, build
 from benchmarks.quality.tables import Found
+from p2d.errors import Diverged
 from p2d.learning_rates import MARGIN
 from p2d.models import BaseModel
 from tests.benchmarks.test_quality import OTHER, TASK, laboratory
@@ -92,6 +93,32 @@ def test_a_stored_cell_is_computed_again_only_where_it_is_final_and_lacks_what_i
     assert final.measured.nll == plain.measured.nll
     assert late.cell(arm, 0, 1e-3, final=True) == final
     assert replace(late, cells=Cells(path)).cell(arm, 0, 1e-3, final=True) == final  # as it was written down
+
+
+def test_a_rate_at_which_only_the_held_out_loss_is_none_does_not_win_the_search(
+    tiny: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = laboratory(tiny, build(PoolSpec("gsm8k", 8), TASK, OTHER), tmp_path / "quality.json")
+    arm = Arm(name="one", weights=Weights(kind="lora", rank=8), epochs=1)
+    losses = iter([3.0, 2.0, 4.0])  # the second would be the best
+    monkeypatch.setattr(Measures, "loss", lambda *_: next(losses, 3.0))
+    measure = Measures.all
+
+    def broken(measures: Measures, base: BaseModel, *, final: bool = True) -> Measured:
+        if len(made.cells.of("gsm8k, 8 rows, clean")) == 1:
+            raise Diverged("not finite", step=1, rows=[])
+        return measure(measures, base, final=final)
+
+    monkeypatch.setattr(Measures, "all", broken)
+
+    (best,) = made.best(arm, seeds=1)
+
+    assert best.rate == arm.weights.first_rate
+    assert [(one.rate, one.diverged) for one in made.cells.of("gsm8k, 8 rows, clean")][:2] == [
+        (2e-3, False),
+        (4e-3, True),
+    ]
+    assert [one.rate for one in made.diverged] == [4e-3]
 
 
 def test_a_rate_that_lost_the_search_is_measured_only_when_it_is_wanted_after_all(

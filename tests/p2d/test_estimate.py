@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from p2d import estimate
 from p2d.config import DATA_SCORERS, WITHOUT_RESPONSES, DataConfig, HeadsConfig, JobConfig
 from p2d.estimate import Speed, estimate_flops, estimate_seconds
 from p2d.model_info import ModelInfo
+from p2d.pipeline import ModelCache, StepCall, run_step
 from p2d.plans import RowCounts
 from p2d.resolution import resolve
+from p2d.rows import write_rows
+from tests.factories import some_rows
 
 SMOLLM2 = ModelInfo(
     name="m", digest="d", model_type="llama", n_layers=30, n_heads=9, n_kv_groups=3, head_dim=64, hidden_size=576,
@@ -95,3 +100,29 @@ def test_a_fast_job_foresees_less_scoring() -> None:
         faithful, fast = (found(scorer=scorer, ratio=0.1, mode=mode) for mode in ("faithful", "fast"))
         assert fast["respond"] < 0.35 * faithful["respond"], scorer
     assert found(scorer="icl", ratio=0.1, metric="rouge_l")["respond"] > found(scorer="icl", ratio=0.1)["respond"]
+
+
+def test_a_job_is_planned_for_as_many_shards_as_it_has(
+    tiny_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard: list[int] = []
+
+    def foresee(*given: Any, shard_rows: int, **more: Any) -> dict[str, float]:
+        heard.append(shard_rows)
+        return estimate_seconds(*given, shard_rows=shard_rows, **more)
+
+    monkeypatch.setattr(estimate, "estimate_seconds", foresee)
+    write_rows(tmp_path / "dataset.jsonl", some_rows(40))
+    call = StepCall(
+        step="validate",
+        config=JobConfig(heads=HeadsConfig(proxy_rows=8)),
+        model_dir=tiny_dir,
+        inputs=tmp_path,
+        out=tmp_path / "out",
+        device="cpu",
+        shard_rows=7,
+    )
+
+    run_step(call, models=ModelCache())
+
+    assert heard == [7]

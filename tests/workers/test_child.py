@@ -30,7 +30,16 @@ def test_memory_that_a_step_has_freed_goes_back_to_the_system() -> None:
 
 def test_a_child_without_work_forgets_its_model_and_still_takes_the_next_step(monkeypatch: pytest.MonkeyPatch) -> None:
     step = RunStep(
-        step="heads", shard=0, shards=1, config={}, model_dir="", inputs="", out="", checkpoint=None, device="cpu"
+        step="heads",
+        shard=0,
+        shards=1,
+        config={},
+        model_dir="",
+        inputs="",
+        out="",
+        checkpoint=None,
+        device="cpu",
+        shard_rows=1,
     )
     waiting = Child(lambda *_, **__: None, io.BytesIO(), io.BytesIO())
     monkeypatch.setattr(child, "WARM_S", 0.0)

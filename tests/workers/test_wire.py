@@ -32,6 +32,7 @@ RUN = RunStep(
     out="/out",
     checkpoint=None,
     device="cpu",
+    shard_rows=2000,
 )
 
 
