@@ -176,7 +176,7 @@ class Laboratory:
         for way in (1, -1):
             moved = False
             while best is not None and 0 <= place + way < len(rates) and not (best.diverged and way > 0):
-                limit = math.inf if best.diverged else _loss(best) * (1 - MARGIN if way > 0 else 1)
+                limit = _loss(best) * (1 - MARGIN if way > 0 else 1)
                 other = self.cell(arm, 0, rates[place + way], limit=limit)
                 if other is None or (not best.diverged and _loss(other) >= limit):
                     break
@@ -208,7 +208,7 @@ class Laboratory:
         if known is not None and not (final and not known.diverged and self.measures.lacking(known.measured)):
             return known
         if time.monotonic() > self.ends:
-            return None if known is None or (final and known.measured is None) else known
+            return known if known is not None and known.measured else None
         cell = self._compute(arm, seed, rate, final=final, limit=limit)
         self.cells.put(key, cell)
         self.say(
@@ -226,7 +226,6 @@ class Laboratory:
         below = min(heads)[0] if arm.weights.kind == "slices" and arm.epochs > 1 else 0
         measured: Measured | None = None
         validation: float | None = None
-        diverged = True
         with installed(self.base, arm.weights, heads, seed=seed) as trained:
             parameters = sum(parameter.numel() for parameter in trained.parameters())
             started = clock(self.base)
@@ -236,7 +235,6 @@ class Laboratory:
                 validation = self.measures.loss(self.base, self.task.validation)
                 if final or validation < limit:
                     measured = self.measures.all(self.base, final=final)
-                diverged = False
             except Diverged:
                 seconds, validation = clock(self.base) - started, None  # nothing that a search could prefer
         return Cell(
@@ -244,7 +242,7 @@ class Laboratory:
             arm=arm.name,
             seed=seed,
             rate=rate,
-            diverged=diverged,
+            diverged=validation is None,
             validation=validation,
             rows=len(chosen),
             bad=len(self.pool.bad.intersection(chosen)) / len(chosen),

@@ -16,7 +16,7 @@ from benchmarks.quality.arms import ARMS, Arm
 from benchmarks.quality.cells import Cell, Cells, Laboratory, Missing, clock
 from benchmarks.quality.measures import Measures, passages
 from benchmarks.quality.plots import draw
-from benchmarks.quality.pools import READERS, PoolSpec, Task, build
+from benchmarks.quality.pools import READERS, Pool, PoolSpec, Task, build
 from benchmarks.quality.stages import Stages
 from benchmarks.quality.tables import Before, Found, page
 from benchmarks.workbench import machine
@@ -119,6 +119,7 @@ class Matrix:
     specs: list[PoolSpec] = field(init=False)
     _text: Sequence[RenderedRow] = field(init=False)
     _tasks: dict[str, Task] = field(init=False)
+    _pools: dict[str, Pool] = field(init=False)
     _laboratories: dict[str, Laboratory] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -143,8 +144,8 @@ class Matrix:
             raise ValueError(
                 f"no pool has {options.pool!r} in its name; there are {', '.join(spec.name for spec in specs)}"
             )
-        for spec in self.specs:  # what cannot be built is refused before anything is computed
-            build(spec, self._tasks[spec.task], self._other(spec))
+        # All at once: what cannot be built is refused before anything is computed.
+        self._pools = {spec.name: build(spec, self._tasks[spec.task], self._other(spec)) for spec in self.specs}
 
     @property
     def facts(self) -> dict[str, str]:
@@ -182,7 +183,7 @@ class Matrix:
         """Where the cells of a pool are computed; made when first asked for."""
         if spec.name not in self._laboratories:
             base, task, other = self.base, self._tasks[spec.task], self._other(spec)
-            pool = build(spec, task, other)
+            pool = self._pools[spec.name]
             measures = Measures(
                 task.held_out,
                 () if other is None else other.held_out[:OTHER_ROWS],

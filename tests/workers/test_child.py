@@ -9,9 +9,9 @@ from typing import Any
 import psutil
 import pytest
 
+from tests.workers.test_wire import RUN
 from workers import child
 from workers.child import Child
-from workers.wire import RunStep
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only glibc's allocator is told to give back")
@@ -29,18 +29,6 @@ def test_memory_that_a_step_has_freed_goes_back_to_the_system() -> None:
 
 
 def test_a_child_without_work_forgets_its_model_and_still_takes_the_next_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    step = RunStep(
-        step="heads",
-        shard=0,
-        shards=1,
-        config={},
-        model_dir="",
-        inputs="",
-        out="",
-        checkpoint=None,
-        device="cpu",
-        shard_rows=1,
-    )
     waiting = Child(lambda *_, **__: None, io.BytesIO(), io.BytesIO())
     monkeypatch.setattr(child, "WARM_S", 0.0)
 
@@ -49,10 +37,10 @@ def test_a_child_without_work_forgets_its_model_and_still_takes_the_next_step(mo
 
         def drop(self) -> None:
             self.dropped += 1
-            waiting._steps.put(step)
+            waiting._steps.put(RUN)
 
     models: Any = Models()
     waiting._models = models
 
-    assert waiting._next() is step
+    assert waiting._next() is RUN
     assert models.dropped == 1
