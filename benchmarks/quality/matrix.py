@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import fcntl
 import os
 import tempfile
 import time
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence, Set
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -25,6 +27,7 @@ from p2d.errors import P2DError
 from p2d.models import BaseModel, load_base_model
 from p2d.rendering import RenderedRow
 from p2d.rows import Row
+from p2d.wording import counted
 
 OTHER_ROWS = 12
 """Rows of the other task that tell what was forgotten."""
@@ -33,12 +36,19 @@ Say = Callable[[str], None]
 
 
 def run(options: argparse.Namespace, say: Say) -> str:
-    """Compute the cells that are missing, write quality.md, return it. Raises ValueError for tasks or names that do not serve."""
+    """Compute the cells that are missing, write quality.md, return it.
+
+    Raises: ValueError for tasks or names that do not serve, or a folder that cannot be written to or that another run writes to.
+    """
+    ends = time.monotonic() + 60 * options.minutes
+    with _taken(options.out):
+        return _run(options, say, ends)
+
+
+def _run(options: argparse.Namespace, say: Say, ends: float) -> str:
     from benchmarks.quality.workers import share_out  # which begins processes that import this module
 
-    ends = time.monotonic() + 60 * options.minutes
     cells = Cells(options.out / "quality.json")
-    _writable(options.out)
     matrix = Matrix(options, cells, say, ends)
     cells.facts = joined(cells.facts, matrix.facts)
     notes = []
@@ -64,14 +74,30 @@ def run(options: argparse.Namespace, say: Say) -> str:
     return text
 
 
-def _writable(folder: Path) -> None:
-    """Raises ValueError before anything is computed that could not be written down."""
+@contextmanager
+def _taken(folder: Path) -> Iterator[None]:
+    """Within the block no other run writes into the folder; it is free again when this process ends, however that is.
+
+    Raises ValueError before anything is computed that could not be written down, or that another run would write over.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
+        descriptor = os.open(folder, os.O_RDONLY)
     except OSError as error:
         raise ValueError(f"--out {folder} cannot be written to: {error.strerror}") from error
+    try:
+        with suppress(OSError):  # a file system without locks: then two runs at once are the user's to avoid
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(
+                    f"another run writes into --out {folder}: wait for it, or name another folder"
+                ) from None
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _best(laboratory: Laboratory, arm: Arm, seeds: int, notes: list[str]) -> list[Cell]:
@@ -161,10 +187,16 @@ class Matrix:
     def doubts(self) -> list[str]:
         """What is wrong with tasks and pools as they are."""
         leaks = [
-            f"{task.leaked} training rows of {name} were left out: their prompts stand among the rows, too, that its "
-            "validation and held-out ones are taken from."
+            f"Left out of {name}: {counted(task.leaked, 'training row', 'training rows')}. What was kept apart for validation "
+            "and to be held out has the same prompt, or nearly the same words."
             for name, task in self._tasks.items()
             if task.leaked
+        ]
+        twice = [
+            f"Left out of {name}: {counted(task.repeated, 'row', 'rows')} kept apart for validation and to be held out, "
+            "in nearly the same words as another of these."
+            for name, task in self._tasks.items()
+            if task.repeated
         ]
         small = [
             f"{spec.name}: 10% of it is {top_count(DEFAULT_RATIO, spec.rows)} rows. Below about {MIN_ROWS} the number of rows "
@@ -172,7 +204,7 @@ class Matrix:
             for spec in self.specs
             if top_count(DEFAULT_RATIO, spec.rows) < MIN_ROWS
         ]
-        return leaks + small
+        return leaks + twice + small
 
     @property
     def skipped(self) -> list[Missing]:
@@ -257,7 +289,8 @@ def _missing(skipped: list[Missing]) -> list[str]:
         return []
     arms = len({(one.pool, one.arm) for one in skipped})
     return [
-        f"No time was left for {len(skipped)} cells of {arms} arms, nor for what their searches would have asked for next; "
+        f"No time was left for {counted(len(skipped), 'cell', 'cells')} of {counted(arms, 'arm', 'arms')}, "
+        "nor for what their searches would have asked for next; "
         f"the first: {skipped[0]}."
     ]
 

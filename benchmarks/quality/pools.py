@@ -11,7 +11,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from p2d.columns import mapped
+from p2d.near_duplicates import repetitions
 from p2d.rows import Row, read_rows
 
 Junk = str
@@ -31,7 +34,10 @@ class Task:
     metric: str = "exact_match"
     """What a written answer is worth (`p2d.metrics`)."""
     leaked: int = 0
-    """Training rows that were left out because their prompt stands among the rows, too, that the two others are taken from."""
+    """Training rows that were left out: their prompt stands among the rows, too, that the two others are taken from, or they nearly
+    repeat one of those."""
+    repeated: int = 0
+    """Of the rows that the two others are taken from, those left out because they nearly repeat another of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,13 +166,28 @@ MAKERS: dict[Junk, Callable[..., Row]] = {
 
 def _task(name: str, train: list[Row], test: list[Row], validation: int, held_out: int, metric: str) -> Task:
     random.Random(f"{name}:train").shuffle(train)  # noqa: S311 - not a secret
-    if len(test) < validation + held_out:
-        raise ValueError(f"{name} has {len(test)} test rows; {validation + held_out} are wanted")
+    every = [*test, *train]
+    repeats = repetitions(every, np.arange(len(every)))  # the first of rows that are alike stands for them
     seen = {(row.before, row.prompt) for row in test}  # with another answer it leaks as well
-    unseen = tuple(row for row in train if (row.before, row.prompt) not in seen)
-    leaked = len(train) - len(unseen)
-    apart = validation + held_out
-    return Task(name, unseen, tuple(test[:validation]), tuple(test[validation:apart]), metric, leaked)
+    unseen = tuple(
+        row
+        for row, first in zip(train, repeats[len(test) :], strict=True)
+        if (row.before, row.prompt) not in seen and not 0 <= first < len(test)
+    )
+    different = tuple(row for row, first in zip(test, repeats, strict=False) if first < 0)
+    apart, repeated = validation + held_out, len(test) - len(different)
+    if len(different) < apart:
+        without = f", without {repeated} that nearly repeat another" if repeated else ""
+        raise ValueError(f"{name} has {len(different)} test rows{without}; {apart} are wanted")
+    return Task(
+        name,
+        unseen,
+        different[:validation],
+        different[validation:apart],
+        metric,
+        leaked=len(train) - len(unseen),
+        repeated=repeated,
+    )
 
 
 def _read(folder: Path, name: str, mapping: Mapping[str, str]) -> list[Row]:

@@ -26,16 +26,27 @@ ONE = "LoRA rank 8, all rows, 1 epoch"
 
 def test_a_page_names_rows_that_leak_and_pools_too_small_to_judge_a_tenth(tmp_path: Path) -> None:
     options = options_of(tmp_path, arm="all rows, 1 epoch", share=0.0)
-    whole, prompt = some_rows(1, first=50)[0], some_rows(1, first=55)[0].prompt
-    rows = [*some_rows(17), whole, Row(prompt, "another answer", 19)]
-    write_rows(tmp_path / "train.jsonl", rows)
+    whole, prompt, near = some_rows(1, first=50)[0], some_rows(1, first=55)[0].prompt, some_rows(1, first=56)[0]
+    nearly = Row(near.prompt.lower(), f"{near.answer}.", 20)
+    write_rows(tmp_path / "train.jsonl", [*some_rows(17), whole, Row(prompt, "another answer", 19), nearly])
+    write_rows(tmp_path / "test.jsonl", [*some_rows(8, first=50), nearly])
 
     page_of_run = run(options, lambda line: None)
 
-    assert "2 training rows of gsm8k were left out" in page_of_run
+    assert "Left out of gsm8k: 3 training rows. What was kept apart" in page_of_run
+    assert "Left out of gsm8k: 1 row kept apart" in page_of_run
     assert "gsm8k, 16 rows, clean: 10% of it is 2 rows" in page_of_run
     write_rows(tmp_path / "train.jsonl", some_rows(17))
-    assert "were left out" not in run(options, lambda line: None)
+    write_rows(tmp_path / "test.jsonl", some_rows(8, first=50))
+    assert "Left out" not in run(options, lambda line: None)
+
+
+def test_held_out_rows_that_repeat_each_other_are_not_counted_twice(tmp_path: Path) -> None:
+    options = options_of(tmp_path)
+    write_rows(tmp_path / "test.jsonl", [*some_rows(7, first=50), *some_rows(1, first=50)])
+
+    with pytest.raises(ValueError, match="gsm8k has 7 test rows, without 1 that nearly repeat another; 8 are wanted"):
+        run(options, lambda line: None)
 
 
 def diverging(monkeypatch: pytest.MonkeyPatch, where: Any) -> None:
@@ -151,6 +162,21 @@ def test_a_folder_that_cannot_be_written_to_is_refused_before_a_model_is_read(
     assert main([f"--model={tmp_path / 'nothing'}", f"--out={tmp_path / 'file'}"]) == 2
 
     assert capsys.readouterr().err == f"quality: --out {tmp_path / 'file'} cannot be written to: File exists\n"
+
+
+def test_two_runs_do_not_write_into_one_folder_at_once(tmp_path: Path) -> None:
+    options = options_of(tmp_path, arm=ONE, share=0.0)
+    refused: list[str] = []
+
+    def meanwhile(line: str) -> None:
+        with pytest.raises(ValueError, match="another run writes into --out") as error:
+            run(options, lambda line: None)
+        refused.append(str(error.value))
+
+    run(options, meanwhile)
+
+    assert refused
+    assert ONE in run(options, lambda line: None)  # free again
 
 
 @pytest.mark.parametrize(
