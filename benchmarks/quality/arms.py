@@ -22,6 +22,9 @@ RANDOM = "random"
 UPPER = "upper"
 """All heads of the upper layers, so that backward ends above the others."""
 
+SPREAD, GROUPED = "spread over layers", "in whole KV groups"
+"""After a head scorer: equally many heads of every layer, or KV groups as a whole (OV circuits that share one v slice)."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Weights:
@@ -63,14 +66,22 @@ class Arm:
     rows_for: str = ""
     """A head scorer or `random`: rows are chosen for these heads instead of those that are trained."""
     heads: str = "all"
-    """A head scorer, `all`, `upper`, or `random`: spread, as many as come nearest to the parameters that 10 % of heads have."""
+    """A head scorer, alone or with `SPREAD` or `GROUPED`; `all`, `upper`, or `random`: spread, as many as come nearest to the
+    parameters that the ratio of heads has."""
     heads_ratio: float = 1.0
+    guide: int | None = None
+    """Validation rows that heads and rows are chosen by; None = all that the run has."""
     epochs: int = 0
     """0 = as many as the run says."""
     draws: int = 1
     """Fewest seeds: a random choice is not one choice."""
     groups: frozenset[str] = field(default=frozenset())
     """Tables in which it stands beside the main one; `core` = computed first, on every pool."""
+
+    @property
+    def head_scorer(self) -> str:
+        """What its heads are chosen by: `heads` without the way in which that is done."""
+        return self.heads.partition(" ")[0]
 
 
 LORA_8 = Weights(kind="lora", rank=8)
@@ -217,6 +228,23 @@ ARMS = (
     _heads("random", 0.10, RANK_8, draws=5),
     Arm(name="DoRA rank 8, all rows", weights=Weights(kind="lora", rank=8, variant="dora"), groups=WEIGHTS),
     _low_rank("icl", 0.25, groups=ROWS),
+    # More heads than 30 %, and 30 % otherwise than by the scores alone.
+    _heads("attribution", 0.60, RANK_8),
+    _heads("random", 0.60, RANK_8, draws=5),
+    *(_heads(f"attribution {way}", 0.30, RANK_8) for way in (SPREAD, GROUPED)),
+    # What validation rows are worth: fewer of them choose, all of them find the rate.
+    *(
+        Arm(
+            name=f"default recipe, rows chosen by {guide} validation rows",
+            weights=RANK_8,
+            rows="alignment_likelihood",
+            ratio="auto",
+            mode="fast",
+            epochs=1,
+            guide=guide,
+        )
+        for guide in (8, 32)
+    ),
     Arm(
         name=PAPER,
         weights=Weights(kind="slices", slices=RECIPES["paper"].slices),

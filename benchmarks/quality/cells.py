@@ -156,8 +156,10 @@ class Laboratory:
     diverged: list[Missing] = field(default_factory=list)
 
     def key(self, arm: Arm, seed: int, rate: float) -> str:
-        """Hash of all that decides a cell. An arm's name and tables do not."""
+        """Hash of all that decides a cell. An arm's name and tables do not, nor does a guide that it leaves to the run."""
         decides = {name: value for name, value in asdict(arm).items() if name not in ("name", "groups", "draws")}
+        if arm.guide is None:
+            del decides["guide"]
         facts = [FORMAT, self.base.info.digest, str(self.base.dtype), asdict(self.pool.spec), _rows(self.pool), decides]
         facts += [seed, rate, self.batch_size, self.measures.identity, self.stages.identity, *choosing_code(arm)]
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]

@@ -161,6 +161,8 @@ class Matrix:
             max_tokens=options.max_tokens,
         )
         wanted = [arm for arm in ARMS if options.arm in arm.name and ("core" in arm.groups or not options.core)]
+        # Of fewer rows than there are, or it would be the arm that has them all.
+        wanted = [arm for arm in wanted if arm.guide is None or arm.guide < options.validation]
         self.arms = distinct([replace(arm, epochs=arm.epochs or options.epochs) for arm in wanted])
         specs = _specs(options, self._tasks)
         self.specs = [spec for spec in specs if options.pool in spec.name]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -11,8 +12,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from benchmarks.quality.arms import RANDOM, UPPER, Arm
+from benchmarks.quality.arms import GROUPED, RANDOM, SPREAD, UPPER, Arm
 from benchmarks.quality.pools import Pool
+from p2d.arch.spec import heads_per_group
 from p2d.config import (
     DATA_SCORERS,
     HEAD_SCORERS,
@@ -78,14 +80,21 @@ class Stages:
             some = order[: top_count(arm.heads_ratio, len(order))]
             size = HeadSlices(self.base, some, arm.weights.slices).n_parameters
             return random_heads(self.base, config, size, random.Random(f"{seed}:heads")), []  # noqa: S311 - not a secret
-        key = repr((arm.heads, arm.weights.slices, seed))
+        guide = self.guide[: arm.guide]
+        key = repr((arm.head_scorer, arm.weights.slices, len(guide), seed))
         if key not in self._maps:
             started = self.clock()
-            found = identify_heads(self.base, self.pool.rows, self.guide, config, no_progress)
+            found = identify_heads(self.base, self.pool.rows, guide, config, no_progress)
             seconds = self.clock() - started
-            self._maps[key] = found, StageCost(f"heads by {arm.heads}", seconds, self._flops(config)["heads"])
+            cost = StageCost(f"heads by {arm.head_scorer}", seconds, self._flops(config, guide)["heads"])
+            self._maps[key] = found, cost
         found, cost = self._maps[key]
-        return found.top(arm.heads_ratio), [cost]
+        best = found.ranked()
+        if arm.heads.endswith(SPREAD):
+            best = spread(best)
+        elif arm.heads.endswith(GROUPED):
+            best = grouped(best, found.scores, heads_per_group(self.base.info))
+        return best[: top_count(arm.heads_ratio, len(best))], [cost]
 
     def rows(self, arm: Arm, heads: Sequence[Head], seed: int) -> tuple[list[int], list[StageCost]]:
         """Indices of the arm's rows, ascending, and what choosing them took."""
@@ -100,14 +109,15 @@ class Stages:
         # Left open, it lets a sample be scored first, which the seed draws as well.
         sampled = samples_first(config)
         drawn = (looked_at, seed) if looked_at < len(every) or arm.rows == "icl" or sampled else None
-        key = repr((arm.rows, arm.mode, drawn, sampled, config.training.slices))
+        guide = self.guide[: arm.guide]
+        key = repr((arm.rows, arm.mode, drawn, sampled, len(guide), config.training.slices))
         if key not in self._responses:
             scorer: Any = load(DATA_SCORERS, arm.rows, what="data scorer", pointer="/data/scorer")
             assert config.training.slices != "auto"
             given = ResponseInput(
                 base=self.base,
                 rows=self.pool.rows,
-                guide=self.guide,
+                guide=guide,
                 span=every,
                 slices=config.training.slices,
                 config=config,
@@ -121,7 +131,7 @@ class Stages:
         return selection.kept_rows, [cost]
 
     def _config(self, arm: Arm, seed: int) -> JobConfig:
-        scorer = arm.heads if arm.heads not in ("all", "random", UPPER) else "attribution"
+        scorer = arm.head_scorer if arm.heads not in ("all", "random", UPPER) else "attribution"
         config = JobConfig(
             heads=HeadsConfig(scorer=scorer, ratio=arm.heads_ratio),
             data=DataConfig(
@@ -144,14 +154,12 @@ class Stages:
             rows=len(self.pool.rows),
             context_length=info.context_length,
             head_dim=info.head_dim,
-            validation_guide=len(self.guide),
+            validation_guide=len(self.guide[: arm.guide]),
         )
         return found.config
 
-    def _flops(self, config: JobConfig) -> dict[str, float]:
-        return estimate_flops(
-            self.base.info, config, train=self._counts(self.pool.rows), guide=self._counts(self.guide)
-        )
+    def _flops(self, config: JobConfig, guide: Sequence[Row]) -> dict[str, float]:
+        return estimate_flops(self.base.info, config, train=self._counts(self.pool.rows), guide=self._counts(guide))
 
     def _counts(self, rows: Sequence[Row]) -> RowCounts:
         rendered = [self.base.renderer.render(row) for row in rows]
@@ -183,7 +191,7 @@ def choosing_code(arm: Arm) -> list[str]:
     modules: set[str] = set()
     if arm.rows in DATA_SCORERS and arm.rows != RANDOM:
         modules |= {*CHOOSING_ROWS, DATA_SCORERS[arm.rows]}
-    for heads in (arm.heads, arm.rows_for):
+    for heads in (arm.head_scorer, arm.rows_for):
         if heads in HEAD_SCORERS and heads != RANDOM:
             modules |= {"p2d.identify", HEAD_SCORERS[heads]}
     return [_code(_source(module.partition(":")[0])) for module in sorted(modules)]
@@ -204,6 +212,29 @@ def _code(source: bytes) -> str:
     """
     lines = [line.rstrip() for line in source.splitlines() if line.strip() and not line.lstrip().startswith(b"#")]
     return hashlib.sha256(b"\n".join(lines)).hexdigest()[:16]
+
+
+def spread(ranked: Sequence[Head]) -> list[Head]:
+    """The best head of every layer first, then the second best of every layer; each round in the order given."""
+    seen: Counter[int] = Counter()
+    places = []
+    for place, (layer, _) in enumerate(ranked):
+        places.append((seen[layer], place))
+        seen[layer] += 1
+    return [ranked[place] for _, place in sorted(places)]
+
+
+def grouped(ranked: Sequence[Head], scores: Sequence[Sequence[float]], group: int) -> list[Head]:
+    """Heads of the KV groups whose scores sum up highest first, a group's heads together.
+
+    Args: scores: [layers, heads]. group: heads of a KV group.
+    """
+
+    def total(head: Head) -> tuple[float, int, int]:
+        layer, first = head[0], head[1] - head[1] % group
+        return -sum(scores[layer][first : first + group]), layer, first
+
+    return sorted(ranked, key=total)
 
 
 def _drawn(indices: Sequence[int], count: int, seed: int) -> list[int]:
