@@ -117,6 +117,11 @@ def _low_rank(rows: str, ratio: float, **more: Any) -> Arm:
     return Arm(name=f"rank 8 in all heads, {_part(rows, ratio, more)}", weights=RANK_8, rows=rows, ratio=ratio, **more)
 
 
+def _like_the_guide(name: str, weights: Weights, **more: Any) -> Arm:
+    """As many rows as there are like those of the guide, once: how the default recipe chooses."""
+    return Arm(name=name, weights=weights, rows="alignment_likelihood", ratio="auto", mode="fast", epochs=1, **more)
+
+
 def _part(rows: str, ratio: float, more: Mapping[str, Any]) -> str:
     fast = ", fast" if more.get("mode") == "fast" else ""
     return f"{ratio:.0%} {rows} rows{fast}" + (", 1 epoch" if more.get("epochs") == 1 else "")
@@ -140,25 +145,9 @@ ARMS = (
     *(_lora(rows, 0.25, groups=CORE) for rows in ("random", "oracle")),
     _lora("alignment_likelihood", 0.25, mode="fast", groups=CORE),
     _low_rank("random", 0.50, epochs=1, groups=CORE),
-    Arm(
-        name=DEFAULT,
-        weights=RANK_8,
-        rows="alignment_likelihood",
-        ratio="auto",
-        mode="fast",
-        epochs=1,
-        groups=CORE,
-    ),
+    _like_the_guide(DEFAULT, RANK_8, groups=CORE),
     # The same rows for LoRA's weights: what the choice of rows is worth to whoever trains everything.
-    Arm(
-        name="LoRA rank 8, rows like the validation rows, 1 epoch",
-        weights=LORA_8,
-        rows="alignment_likelihood",
-        ratio="auto",
-        mode="fast",
-        epochs=1,
-        groups=CORE,
-    ),
+    _like_the_guide("LoRA rank 8, rows like the validation rows, 1 epoch", LORA_8, groups=CORE),
     _low_rank("alignment_likelihood", 0.50, epochs=1, mode="fast", groups=CORE),
     Arm(
         name=FORMER_DEFAULT,
@@ -234,15 +223,7 @@ ARMS = (
     *(_heads(f"attribution {way}", 0.30, RANK_8) for way in (SPREAD, GROUPED)),
     # What validation rows are worth: fewer of them choose, all of them find the rate.
     *(
-        Arm(
-            name=f"default recipe, rows chosen by {guide} validation rows",
-            weights=RANK_8,
-            rows="alignment_likelihood",
-            ratio="auto",
-            mode="fast",
-            epochs=1,
-            guide=guide,
-        )
+        _like_the_guide(f"default recipe, rows chosen by {guide} validation rows", RANK_8, guide=guide)
         for guide in (8, 32)
     ),
     Arm(

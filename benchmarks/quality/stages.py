@@ -80,7 +80,7 @@ class Stages:
             some = order[: top_count(arm.heads_ratio, len(order))]
             size = HeadSlices(self.base, some, arm.weights.slices).n_parameters
             return random_heads(self.base, config, size, random.Random(f"{seed}:heads")), []  # noqa: S311 - not a secret
-        guide = self.guide[: arm.guide]
+        guide = self._guide(arm)
         key = repr((arm.head_scorer, arm.weights.slices, len(guide), seed))
         if key not in self._maps:
             started = self.clock()
@@ -109,7 +109,7 @@ class Stages:
         # Left open, it lets a sample be scored first, which the seed draws as well.
         sampled = samples_first(config)
         drawn = (looked_at, seed) if looked_at < len(every) or arm.rows == "icl" or sampled else None
-        guide = self.guide[: arm.guide]
+        guide = self._guide(arm)
         key = repr((arm.rows, arm.mode, drawn, sampled, len(guide), config.training.slices))
         if key not in self._responses:
             scorer: Any = load(DATA_SCORERS, arm.rows, what="data scorer", pointer="/data/scorer")
@@ -129,6 +129,10 @@ class Stages:
         responses, cost = self._responses[key]
         selection = select_rows([responses.shard], list(heads), arm.ratio, self.pool.rows, seed=seed, guide_apart=True)
         return selection.kept_rows, [cost]
+
+    def _guide(self, arm: Arm) -> Sequence[Row]:
+        """The rows that choose for the arm."""
+        return self.guide[: arm.guide]
 
     def _config(self, arm: Arm, seed: int) -> JobConfig:
         scorer = arm.head_scorer if arm.heads not in ("all", "random", UPPER) else "attribution"
@@ -154,7 +158,7 @@ class Stages:
             rows=len(self.pool.rows),
             context_length=info.context_length,
             head_dim=info.head_dim,
-            validation_guide=len(self.guide[: arm.guide]),
+            validation_guide=len(self._guide(arm)),
         )
         return found.config
 
