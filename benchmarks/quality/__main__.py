@@ -2,7 +2,7 @@
 
     ./run quality --task gsm8k=DIR --task dialogsum=DIR      # clean pools, and pools of which half are bad
     ./run quality --rows 2000 --minutes 480                  # the main table, in the background
-    ./run quality --arm alignment                            # arms whose name holds a word
+    ./run quality --arm "all rows" --arm DoRA                # arms whose name holds one of these
     ./run quality --workers 12 --rows 2000 --batch 16        # on a GPU
 
 Without --task: the GSM8K sample of examples/. Writes quality.json, which is also what a later run goes on from, and quality.md.
@@ -61,7 +61,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="kind of bad rows in a further pool of each task; repeatable, joined by +; another's answer by default",
     )
     parser.add_argument("--share", type=_share, default=0.5, help="of bad rows in it; 0 = clean pools only")
-    parser.add_argument("--arm", default="", help="only arms whose name holds this")
+    parser.add_argument("--arm", action="append", default=[], help="only arms whose name holds this; repeatable")
     parser.add_argument("--core", action="store_true", help="only the arms that tell most")
     parser.add_argument("--pool", default="", help="only pools whose name holds this, such as clean or gsm8k")
     parser.add_argument("--max-tokens", type=positive, default=220, help="longer rows of a task are left out")
@@ -101,7 +101,7 @@ def _command(options: argparse.Namespace, defaults: argparse.Namespace) -> str:
         if name in PLACES or value == getattr(defaults, name):
             continue
         option = f"--{name.replace('_', '-')}"
-        values = ["+".join(kinds) for kinds in value] if name == "junk" else [value]
+        values = ["+".join(one) if name == "junk" else one for one in (value if isinstance(value, list) else [value])]
         words += [option if one is True else f"{option} {_quoted(str(one))}" for one in values]
     return " ".join(words)
 

@@ -70,7 +70,7 @@ class Arm:
     parameters that the ratio of heads has."""
     heads_ratio: float = 1.0
     guide: int | None = None
-    """Validation rows that heads and rows are chosen by; None = all that the run has."""
+    """Validation rows that heads and rows are chosen by, drawn by the seed; None = all that the run has."""
     epochs: int = 0
     """0 = as many as the run says."""
     draws: int = 1
@@ -223,8 +223,8 @@ ARMS = (
     *(_heads(f"attribution {way}", 0.30, RANK_8) for way in (SPREAD, GROUPED)),
     # What validation rows are worth: fewer of them choose, all of them find the rate.
     *(
-        _like_the_guide(f"default recipe, rows chosen by {guide} validation rows", RANK_8, guide=guide)
-        for guide in (8, 32)
+        _like_the_guide(f"default recipe, rows chosen by {guide} validation rows", RANK_8, guide=guide, draws=5)
+        for guide in (8, 16, 32)
     ),
     Arm(
         name=PAPER,

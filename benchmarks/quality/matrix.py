@@ -160,14 +160,16 @@ class Matrix:
             held_out=options.held_out,
             max_tokens=options.max_tokens,
         )
-        wanted = [arm for arm in ARMS if options.arm in arm.name and ("core" in arm.groups or not options.core)]
+        words = options.arm or [""]
+        wanted = [arm for arm in ARMS if "core" in arm.groups or not options.core]
         # Of fewer rows than there are, or it would be the arm that has them all.
         wanted = [arm for arm in wanted if arm.guide is None or arm.guide < options.validation]
+        if unknown := [word for word in words if not any(word in arm.name for arm in wanted)]:
+            raise ValueError(f"no arm has {unknown[0]!r} in its name: benchmarks/quality/arms.py lists them")
+        wanted = [arm for arm in wanted if any(word in arm.name for word in words)]
         self.arms = distinct([replace(arm, epochs=arm.epochs or options.epochs) for arm in wanted])
         specs = _specs(options, self._tasks)
         self.specs = [spec for spec in specs if options.pool in spec.name]
-        if not self.arms:
-            raise ValueError(f"no arm has {options.arm!r} in its name: benchmarks/quality/arms.py lists them")
         if not self.specs:
             raise ValueError(
                 f"no pool has {options.pool!r} in its name; there are {', '.join(spec.name for spec in specs)}"

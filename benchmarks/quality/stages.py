@@ -80,8 +80,8 @@ class Stages:
             some = order[: top_count(arm.heads_ratio, len(order))]
             size = HeadSlices(self.base, some, arm.weights.slices).n_parameters
             return random_heads(self.base, config, size, random.Random(f"{seed}:heads")), []  # noqa: S311 - not a secret
-        guide = self._guide(arm)
-        key = repr((arm.head_scorer, arm.weights.slices, len(guide), seed))
+        guide = self._guide(arm, seed)
+        key = repr((arm.head_scorer, arm.weights.slices, arm.guide, seed))
         if key not in self._maps:
             started = self.clock()
             found = identify_heads(self.base, self.pool.rows, guide, config, no_progress)
@@ -109,8 +109,9 @@ class Stages:
         # Left open, it lets a sample be scored first, which the seed draws as well.
         sampled = samples_first(config)
         drawn = (looked_at, seed) if looked_at < len(every) or arm.rows == "icl" or sampled else None
-        guide = self._guide(arm)
-        key = repr((arm.rows, arm.mode, drawn, sampled, len(guide), config.training.slices))
+        guide = self._guide(arm, seed)
+        drawn_guide = (arm.guide, seed) if arm.guide else None
+        key = repr((arm.rows, arm.mode, drawn, sampled, drawn_guide, config.training.slices))
         if key not in self._responses:
             scorer: Any = load(DATA_SCORERS, arm.rows, what="data scorer", pointer="/data/scorer")
             assert config.training.slices != "auto"
@@ -130,9 +131,11 @@ class Stages:
         selection = select_rows([responses.shard], list(heads), arm.ratio, self.pool.rows, seed=seed, guide_apart=True)
         return selection.kept_rows, [cost]
 
-    def _guide(self, arm: Arm) -> Sequence[Row]:
-        """The rows that choose for the arm."""
-        return self.guide[: arm.guide]
+    def _guide(self, arm: Arm, seed: int) -> Sequence[Row]:
+        """The rows that choose for the arm: of a few, which they are counts for as much as how many."""
+        if arm.guide is None:
+            return self.guide
+        return random.Random(f"{seed}:guide").sample(list(self.guide), arm.guide)  # noqa: S311 - not a secret
 
     def _config(self, arm: Arm, seed: int) -> JobConfig:
         scorer = arm.head_scorer if arm.heads not in ("all", "random", UPPER) else "attribution"
@@ -158,7 +161,7 @@ class Stages:
             rows=len(self.pool.rows),
             context_length=info.context_length,
             head_dim=info.head_dim,
-            validation_guide=len(self._guide(arm)),
+            validation_guide=arm.guide or len(self.guide),
         )
         return found.config
 

@@ -175,7 +175,7 @@ def options_of(tmp_path: Path, **more: Any) -> argparse.Namespace:
 def test_a_run_writes_a_page_with_every_arm_and_a_second_run_computes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = options_of(tmp_path, arm="all rows, 1")
+    options = options_of(tmp_path, arm=["all rows, 1"])
     told: list[str] = []
     first = run(options, told.append)
     stored = json.loads((tmp_path / "results/quality.json").read_text())
@@ -193,12 +193,12 @@ def test_a_run_writes_a_page_with_every_arm_and_a_second_run_computes_nothing(
 
 def test_a_run_without_time_writes_its_page(tmp_path: Path) -> None:
     assert "No time was left" in run(
-        options_of(tmp_path, arm="all rows, 1 epoch", share=0.0, minutes=0.0), lambda line: None
+        options_of(tmp_path, arm=["all rows, 1 epoch"], share=0.0, minutes=0.0), lambda line: None
     )
 
 
 def test_processes_that_share_the_work_compute_what_one_does(tmp_path: Path) -> None:
-    options = options_of(tmp_path, arm="10% random rows", share=0.0)
+    options = options_of(tmp_path, arm=["10% random rows"], share=0.0)
     run(options, lambda line: None)
     alone = json.loads((tmp_path / "results/quality.json").read_text())["cells"]
 
@@ -235,7 +235,7 @@ def test_processes_end_with_the_one_that_began_them_even_if_it_is_killed(tmp_pat
 def test_an_order_that_fails_is_named_and_one_that_needs_memory_is_given_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = options_of(tmp_path, arm="10% random rows", share=0.0)
+    options = options_of(tmp_path, arm=["10% random rows"], share=0.0)
     spec, told, waiting = PoolSpec("gsm8k", 16), queue.SimpleQueue[Any](), queue.SimpleQueue[Any]()
     trouble = iter([RuntimeError("no luck"), RuntimeError("CUDA error: out of memory")])
     monkeypatch.setattr(Laboratory, "best", lambda *_: (_ for _ in ()).throw(next(trouble)))

@@ -25,7 +25,7 @@ ONE = "LoRA rank 8, all rows, 1 epoch"
 
 
 def test_a_page_names_rows_that_leak_and_pools_too_small_to_judge_a_tenth(tmp_path: Path) -> None:
-    options = options_of(tmp_path, arm="all rows, 1 epoch", share=0.0)
+    options = options_of(tmp_path, arm=["all rows, 1 epoch"], share=0.0)
     whole, prompt, near = some_rows(1, first=50)[0], some_rows(1, first=55)[0].prompt, some_rows(1, first=56)[0]
     nearly = Row(near.prompt.lower(), f"{near.answer}.", 20)
     write_rows(tmp_path / "train.jsonl", [*some_rows(17), whole, Row(prompt, "another answer", 19), nearly])
@@ -64,7 +64,7 @@ def diverging(monkeypatch: pytest.MonkeyPatch, where: Any) -> None:
 def test_a_seed_that_diverged_is_named_and_not_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     diverging(monkeypatch, lambda seed, rate: seed == 1)
 
-    text = run(options_of(tmp_path, arm=ONE, share=0.0, seeds=3), lambda line: None)
+    text = run(options_of(tmp_path, arm=[ONE], share=0.0, seeds=3), lambda line: None)
 
     line = next(line for line in text.splitlines() if line.startswith(f"| {ONE} |"))
     rate, seeds = line.split(" | ")[5:7]
@@ -78,7 +78,7 @@ def test_an_arm_that_diverges_at_first_is_tried_at_lower_rates_and_both_are_told
 ) -> None:
     diverging(monkeypatch, lambda seed, rate: rate > 5e-4)
 
-    text = run(options_of(tmp_path, arm=ONE, share=0.0), lambda line: None)
+    text = run(options_of(tmp_path, arm=[ONE], share=0.0), lambda line: None)
 
     assert f"{ONE} diverged on gsm8k, 16 rows, clean: seed 0 at 0.002, seed 0 at 0.001. Its figures" in text
     assert "| 0.0005 (border) | 1 |" in text
@@ -89,7 +89,7 @@ def test_an_arm_that_diverges_at_every_rate_is_named_though_no_line_is_left_of_i
 ) -> None:
     diverging(monkeypatch, lambda seed, rate: True)
 
-    text = run(options_of(tmp_path, arm=ONE, share=0.0), lambda line: None)
+    text = run(options_of(tmp_path, arm=[ONE], share=0.0), lambda line: None)
 
     assert "seed 0 at 0.001, seed 0 at 0.0005. Nothing of it is left to show." in text
     assert f"| {ONE} |" not in text
@@ -105,7 +105,7 @@ def test_an_arm_that_fails_is_named_and_the_others_go_on(tmp_path: Path, monkeyp
 
     monkeypatch.setattr(Laboratory, "best", failing)
 
-    text = run(options_of(tmp_path, arm="all rows, 1 epoch", share=0.0), lambda line: None)
+    text = run(options_of(tmp_path, arm=["all rows, 1 epoch"], share=0.0), lambda line: None)
 
     assert f"{ONE} on gsm8k, 16 rows, clean failed: There is not enough memory." in text
     assert "| LoRA rank 6, all rows, 1 epoch |" in text
@@ -165,7 +165,7 @@ def test_a_folder_that_cannot_be_written_to_is_refused_before_a_model_is_read(
 
 
 def test_two_runs_do_not_write_into_one_folder_at_once(tmp_path: Path) -> None:
-    options = options_of(tmp_path, arm=ONE, share=0.0)
+    options = options_of(tmp_path, arm=[ONE], share=0.0)
     refused: list[str] = []
 
     def meanwhile(line: str) -> None:
@@ -182,7 +182,7 @@ def test_two_runs_do_not_write_into_one_folder_at_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("more", "text"),
     [
-        ({"arm": "nobody"}, "no arm has 'nobody' in its name"),
+        ({"arm": ["random rows", "nobody"]}, "no arm has 'nobody' in its name"),
         ({"pool": "clear"}, "no pool has 'clear' in its name; there are gsm8k, 16 rows, "),
         ({"max_tokens": 2}, "gsm8k has no training row of at most 2 tokens"),
         ({"junk": [("off task",)]}, "off-task rows come from another task: give a second --task"),
@@ -227,13 +227,14 @@ def test_a_page_says_how_it_was_made_and_nothing_of_where(tmp_path: Path) -> Non
         "--threads=3",
     ]
 
-    options = _options([*given, "--junk=echo+off task", "--text=/home/me/text.txt"])
+    options = _options([*given, "--junk=echo+off task", "--text=/home/me/text.txt", "--arm=all rows", "--arm=rank"])
 
     assert options.command == (
-        "./run quality --model DIR --task gsm8k=DIR --text FILE --rows 12 --junk 'echo+off task' --core"
+        "./run quality --model DIR --task gsm8k=DIR --text FILE --rows 12 --junk 'echo+off task' "
+        "--arm 'all rows' --arm rank --core"
     )
     assert f"Command: `{options_of(tmp_path).command}`." in run(
-        options_of(tmp_path, arm=ONE, share=0.0, minutes=0.0), lambda line: None
+        options_of(tmp_path, arm=[ONE], share=0.0, minutes=0.0), lambda line: None
     )
 
 

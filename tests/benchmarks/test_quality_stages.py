@@ -20,6 +20,7 @@ from p2d.identify import identify_heads
 from p2d.models import BaseModel
 from p2d.responses import ResponseInput, Responses
 from p2d.responses.alignment import alignment
+from p2d.rows import Row
 from tests.benchmarks.test_quality import OTHER, TASK, laboratory, options_of
 
 SCORES = ((9.0, 8.0, 7.0, 0.5), (1.0, 2.0, 6.0, 5.0))
@@ -66,23 +67,25 @@ def test_heads_of_one_map_are_taken_in_three_ways_and_the_map_is_made_once(
     assert set(Counter((layer, head // group) for layer, head in in_groups).values()) == {group}
 
 
-def test_an_arm_with_a_guide_of_its_own_is_chosen_by_so_many_validation_rows_and_is_another_cell(
+def test_an_arm_with_a_guide_of_its_own_is_chosen_by_so_many_validation_rows_that_the_seed_draws(
     tiny: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[int] = []
+    asked: list[tuple[Row, ...]] = []
 
     def noting(given: ResponseInput) -> Responses:
-        asked.append(len(given.guide))
+        asked.append(tuple(given.guide))
         return alignment(given)
 
     monkeypatch.setattr("benchmarks.quality.stages.load", lambda *given, **more: noting)
     lab = laboratory(tiny, build(PoolSpec("gsm8k", 8), TASK, OTHER), tmp_path / "quality.json")
     arm = Arm(name="one", weights=Weights(kind="lora", rank=2), rows="alignment", ratio=0.5, epochs=1)
 
-    for guide in (None, 2, None, 2):
-        lab.stages.rows(replace(arm, guide=guide), [(0, 0)], 0)
+    for guide, seed in ((None, 0), (2, 0), (None, 1), (2, 0), (2, 1)):
+        lab.stages.rows(replace(arm, guide=guide), [(0, 0)], seed)
 
-    assert asked == [len(TASK.validation), 2]
+    assert [len(guide) for guide in asked] == [len(TASK.validation), 2, 2]
+    assert asked[1] != asked[2]
+    assert set(asked[1] + asked[2]) <= set(TASK.validation)
     assert lab.key(arm, 0, 1e-3) != lab.key(replace(arm, guide=2), 0, 1e-3)
 
 
