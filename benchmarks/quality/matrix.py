@@ -254,9 +254,9 @@ class Matrix:
 
 def _notes(options: argparse.Namespace) -> list[str]:
     return [
-        f"{options.epochs} epochs in steps of {options.batch} rows, {options.held_out} held-out rows, rates chosen on "
-        f"{options.validation} others with seed 0; that search is left out of the cost of every arm. Seconds are the processor's, "
-        "or on a GPU the wall's.",
+        f"{counted(options.epochs, 'epoch', 'epochs')} in steps of {options.batch} rows, {options.held_out} held-out rows, "
+        f"rates chosen on {options.validation} others with seed 0; that search is left out of the cost of every arm. "
+        "Seconds are the processor's, or on a GPU the wall's.",
         "Rows and heads are chosen by the product's own stages, whose cost is in the ratios. A seed draws anew the order of rows, "
         "proxies, first factors and all random choices; intervals are over held-out rows alone, at the mean of the seeds.",
     ]
