@@ -223,7 +223,7 @@ ARMS = (
     *(_heads(f"attribution {way}", 0.30, RANK_8) for way in (SPREAD, GROUPED)),
     # What validation rows are worth: fewer of them choose, all of them find the rate.
     *(
-        _like_the_guide(f"default recipe, rows chosen by {guide} validation rows", RANK_8, guide=guide, draws=5)
+        _like_the_guide(f"default recipe, rows chosen by {guide} validation rows", RANK_8, guide=guide)
         for guide in (8, 16, 32)
     ),
     Arm(

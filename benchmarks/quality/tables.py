@@ -128,7 +128,7 @@ def _main(found: Sequence[Found]) -> list[str]:
             + " | ".join(
                 (
                     one.arm.name,
-                    str(first.rows),
+                    _kept(one.cells),
                     f"{fmean(cell.bad for cell in one.cells):.0%}",
                     f"{first.parameters / 1e6:.2f} M",
                     f"{STATE_BYTES * first.parameters / 1e6:.0f} MB",
@@ -145,6 +145,12 @@ def _main(found: Sequence[Found]) -> list[str]:
             + " |"
         )
     return [*lines, ""]
+
+
+def _kept(cells: Sequence[Cell]) -> str:
+    """How many were chosen: where the guide decides, another seed keeps another number."""
+    fewest, most = min(cell.rows for cell in cells), max(cell.rows for cell in cells)
+    return str(most) if fewest == most else f"{fewest} to {most}"
 
 
 BUDGETS = (0.1, 0.2, 0.35, 0.5, 1.0)
@@ -172,7 +178,7 @@ def _beside(stored: Sequence[Cell], found: Sequence[Found]) -> list[str]:
         losses = dict.fromkeys(f"{cell.measured.loss:.4f}" for cell in some if cell.measured)
         seeds = ", ".join(dict.fromkeys(str(cell.seed) for cell in some))
         lines.append(
-            f"| {arm} | {some[0].rows} | {fmean(cell.bad for cell in some):.0%} | {rate:g} | {seeds} | "
+            f"| {arm} | {_kept(some)} | {fmean(cell.bad for cell in some):.0%} | {rate:g} | {seeds} | "
             f"{' / '.join(losses)} | {fmean(cell.flops for cell in some) / 1e12:.0f} |"
         )
     return [*lines, ""]

@@ -259,6 +259,17 @@ def test_an_arm_that_was_tried_at_one_rate_alone_stands_beside_the_tables() -> N
     assert text.count("| shown |") == text.count("| tried |") == 1
 
 
+def test_a_page_shows_how_many_rows_each_seed_kept_where_they_differ() -> None:
+    one, tried = found("the guide decides", 100, 1.0, 2.0), found("tried", 100, 3e12, 1.5)
+    differing = replace(one, cells=[*one.cells, replace(one.cells[0], seed=1, rows=7)])
+    stored = [*tried.cells, replace(tried.cells[0], seed=1, rows=6)]
+
+    text = page({"pool": [differing]}, base={"pool": Before(4.0)}, facts={}, notes=[], stored={"pool": stored})
+
+    assert "| the guide decides | 4 to 7 | 0% |" in text
+    assert "| tried | 4 to 6 | 0% |" in text
+
+
 def test_arms_that_only_their_names_tell_apart_are_computed_and_shown_once() -> None:
     once, twice = ([replace(arm, epochs=arm.epochs or epochs) for arm in ARMS] for epochs in (1, 2))
 
