@@ -101,7 +101,8 @@ def _command(options: argparse.Namespace, defaults: argparse.Namespace) -> str:
         if name in PLACES or value == getattr(defaults, name):
             continue
         option = f"--{name.replace('_', '-')}"
-        values = ["+".join(one) if name == "junk" else one for one in (value if isinstance(value, list) else [value])]
+        given = value if isinstance(value, list) else [value]
+        values = ["+".join(kinds) for kinds in given] if name == "junk" else given
         words += [option if one is True else f"{option} {_quoted(str(one))}" for one in values]
     return " ".join(words)
 

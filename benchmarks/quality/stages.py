@@ -161,7 +161,7 @@ class Stages:
             rows=len(self.pool.rows),
             context_length=info.context_length,
             head_dim=info.head_dim,
-            validation_guide=arm.guide or len(self.guide),
+            validation_guide=len(self._guide(arm, seed)),
         )
         return found.config
 
