@@ -284,7 +284,7 @@ def alignment_layers(layers: int) -> range:
 
 
 def rates_guide(data_scorer: str, guide_rows: int) -> bool:
-    """Whether the scorer passes over the guide once more, to rate its rows like those of the pool."""
+    """Whether the scorer rates the guide's rows like those of the pool."""
     return data_scorer in RATING_SCORERS and guide_rows >= MIN_GUIDE
 
 

@@ -221,8 +221,9 @@ def _respond(info: ModelInfo, config: JobConfig, train: RowCounts, guide: RowCou
                 for length, answer in kinds
             ]
         guided, row = kinds
-        again = [guided] if rates_guide(data.scorer, guide.rows) else []
-        total += shards * guide.rows * alignment(info, guide=[guided], rows=again, projections=read, from_layer=first)
+        rated = rates_guide(data.scorer, guide.rows)
+        once = alignment(info, guide=[guided], rows=[], projections=read, from_layer=first, rate_guide=rated)
+        total += shards * guide.rows * once
         total += rows * alignment(info, guide=[], rows=[row], projections=read, from_layer=first)
     if data.scorer in ("information", "alignment_information"):
         bare = (min(row[0], row[1] + BARE_PROMPT), row[1])

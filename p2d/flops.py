@@ -208,17 +208,19 @@ def alignment(
     rows: Sequence[tuple[int, int]],
     projections: Collection[Projection],
     from_layer: int = 0,
+    rate_guide: bool = False,
 ) -> float:
     """Gradients of guide rows and of rows from the layer `from_layer` up, and the products made of them.
 
-    Args:   guide, rows: (tokens, answer tokens) of each.
+    Args:   guide, rows: (tokens, answer tokens) of each. rate_guide: whether products are made of the guide's rows, too.
     """
-    both = work_of([*guide, *rows])
+    both, rated = work_of([*guide, *rows]), [*rows, *(guide if rate_guide else ())]
     tapped = (info.n_layers - from_layer) * sum(projection_weights(info)[name] for name in projections)
     through = forward(info, both) + backward(info, both, shallowest=from_layer, trained=projections)
-    along = weight_gradients(both.tokens, tapped)  # the guide's mean gradient, and each row's part along it
+    # The guide's mean gradient, and each row's part along it.
+    along = weight_gradients(sum(length for length, _ in [*guide, *rated]), tapped)
     layers = info.n_layers - from_layer
-    return through + along + layers * sum(_squares(info, name, length) for name in projections for length, _ in rows)
+    return through + along + layers * sum(_squares(info, name, length) for name in projections for length, _ in rated)
 
 
 def _squares(info: ModelInfo, projection: Projection, tokens: int) -> float:

@@ -29,6 +29,7 @@ from p2d.config import (
     proxy_count,
     proxy_guide_rows,
     rank_of,
+    rates_guide,
     top_count,
 )
 from p2d.flops import LORA_RANK, PROJECTIONS, lora_parameters, projection_weights
@@ -103,7 +104,8 @@ def step_peaks(
     }
     host = {
         # Dot products and norms of the rows of one shard, in fp64.
-        "respond": 24 * min(train.rows, shard_rows) * len(alignment_layers(info.n_layers)) * info.n_heads,
+        "respond": 24 * min(train.rows, shard_rows) * len(alignment_layers(info.n_layers)) * info.n_heads
+        + _held_guide(info, config, machine, guide),
         # Checkpoints are written from a copy; frozen layers' outputs of kept rows are remembered, where there is room.
         "train": _units(info, config) * _checkpoint(info, rank_of(config.training))
         + (kept * info.hidden_size * machine.number if epochs_of(config.training) > 1 else 0),
@@ -179,6 +181,16 @@ def _respond(
         cached = info.n_layers * 2 * tokens * info.n_kv_groups * info.head_dim * machine.number
         return _forward(info, machine, tokens, answers) + masses + cached
     return _forward(info, machine, _micro_batch(train.rows * longest, longest), answers)
+
+
+def _held_guide(info: ModelInfo, config: JobConfig, machine: Machine, guide: RowCounts) -> int:
+    """The factors of the guide's gradients, where its rows are rated: they wait in the host's memory for the mean of all."""
+    if not rates_guide(config.data.scorer, guide.rows):
+        return 0
+    tapped = sum(
+        n_units(info, name) * info.head_dim + info.hidden_size for name in alignment_projections(_slices(config))
+    )
+    return guide.rows * guide.longest * len(alignment_layers(info.n_layers)) * tapped * machine.number
 
 
 def _evaluate(

@@ -96,7 +96,9 @@ class Aligned:
 def align(
     given: ResponseInput, layers: range, projections: Sequence[Projection], *, rate_guide: bool = False
 ) -> Aligned:
-    """Pass over the guide, then over the wanted rows; over the guide once more where its rows are to be rated, too.
+    """Pass over the guide, then over the wanted rows.
+
+    Args:   rate_guide: whether the guide's rows are to be rated, too.
 
     Raises: Diverged if a gradient is not finite.
     """
@@ -111,18 +113,21 @@ class Alignment:
     def __init__(
         self, given: ResponseInput, layers: range, projections: Sequence[Projection], *, rate_guide: bool
     ) -> None:
-        """Pass over the guide; twice where its rows are to be rated, too."""
+        """Pass over the guide. Where its rows are to be rated, too, what the pass gave is held until all have passed."""
         self._given, self._layers, self._projections, self._rate_guide = given, layers, projections, rate_guide
         self._places = [(layer, name) for layer in layers for name in projections]
         self._guide = [_as_read(given, row) for row in given.guide]
         self._parts: list[_Part] = []
-        self._done, self._total = 0, (2 if rate_guide else 1) * len(self._guide) + len(given.wanted())
+        self._done, self._total = 0, len(self._guide) + len(given.wanted())
         self._mean = MeanGradient()
-        self._guide_nll_G = self._passed(self._guide, lambda _: self._mean.add)
+        held = _Held()
+        self._guide_nll_G = self._passed(
+            self._guide, lambda indices: held.of_rows(indices, self._mean.add) if rate_guide else self._mean.add
+        )
         self._guide_cosine_GN: Floats | None = None
         if rate_guide:
             own = RowProducts(given.base, self._mean.gradient, layers, rows=len(self._guide))
-            self._passed(self._guide, own.of_rows)
+            held.again(own.of_rows, given.base.device)
             self._guide_cosine_GN = own.cosines(left_out=True)
 
     def rate(self, row_R: Ints) -> None:
@@ -145,7 +150,6 @@ class Alignment:
         rows = [every[place] for place in order_R]
         base = self._given.base
         sizes = [[(base.renderer.length(row), len(row.answer_ids)) for row in some] for some in (self._guide, rows)]
-        rated = sizes[1] + (sizes[0] if self._rate_guide else [])
         return Aligned(
             row_R=row_R[order_R],
             cosine_RN=np.concatenate([part.cosine_RN for part in self._parts])[order_R],
@@ -154,9 +158,14 @@ class Alignment:
             nll_R=np.concatenate([part.nll_R for part in self._parts])[order_R],
             guide_likelihood_G=per_token(self._guide_nll_G, self._guide),
             guide_cosine_GN=self._guide_cosine_GN,
-            tokens=sum(length for length, _ in sizes[0] + rated),
+            tokens=sum(length for length, _ in sizes[0] + sizes[1]),
             flops=flops.alignment(
-                base.info, guide=sizes[0], rows=rated, projections=self._projections, from_layer=self._layers.start
+                base.info,
+                guide=sizes[0],
+                rows=sizes[1],
+                projections=self._projections,
+                from_layer=self._layers.start,
+                rate_guide=self._rate_guide,
             ),
         )
 
@@ -254,6 +263,27 @@ class MeanGradient:
             self.gradient[place] += gradient_UED
         else:
             self.gradient[place] = gradient_UED
+
+
+class _Held:
+    """The factors of some rows' gradients, in the host's memory: products with the mean of all rows need no second pass."""
+
+    def __init__(self) -> None:
+        self._factors: list[tuple[list[int], Place, Tensor, Tensor]] = []
+
+    def of_rows(self, indices: list[int], sink: Sink) -> Sink:
+        """A sink for a batch that holds these rows, which gives to `sink` as well."""
+
+        def hold(place: Place, cut_BTUE: Tensor, other_BTD: Tensor) -> None:
+            self._factors.append((indices, place, cut_BTUE.cpu(), other_BTD.cpu()))
+            sink(place, cut_BTUE, other_BTD)
+
+        return hold
+
+    def again(self, sink_of: Callable[[list[int]], Sink], device: torch.device) -> None:
+        """Give each batch to its sink, in the order in which backward did."""
+        for indices, place, cut_BTUE, other_BTD in self._factors:
+            sink_of(indices)(place, cut_BTUE.to(device), other_BTD.to(device))
 
 
 class RowProducts:

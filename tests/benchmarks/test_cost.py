@@ -16,10 +16,9 @@ from tests.p2d.test_estimate import SMOLLM2
 AERS = {job.name: sum(job_flops(SMOLLM2, job, 3).values()) / full_flops(SMOLLM2, 3) for job in JOBS}
 
 
-def test_the_former_default_recipe_reaches_its_target_at_three_epochs_and_in_fast_mode_nearly() -> None:
+def test_the_former_default_recipe_reaches_its_targets_at_three_epochs() -> None:
     assert AERS["recipe default, faithful"] <= 0.25
-    # Each of four shards passes over the guide, for 0.0024 more than one pass.
-    assert 0.10 < AERS["recipe default, fast"] < 0.102
+    assert AERS["recipe default, fast"] <= 0.10  # though each of four shards passes over the guide
 
 
 def test_the_recipe_of_the_paper_needs_ten_demonstrations_to_reach_its_target() -> None:

@@ -79,8 +79,8 @@ def test_rows_tokens_and_bytes_grow_exactly_as_the_dataset(jobs: list[Facts]) ->
         shards = -(-job["rows"] // SHARD_ROWS)
         # Of each row two numbers of a byte pair for its four heads in the scored layer, and its place of eight bytes.
         assert job["response_bytes"] == train["rows"] * (4 * 2 + 8)
-        # Every row passes once, and the guide twice a shard: for its mean gradient, and to be rated by it.
-        assert job["steps"]["respond"]["tokens"] == train["tokens"] + 2 * shards * guide["tokens"]
+        # Every row passes once, and the guide once a shard.
+        assert job["steps"]["respond"]["tokens"] == train["tokens"] + shards * guide["tokens"]
     # Beside its text every row has its line's number, in digits.
     texts = [job["steps"]["ingest"]["written_bytes"] - digits(job["rows"]) for job in jobs]
     assert texts[1] == TIMES * texts[0]

@@ -136,12 +136,12 @@ def test_a_guides_row_is_rated_by_the_others(tiny: BaseModel) -> None:
             assert rated[row, head] == pytest.approx(expected, abs=1e-5)
 
 
-def test_a_guide_that_says_enough_is_rated_for_one_more_pass_over_it(tiny: BaseModel) -> None:
+def test_a_guide_that_says_enough_is_rated_by_the_pass_that_is_made_anyway(tiny: BaseModel) -> None:
     guide = some_rows(9, first=40)
     alone, joined = (scorer(replace(given(tiny, ("v",)), guide=guide)) for scorer in (alignment, alignment_likelihood))
 
-    assert joined.tokens - alone.tokens == sum(tiny.renderer.length(tiny.renderer.render(row)) for row in guide)
-    assert joined.flops > alone.flops
+    assert joined.tokens == alone.tokens
+    assert alone.flops < joined.flops < 1.1 * alone.flops  # products of what the pass gave, and no other pass
     assert joined.shard.combine == "guide"
     assert joined.shard.guide_response_GN is not None
     assert joined.shard.guide_response_GN.shape == (9, joined.shard.response_RN.shape[1])

@@ -133,8 +133,9 @@ def test_alignment_scoring(tiny: BaseModel, projections: tuple[Projection, ...],
 
     found = counted(lambda: align(given, range(first, 3), projections, rate_guide=rated))
 
-    rows = 6 if rated else 4
-    closed = flops.alignment(tiny.info, guide=[size] * 2, rows=[size] * rows, projections=projections, from_layer=first)
+    closed = flops.alignment(
+        tiny.info, guide=[size] * 2, rows=[size] * 4, projections=projections, from_layer=first, rate_guide=rated
+    )
     assert closed == pytest.approx(found, rel=TOLERANCE)
 
 

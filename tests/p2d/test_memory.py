@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,6 +35,7 @@ from p2d.plans import RowCounts
 from p2d.rendering import RenderedRow
 from p2d.resolution import resolve
 from p2d.responses import ResponseInput, alignment
+from p2d.responses.alignment_likelihood import alignment_likelihood
 from p2d.rows import Row
 from p2d.training import train
 from tests.factories import tiny_model_dir
@@ -169,6 +171,26 @@ def test_scoring_rows_holds_what_was_foreseen(base: BaseModel) -> None:
     held = measured(lambda: alignment.alignment(given))
 
     assert_tight(foreseen(base, asked, "respond"), held)
+
+
+def test_a_guide_that_is_rated_is_held_meanwhile(base: BaseModel) -> None:
+    asked = config(base)
+    asked = replace(asked, data=replace(asked.data, scorer="alignment_likelihood"))
+    guide = [Row(f"{row.prompt} Why?", row.answer, row.line) for row in ROWS] * 4  # several batches
+    given = ResponseInput(base=base, rows=ROWS[:1], guide=guide, span=range(1), slices=("v", "o"), config=asked)
+    peaks = step_peaks(
+        base.info,
+        asked,
+        machine(base),
+        train=counts(base, ROWS[:1]),
+        guide=counts(base, guide),
+        evaluation=counts(base, guide),
+        shard_rows=2000,
+    )
+
+    held = measured(lambda: alignment_likelihood(given))
+
+    assert_tight(beside(base, peaks["respond"].host), held)
 
 
 def test_the_baselines_hold_what_was_foreseen(base: BaseModel) -> None:
