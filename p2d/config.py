@@ -145,9 +145,15 @@ RATING_SCORERS = frozenset({"alignment_likelihood"})
 MIN_GUIDE = 8
 """Fewest guide rows that tell what rows of the task are like, and so what is good enough. A guess: a spread of fewer is noise."""
 
-LOOK_ROWS = 64
-"""Rows of a shard that are scored to see whether all of it is like the guide (docs/decisions/0034). More would tell little more:
-with 32 guide rows the standard error of the statistic, `sqrt((m + n + 1) / (12 m n))`, is 0.063 with 64 rows, 0.051 with 2,000."""
+LOOK_ROWS = 32, 64
+"""Fewest and most rows that are scored to see whether all of a shard is like the guide (docs/decisions/0034). More would tell
+little more: with 32 guide rows the standard error of the statistic, `sqrt((m + n + 1) / (12 m n))`, is 0.073 with 32 rows, 0.063
+with 64, 0.051 with 2,000."""
+LOOK_SHARE = 8
+"""One row in so many is, between these bounds: a sample that errs costs a pass over the whole shard (docs/decisions/0038)."""
+
+LOOK_APART = 8
+"""Rows that are scored beside them, of those that do not read like the guide's, where these are many (docs/decisions/0038)."""
 
 UPPER_THIRD = 2 / 3
 """Depth at which `alignment` begins to read gradients. By measurement: the upper third of the layers tells clean from bad
@@ -276,6 +282,12 @@ def most_kept(data: DataConfig, rows: int) -> int:
 def samples_first(config: JobConfig) -> bool:
     """Whether a sample of the rows may be all that is scored, of a resolved config: a job that asks for scores gets them all."""
     return config.data.ratio == "auto" and config.kind == "adapt"
+
+
+def look_count(rows: int) -> int:
+    """How many of a shard's rows are scored first, to see whether the others need to be."""
+    fewest, most = LOOK_ROWS
+    return min(rows, most, max(fewest, rows // LOOK_SHARE))
 
 
 def alignment_layers(layers: int) -> range:

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from p2d.arch.spec import every_head
 from p2d.config import (
     FAST_ANSWER_TOKENS,
-    LOOK_ROWS,
     WITHOUT_PROXY,
     WITHOUT_RESPONSES,
     JobConfig,
@@ -19,6 +18,7 @@ from p2d.config import (
     epochs_of,
     heads_ratio,
     icl_demos,
+    look_count,
     most_kept,
     pool_count,
     proxy_count,
@@ -208,7 +208,7 @@ def _respond(info: ModelInfo, config: JobConfig, train: RowCounts, guide: RowCou
     if samples_first(config):
         # As if all were like the guide: a sample is scored, and all rows are trained on. Otherwise fewer are trained on and
         # perhaps all scored, for less or about as much in sum (docs/decisions/0034, 0037).
-        rows = min(rows, LOOK_ROWS * shards)
+        rows = min(rows, shards * look_count(rows // shards))
     slices = config.training.slices
     assert slices != "auto", "resolve the config first"
     total = 0.0

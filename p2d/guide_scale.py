@@ -72,22 +72,13 @@ def guide_scale(shard: ResponseShard, heads: Sequence[tuple[int, int]]) -> Guide
     )
 
 
-def is_like_guide(
-    shard: ResponseShard,
-    heads: Sequence[tuple[int, int]],
-    among_R: npt.NDArray[np.bool_] | None = None,
-    *,
-    most: float = LIKE_GUIDE,
-) -> bool:
-    """Whether the scored rows of a shard score like the guide's, as a whole; not where the guide was not rated.
-
-    Args:   among_R: asks about these of them alone. most: that the guide's rows may outscore them.
-    """
-    if (scale := guide_scale(shard, heads)) is None or not len(shard.row_R):
-        return False
+def scores_beside_guide(shard: ResponseShard, heads: Sequence[tuple[int, int]]) -> tuple[Floats, Floats] | None:
+    """Scores of the guide's rows and of the scored rows of a shard, [G] and [R]; None where the guide was not rated."""
+    if (scale := guide_scale(shard, heads)) is None:
+        return None
     assert shard.quality_R is not None
-    score_R = scale.scores(summed(shard.response_RN, shard, heads), shard.quality_R.astype(np.float64))
-    return outscored(scale.score_G, score_R if among_R is None else score_R[among_R]) <= most
+    response_R = summed(shard.response_RN, shard, heads)
+    return scale.score_G, scale.scores(response_R, shard.quality_R.astype(np.float64))
 
 
 def outscored(score_G: Floats, score_R: Floats) -> float:

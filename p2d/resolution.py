@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from p2d.config import (
     DEFAULT_RATIO,
     FAST_ANSWER_TOKENS,
-    LOOK_ROWS,
     MAX_EPOCHS,
     MIN_ROWS,
     MIN_STEPS,
@@ -209,8 +208,8 @@ def _data(
         reasons["/data/ratio"] = (
             f"as many rows as seem to be like those of the validation dataset, at least {DEFAULT_RATIO:.0%}"
             + (
-                f"; if a random {LOOK_ROWS} do, or those of them that read like it, no others are scored, and all such are kept"
-                " (docs/decisions/0034, 0037)"
+                "; if a random sample does, or those of it that read like it, no others are scored, and all such are kept"
+                " (docs/decisions/0034, 0037, 0038)"
                 if config.kind == "adapt"
                 else " (docs/decisions/0034)"
             )

@@ -14,11 +14,12 @@ from dataclasses import dataclass
 
 from p2d.arch.spec import every_head, heads_per_group, units_of
 from p2d.config import (
-    LOOK_ROWS,
+    LOOK_APART,
     UNIFORM,
     JobConfig,
     alignment_layers,
     heads_ratio,
+    look_count,
     pool_count,
     rates_guide,
     samples_first,
@@ -90,7 +91,7 @@ def adapter_bytes(info: ModelInfo, heads: Sequence[tuple[int, int]], config: Job
 def response_size(info: ModelInfo, config: JobConfig, *, rows: int, guide: int, shards: int) -> Size:
     """All responses-*.safetensors over `rows` training rows; in fast mode a shard has more or fewer of the pool's rows.
 
-    Where the guide decides how many are kept, a shard has a sample of its rows at the least.
+    Where the guide decides how many are kept, a shard has a sample of its rows at the least, however small.
     """
     scorer, fast = config.data.scorer, config.data.mode == "fast"
     layers = range(info.n_layers)
@@ -132,10 +133,15 @@ def response_size(info: ModelInfo, config: JobConfig, *, rows: int, guide: int, 
     for shard in range(shards):
         span = shard_range(rows, shard, shards)
         scored = len(span) if pool == rows else pool * (shard + 1) // shards - pool * shard // shards
-        looked_at = min(scored, LOOK_ROWS) if samples_first(config) else scored
-        least += of_shard(span, looked_at, rest_like_guide=looked_at < scored)
-        left_out = of_shard(span, looked_at, rest_like_guide=True, unlike=scored) if looked_at < scored else 0
-        most += max(left_out, of_shard(span, scored, rest_like_guide=False))
+        every = of_shard(span, scored, rest_like_guide=False)
+        looked_at = look_count(scored) if samples_first(config) else scored
+        if looked_at == scored:
+            least, most = least + every, most + every
+            continue
+        # Of rows that nearly all repeat one another the sample is smaller.
+        least += min(every, of_shard(span, 1, rest_like_guide=True))
+        sample = min(scored, looked_at + LOOK_APART)
+        most += max(every, of_shard(span, sample, rest_like_guide=True, unlike=scored))
     # Headers name offsets: a digit more or less.
     dust = 64 * shards if pool < rows else 0
     return Size(least=least - dust, most=most + dust)

@@ -9,22 +9,33 @@ The guide's own rows are rated like those of the pool, each by the others, and a
 as good as most of them is as good as any (docs/decisions/0031). Fewer than MIN_GUIDE guide rows measure nothing: then the worse of
 the two ranks decides.
 
-Where the pool itself is to say how many of its rows are kept, a random sample is rated first. If that is like the guide, so is the
-rest: all of it is kept, and no pass is spent on it (docs/decisions/0034). If only those of the sample are that read like the
-guide's, then so are all other rows that do, and what does not read like it is left out (docs/decisions/0037).
+Where the pool itself is to say how many of its rows are kept, a random sample is rated first, of rows that repeat no other
+(docs/decisions/0038). If that is like the guide, so is the rest: all of it is kept, and no pass is spent on it
+(docs/decisions/0034). If only those of the sample are that read like the guide's, then so are all other rows that do, and what does
+not read like it is left out (docs/decisions/0037).
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from p2d.arch.spec import every_head
-from p2d.config import LOOK_ROWS, MIN_GUIDE, alignment_layers, alignment_projections, rates_guide, samples_first
+from p2d.config import (
+    LOOK_APART,
+    MIN_GUIDE,
+    alignment_layers,
+    alignment_projections,
+    look_count,
+    rates_guide,
+    samples_first,
+)
 from p2d.errors import Diverged
-from p2d.guide_scale import is_like_guide
+from p2d.guide_scale import LIKE_GUIDE, outscored, scores_beside_guide
 from p2d.guide_words import unlike_guide
+from p2d.near_duplicates import repetitions
 from p2d.response_matrix import ResponseShard, median_and_spread
 from p2d.responses import ResponseInput, Responses
 from p2d.responses.alignment import Aligned, Alignment, Floats, Ints
@@ -37,9 +48,11 @@ STEEPER = 5.0
 """How many times as fast plausibility falls there as it rose. With 1.5 to 3 spreads and 3 to 10 times, 15 % or less of the kept
 half was bad that the mean of ranks left at 31 to 36 (docs/LOG.md), the guide being clean."""
 
+MANY_APART = 1 / 8
+"""Share of the rows from which on those that words set apart are asked about by themselves: fewer hardly show, nor harm."""
 APART = 0.7
-"""Most that the guide's rows may outscore those that words set apart where the whole sample is like the guide. 8 clean rows, with a
-standard error of 0.12, are outscored more in 4 % of the cases."""
+"""Most that the guide's rows may outscore LOOK_APART of these where all rows are to be kept. 8 clean rows, with a standard error of
+0.12, are outscored more in 4 % of the cases."""
 
 FEWEST_LEFT = 16
 """Fewest rows of the sample that vouch for what reads like them. The statistic's standard error is 0.09 then; of 8 it is 0.12."""
@@ -53,41 +66,67 @@ def alignment_likelihood(given: ResponseInput) -> Responses:
     layers, projections = alignment_layers(given.base.info.n_layers), alignment_projections(given.slices)
     alignment = Alignment(given, layers, projections, rate_guide=rates_guide(NAME, len(given.guide)))
     row_R = given.wanted()
-    look_R = _look(given, row_R)
-    alignment.rate(look_R)
-    shard = _shard(given, alignment.found())
-    rest_R = np.setdiff1d(row_R, look_R)
-    if len(rest_R):
-        if (vouched := _vouched(given, shard, row_R)) is not None:
-            shard = vouched
+    look = _look(given, row_R)
+    if look is not None:
+        alignment.rate(look.row_R)
+        vouched = _vouched(look, _shard(given, alignment.found()), every_head(given.base.info))
+        if vouched is not None:
             given.progress(len(row_R), len(row_R), {})
-        else:
-            alignment.rate(rest_R)
-            shard = _shard(given, alignment.found())
+            return _responses(alignment.found(), vouched)
+        row_R = np.setdiff1d(row_R, look.row_R)
+    alignment.rate(row_R)
     found = alignment.found()
-    return Responses(shard=shard, tokens=found.tokens, flops=round(found.flops))
+    return _responses(found, _shard(given, found))
 
 
-def _look(given: ResponseInput, row_R: Ints) -> Ints:
-    """The rows to be rated first, ascending: where the pool may turn out to be like the guide, a random LOOK_ROWS of them."""
-    if not samples_first(given.config) or len(row_R) <= LOOK_ROWS:
-        return row_R
-    rng = np.random.default_rng([given.config.training.seed, len(given.rows), given.span.start])
-    return np.sort(rng.permutation(row_R)[:LOOK_ROWS])
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Look:
+    """A sample of the rows, and what their words say."""
+
+    row_R: Ints
+    """The sample, ascending."""
+    unlike_R: Ints
+    """All rows that do not read like the guide's, in the sample or not."""
+    apart: float | None
+    """Their share, where they are asked about by themselves: then the sample has more or fewer of them than there are."""
 
 
-def _vouched(given: ResponseInput, look: ResponseShard, row_R: Ints) -> ResponseShard | None:
-    """The rated sample, if it vouches for the other rows, or for those that read like the guide's; else None."""
-    heads = every_head(given.base.info)
+def _look(given: ResponseInput, row_R: Ints) -> _Look | None:
+    """A random sample, where the pool may turn out to be like the guide; None where all rows are to be rated."""
+    count = look_count(len(row_R))
+    if not samples_first(given.config) or len(row_R) <= count:
+        return None
     unlike_R = row_R[unlike_guide(given.rows, row_R, given.guide)]
-    apart_R = np.isin(look.row_R, unlike_R)
-    # A few bad rows hardly show in the whole: where words set some apart, these are asked about by themselves.
-    apart_are_like = apart_R.sum() < MIN_GUIDE or is_like_guide(look, heads, apart_R, most=APART)
-    if apart_are_like and is_like_guide(look, heads):
-        return replace(look, rest_like_guide=True)
-    if (~apart_R).sum() >= FEWEST_LEFT and is_like_guide(look, heads, ~apart_R):
-        return replace(look, rest_like_guide=True, unlike_R=unlike_R)
+    rng = np.random.default_rng([given.config.training.seed, len(given.rows), given.span.start])
+    # What repeats another row is hardly ever kept, and of copies with some words changed the model would think less.
+    fresh_R = rng.permutation(row_R[repetitions(given.rows, row_R) < 0])
+    apart_R = np.isin(fresh_R, unlike_R)
+    apart = float(apart_R.mean())
+    if apart < MANY_APART or (~apart_R).sum() < FEWEST_LEFT:
+        return _Look(row_R=np.sort(fresh_R[:count]), unlike_R=unlike_R, apart=None)
+    sample_R = np.concatenate([fresh_R[~apart_R][:count], fresh_R[apart_R][:LOOK_APART]])
+    return _Look(row_R=np.sort(sample_R), unlike_R=unlike_R, apart=apart)
+
+
+def _vouched(look: _Look, shard: ResponseShard, heads: Sequence[tuple[int, int]]) -> ResponseShard | None:
+    """The rated sample, if it vouches for the other rows, or for those that read like the guide's; else None."""
+    if (scored := scores_beside_guide(shard, heads)) is None:
+        return None
+    score_G, score_R = scored
+    apart_R = np.isin(shard.row_R, look.unlike_R)
+    whole, apart_are_like = outscored(score_G, score_R), True
+    if look.apart is not None:
+        left, apart = outscored(score_G, score_R[~apart_R]), outscored(score_G, score_R[apart_R])
+        whole, apart_are_like = (1 - look.apart) * left + look.apart * apart, apart <= APART
+    if apart_are_like and whole <= LIKE_GUIDE:
+        return replace(shard, rest_like_guide=True)
+    if (~apart_R).sum() >= FEWEST_LEFT and outscored(score_G, score_R[~apart_R]) <= LIKE_GUIDE:
+        return replace(shard, rest_like_guide=True, unlike_R=look.unlike_R)
     return None
+
+
+def _responses(found: Aligned, shard: ResponseShard) -> Responses:
+    return Responses(shard=shard, tokens=found.tokens, flops=round(found.flops))
 
 
 def _shard(given: ResponseInput, found: Aligned) -> ResponseShard:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from p2d.arch import ARCHS
 from p2d.batches import answer_nll, collate
-from p2d.config import FAST_ANSWER_TOKENS, Auto, DataConfig, JobConfig, Kind, Projection
+from p2d.config import FAST_ANSWER_TOKENS, LOOK_APART, Auto, DataConfig, JobConfig, Kind, Projection
 from p2d.models import BaseModel, load_base_model
 from p2d.response_matrix import ResponseShard
 from p2d.responses import ResponseInput
@@ -218,6 +218,10 @@ TASK = some_rows(60, first=10)
 LIKE_GUIDE = [row for place, row in enumerate(TASK) if place % 4]
 
 
+def looks_at(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    monkeypatch.setattr(module, "look_count", lambda rows: min(rows, count))
+
+
 def looking(base: BaseModel, rows: list[Row], *, ratio: float | Auto, kind: Kind = "adapt") -> ResponseShard:
     """The shard of these rows; a sample of 12 is rated first where the ratio is left open."""
     asked = JobConfig(data=DataConfig(mode="faithful", ratio=ratio), kind=kind)
@@ -229,7 +233,7 @@ def looking(base: BaseModel, rows: list[Row], *, ratio: float | Auto, kind: Kind
 def test_of_a_pool_like_the_guide_a_sample_alone_is_rated_where_the_ratio_is_left_open(
     tiny: BaseModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "LOOK_ROWS", 12)
+    looks_at(monkeypatch, 12)
 
     open_, named = looking(tiny, LIKE_GUIDE, ratio="auto"), looking(tiny, LIKE_GUIDE, ratio=0.5)
 
@@ -249,7 +253,7 @@ def test_a_pool_unlike_the_guide_is_rated_as_a_whole_as_if_no_sample_had_been_lo
 ) -> None:
     rows = [Row(row.answer, row.prompt[::-1], line=row.line) for row in LIKE_GUIDE[:30]]
     whole = looking(tiny, rows, ratio="auto")
-    monkeypatch.setattr(module, "LOOK_ROWS", 12)
+    looks_at(monkeypatch, 12)
 
     parts = looking(tiny, rows, ratio="auto")
 
@@ -261,7 +265,7 @@ def test_a_pool_unlike_the_guide_is_rated_as_a_whole_as_if_no_sample_had_been_lo
     np.testing.assert_allclose(parts.quality_R, whole.quality_R, rtol=1e-5)
 
 
-UNLIKE = [Row(row.answer, row.prompt[::-1] + end, line=row.line) for row in LIKE_GUIDE for end in "?!."]
+UNLIKE = [Row(row.answer, f"{row.prompt[::-1]} {end}", line=row.line) for row in LIKE_GUIDE for end in "xyz"]
 MIXED = [*LIKE_GUIDE, *UNLIKE]
 
 
@@ -272,12 +276,12 @@ def by_words(rows: Sequence[Row], row_R: npt.NDArray[np.int64], _: Sequence[Row]
 def test_rows_that_read_like_the_guide_are_vouched_for_by_those_of_the_sample_that_do(
     tiny: BaseModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "LOOK_ROWS", 90)
+    looks_at(monkeypatch, 30)
     monkeypatch.setattr(module, "unlike_guide", by_words)
 
     shard = looking(tiny, MIXED, ratio="auto")
 
-    assert (len(shard.row_R), shard.rest_like_guide) == (90, True)
+    assert (int(shard.sample_R.sum()), len(shard.row_R), shard.rest_like_guide) == (30, 30 + LOOK_APART, True)
     assert shard.unlike_R is not None
     assert shard.unlike_R.tolist() == list(range(45, 180))
     looked_at = set(shard.row_R.tolist())
@@ -288,7 +292,7 @@ def test_rows_that_read_like_the_guide_are_vouched_for_by_those_of_the_sample_th
 def test_rows_that_words_set_apart_are_left_out_though_the_whole_sample_does_not_show_them(
     tiny: BaseModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "LOOK_ROWS", 53)
+    looks_at(monkeypatch, 53)
     rows = MIXED[:54]
     whole = looking(tiny, rows, ratio="auto")  # the words of these little sums say nothing
     monkeypatch.setattr(module, "unlike_guide", by_words)
@@ -300,19 +304,54 @@ def test_rows_that_words_set_apart_are_left_out_though_the_whole_sample_does_not
     assert shard.unlike_R.tolist() == list(range(45, 54))
 
 
-def test_a_few_rows_that_words_alone_speak_against_are_kept(tiny: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "LOOK_ROWS", 30)
+def test_rows_that_words_alone_speak_against_are_kept(tiny: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks_at(monkeypatch, 25)
     monkeypatch.setattr(module, "unlike_guide", lambda _, row_R, __: row_R % 3 == 0)
 
     shard = looking(tiny, LIKE_GUIDE, ratio="auto")
 
-    assert (len(shard.row_R), shard.rest_like_guide, shard.unlike_R) == (30, True, None)
+    assert (len(shard.row_R), shard.rest_like_guide, shard.unlike_R) == (25 + LOOK_APART, True, None)
+
+
+def test_few_rows_that_words_set_apart_are_not_asked_about_by_themselves(
+    tiny: BaseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks_at(monkeypatch, 25)
+    monkeypatch.setattr(module, "unlike_guide", lambda _, row_R, __: row_R < 5)
+
+    shard = looking(tiny, LIKE_GUIDE, ratio="auto")
+
+    assert (len(shard.row_R), shard.rest_like_guide, shard.unlike_R) == (25, True, None)
+
+
+def test_in_the_whole_those_that_words_set_apart_count_for_as_many_as_there_are(
+    tiny: BaseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = MIXED[: len(LIKE_GUIDE) + 9]
+    looks_at(monkeypatch, 25)
+    monkeypatch.setattr(module, "unlike_guide", by_words)
+    monkeypatch.setattr(module, "APART", 1.0)
+
+    shard = looking(tiny, rows, ratio="auto")
+
+    # A sixth of the rows, and a quarter of the sample: so many would show.
+    assert (len(shard.row_R), shard.rest_like_guide, shard.unlike_R) == (25 + LOOK_APART, True, None)
+
+
+def test_what_repeats_another_row_is_not_sampled(tiny: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks_at(monkeypatch, 40)
+
+    shard = looking(tiny, [*LIKE_GUIDE, *LIKE_GUIDE], ratio="auto")
+
+    assert (len(shard.row_R), shard.rest_like_guide) == (40, True)
+    assert shard.row_R.max() < len(LIKE_GUIDE)
+    assert len(shard.trusted_R) == 2 * len(LIKE_GUIDE) - 40
 
 
 def test_where_words_leave_too_few_of_the_sample_or_such_as_the_model_doubts_all_rows_are_rated(
     tiny: BaseModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "LOOK_ROWS", 90)
+    looks_at(monkeypatch, 90)
     monkeypatch.setattr(module, "unlike_guide", by_words)
     good = [row for row in looking(tiny, MIXED, ratio="auto").row_R.tolist() if row < len(LIKE_GUIDE)]
     found = {}

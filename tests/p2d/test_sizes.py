@@ -12,6 +12,7 @@ from p2d.adapters import WEIGHTS, save_adapter
 from p2d.arch.spec import every_head
 from p2d.config import (
     DATA_SCORERS,
+    LOOK_APART,
     LOOK_ROWS,
     WITHOUT_RESPONSES,
     DataConfig,
@@ -85,20 +86,21 @@ def test_with_all_heads_nothing_is_left_open(tiny: BaseModel, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("unlike", [None, 0, 1, 33])
-@pytest.mark.parametrize("rows", [65, 66, 97])
+@pytest.mark.parametrize("rows", [41, 66, 97])
+@pytest.mark.parametrize("sample", [1, LOOK_ROWS[0], LOOK_ROWS[0] + LOOK_APART])
 def test_a_sample_and_what_is_left_out_have_a_size_within_the_foreseen(
-    tiny: BaseModel, tmp_path: Path, rows: int, unlike: int | None
+    tiny: BaseModel, tmp_path: Path, rows: int, unlike: int | None, sample: int
 ) -> None:
     asked = config(1.0)
     asked = replace(asked, data=replace(asked.data, scorer="alignment_likelihood", ratio="auto"))
     columns = len(alignment_layers(tiny.info.n_layers)) * tiny.info.n_heads
     shard = ResponseShard(
         span=range(rows),
-        row_R=np.arange(LOOK_ROWS),
+        row_R=np.arange(sample),
         layers=alignment_layers(tiny.info.n_layers),
         n_heads=tiny.info.n_heads,
-        response_RN=np.zeros((LOOK_ROWS, columns), dtype=np.float16),
-        quality_R=np.zeros(LOOK_ROWS, dtype=np.float32),
+        response_RN=np.zeros((sample, columns), dtype=np.float16),
+        quality_R=np.zeros(sample, dtype=np.float32),
         guide_response_GN=np.zeros((12, columns), dtype=np.float16),
         guide_quality_G=np.zeros(12, dtype=np.float32),
         scorer="alignment_likelihood",
