@@ -145,15 +145,18 @@ RATING_SCORERS = frozenset({"alignment_likelihood"})
 MIN_GUIDE = 8
 """Fewest guide rows that tell what rows of the task are like, and so what is good enough. A guess: a spread of fewer is noise."""
 
-LOOK_ROWS = 32, 64
-"""Fewest and most rows that are scored to see whether all of a shard is like the guide (docs/decisions/0034). More would tell
-little more: with 32 guide rows the standard error of the statistic, `sqrt((m + n + 1) / (12 m n))`, is 0.073 with 32 rows, 0.063
-with 64, 0.051 with 2,000."""
-LOOK_SHARE = 8
-"""One row in so many is, between these bounds: a sample that errs costs a pass over the whole shard (docs/decisions/0038)."""
+FEWEST_LOOK, MOST_LOOK = 32, 64
+"""Rows of a sample by which a shard is judged to be like the guide, or not (docs/decisions/0034). More would tell little more:
+with 32 guide rows the standard error of the statistic, `sqrt((m + n + 1) / (12 m n))`, is 0.073 with 32 rows, 0.063 with 64, 0.051
+with 2,000."""
+LOOK_SHARE = 1 / 8
+"""Of the shard, between these bounds: where the sample errs the whole shard is scored, so a small one needs but a small sample
+(docs/decisions/0038)."""
 
 LOOK_APART = 8
 """Rows that are scored beside them, of those that do not read like the guide's, where these are many (docs/decisions/0038)."""
+FEWEST_LEFT = 16
+"""Fewest rows of a sample that vouch for what reads like them. The statistic's standard error is 0.09 then; of 8 it is 0.12."""
 
 UPPER_THIRD = 2 / 3
 """Depth at which `alignment` begins to read gradients. By measurement: the upper third of the layers tells clean from bad
@@ -285,9 +288,8 @@ def samples_first(config: JobConfig) -> bool:
 
 
 def look_count(rows: int) -> int:
-    """How many of a shard's rows are scored first, to see whether the others need to be."""
-    fewest, most = LOOK_ROWS
-    return min(rows, most, max(fewest, rows // LOOK_SHARE))
+    """How many of a shard's rows are sampled to see whether the others need scores."""
+    return min(rows, MOST_LOOK, max(FEWEST_LOOK, int(rows * LOOK_SHARE)))
 
 
 def alignment_layers(layers: int) -> range:

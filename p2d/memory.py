@@ -42,6 +42,8 @@ ALIGNMENT_TOKENS = {False: 1024, True: 16384}
 """Tokens of a batch of `alignment`, on a CPU and on a GPU (`p2d.responses.alignment`)."""
 CHUNK_BYTES = {False: 32 << 20, True: 256 << 20}
 """fp32 logits of one chunk, on a CPU and on a GPU (`p2d.loss`)."""
+PADDING = 1.25
+"""Most that padding widens a batch of `alignment` (`p2d.batches.MAX_PADDING`)."""
 SHORT_TOKENS = 384
 """Longest row whose probabilities are kept, on a CPU in bf16 (`p2d.cpu_attention.MAX_TOKENS`)."""
 GENERATED_ROWS = 64
@@ -190,7 +192,8 @@ def _held_guide(info: ModelInfo, config: JobConfig, machine: Machine, guide: Row
     tapped = sum(
         n_units(info, name) * info.head_dim + info.hidden_size for name in alignment_projections(_slices(config))
     )
-    return guide.rows * guide.longest * len(alignment_layers(info.n_layers)) * tapped * machine.number
+    tokens = min(guide.rows * guide.longest, round(PADDING * guide.tokens))
+    return tokens * len(alignment_layers(info.n_layers)) * tapped * machine.number
 
 
 def _evaluate(

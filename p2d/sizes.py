@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from p2d.arch.spec import every_head, heads_per_group, units_of
 from p2d.config import (
+    FEWEST_LEFT,
     LOOK_APART,
     UNIFORM,
     JobConfig,
@@ -91,7 +92,7 @@ def adapter_bytes(info: ModelInfo, heads: Sequence[tuple[int, int]], config: Job
 def response_size(info: ModelInfo, config: JobConfig, *, rows: int, guide: int, shards: int) -> Size:
     """All responses-*.safetensors over `rows` training rows; in fast mode a shard has more or fewer of the pool's rows.
 
-    Where the guide decides how many are kept, a shard has a sample of its rows at the least, however small.
+    Where the guide decides how many are kept, a shard has a sample of its rows at the least.
     """
     scorer, fast = config.data.scorer, config.data.mode == "fast"
     layers = range(info.n_layers)
@@ -134,14 +135,13 @@ def response_size(info: ModelInfo, config: JobConfig, *, rows: int, guide: int, 
         span = shard_range(rows, shard, shards)
         scored = len(span) if pool == rows else pool * (shard + 1) // shards - pool * shard // shards
         every = of_shard(span, scored, rest_like_guide=False)
-        looked_at = look_count(scored) if samples_first(config) else scored
-        if looked_at == scored:
+        looked_at = look_count(scored)
+        if not samples_first(config) or scored <= looked_at + LOOK_APART:
             least, most = least + every, most + every
             continue
-        # Of rows that nearly all repeat one another the sample is smaller.
-        least += min(every, of_shard(span, 1, rest_like_guide=True))
-        sample = min(scored, looked_at + LOOK_APART)
-        most += max(every, of_shard(span, sample, rest_like_guide=True, unlike=scored))
+        # Where few rows read like the guide the sample is smaller, and where many do not it is larger.
+        least += of_shard(span, min(looked_at, FEWEST_LEFT + LOOK_APART), rest_like_guide=True)
+        most += max(every, of_shard(span, looked_at + LOOK_APART, rest_like_guide=True, unlike=scored))
     # Headers name offsets: a digit more or less.
     dust = 64 * shards if pool < rows else 0
     return Size(least=least - dust, most=most + dust)

@@ -120,15 +120,15 @@ class Alignment:
         self._parts: list[_Part] = []
         self._done, self._total = 0, len(self._guide) + len(given.wanted())
         self._mean = MeanGradient()
-        held = _Held()
-        self._guide_nll_G = self._passed(
-            self._guide, lambda indices: held.of_rows(indices, self._mean.add) if rate_guide else self._mean.add
-        )
         self._guide_cosine_GN: Floats | None = None
-        if rate_guide:
-            own = RowProducts(given.base, self._mean.gradient, layers, rows=len(self._guide))
-            held.again(own.of_rows, given.base.device)
-            self._guide_cosine_GN = own.cosines(left_out=True)
+        if not rate_guide:
+            self._guide_nll_G = self._passed(self._guide, lambda _: self._mean.add)
+            return
+        held = _Held(self._mean.add)
+        self._guide_nll_G = self._passed(self._guide, held.of_rows)
+        own = RowProducts(given.base, self._mean.gradient, layers, rows=len(self._guide))
+        held.again(own.of_rows, given.base.device)
+        self._guide_cosine_GN = own.cosines(left_out=True)
 
     def rate(self, row_R: Ints) -> None:
         """Pass over these rows. Raises Diverged if a gradient is not finite."""
@@ -268,15 +268,17 @@ class MeanGradient:
 class _Held:
     """The factors of some rows' gradients, in the host's memory: products with the mean of all rows need no second pass."""
 
-    def __init__(self) -> None:
+    def __init__(self, first: Sink) -> None:
+        """Args: first: takes them at once."""
+        self._first = first
         self._factors: list[tuple[list[int], Place, Tensor, Tensor]] = []
 
-    def of_rows(self, indices: list[int], sink: Sink) -> Sink:
-        """A sink for a batch that holds these rows, which gives to `sink` as well."""
+    def of_rows(self, indices: list[int]) -> Sink:
+        """A sink for a batch that holds these rows."""
 
         def hold(place: Place, cut_BTUE: Tensor, other_BTD: Tensor) -> None:
             self._factors.append((indices, place, cut_BTUE.cpu(), other_BTD.cpu()))
-            sink(place, cut_BTUE, other_BTD)
+            self._first(place, cut_BTUE, other_BTD)
 
         return hold
 

@@ -9,10 +9,10 @@ The guide's own rows are rated like those of the pool, each by the others, and a
 as good as most of them is as good as any (docs/decisions/0031). Fewer than MIN_GUIDE guide rows measure nothing: then the worse of
 the two ranks decides.
 
-Where the pool itself is to say how many of its rows are kept, a random sample is rated first, of rows that repeat no other
-(docs/decisions/0038). If that is like the guide, so is the rest: all of it is kept, and no pass is spent on it
-(docs/decisions/0034). If only those of the sample are that read like the guide's, then so are all other rows that do, and what does
-not read like it is left out (docs/decisions/0037).
+Where the pool itself is to say how many of its rows are kept, a random sample is rated first, of rows that repeat no other, and
+apart from it a few of those that do not read like the guide's, where these are many (docs/decisions/0038). If the pool by this
+sample is like the guide, all of it is kept, and no pass is spent on the rest (docs/decisions/0034). If only those of the sample are
+that read like the guide's, then so are all other rows that do, and what does not read like it is left out (docs/decisions/0037).
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import numpy as np
 
 from p2d.arch.spec import every_head
 from p2d.config import (
+    FEWEST_LEFT,
     LOOK_APART,
     MIN_GUIDE,
     alignment_layers,
@@ -48,14 +49,12 @@ STEEPER = 5.0
 """How many times as fast plausibility falls there as it rose. With 1.5 to 3 spreads and 3 to 10 times, 15 % or less of the kept
 half was bad that the mean of ranks left at 31 to 36 (docs/LOG.md), the guide being clean."""
 
-MANY_APART = 1 / 8
-"""Share of the rows from which on those that words set apart are asked about by themselves: fewer hardly show, nor harm."""
+MANY = 1 / 8
+"""Share of the rows that repeat no other from which on those that words set apart are asked about by themselves, for fewer hardly
+show, nor harm; and least share that must read like the guide for words to leave out the others."""
 APART = 0.7
 """Most that the guide's rows may outscore LOOK_APART of these where all rows are to be kept. 8 clean rows, with a standard error of
 0.12, are outscored more in 4 % of the cases."""
-
-FEWEST_LEFT = 16
-"""Fewest rows of the sample that vouch for what reads like them. The statistic's standard error is 0.09 then; of 8 it is 0.12."""
 
 
 def alignment_likelihood(given: ResponseInput) -> Responses:
@@ -88,24 +87,27 @@ class _Look:
     unlike_R: Ints
     """All rows that do not read like the guide's, in the sample or not."""
     apart: float | None
-    """Their share, where they are asked about by themselves: then the sample has more or fewer of them than there are."""
+    """Their share of the rows that repeat no other, where they are asked about by themselves: in the sample it is another."""
 
 
 def _look(given: ResponseInput, row_R: Ints) -> _Look | None:
-    """A random sample, where the pool may turn out to be like the guide; None where all rows are to be rated."""
-    count = look_count(len(row_R))
-    if not samples_first(given.config) or len(row_R) <= count:
+    """A random sample, where the pool may turn out to be like the guide; None where all rows are to be rated at once."""
+    if not samples_first(given.config):
         return None
+    count = look_count(len(row_R))
+    # What repeats another row is kept last: copies of a few rows would speak for what is kept.
+    fresh_R = row_R[repetitions(given.rows, row_R) < 0]
+    if len(fresh_R) <= count + LOOK_APART:
+        return None  # hardly a row would be spared
     unlike_R = row_R[unlike_guide(given.rows, row_R, given.guide)]
     rng = np.random.default_rng([given.config.training.seed, len(given.rows), given.span.start])
-    # What repeats another row is hardly ever kept, and of copies with some words changed the model would think less.
-    fresh_R = rng.permutation(row_R[repetitions(given.rows, row_R) < 0])
+    fresh_R = rng.permutation(fresh_R)
     apart_R = np.isin(fresh_R, unlike_R)
-    apart = float(apart_R.mean())
-    if apart < MANY_APART or (~apart_R).sum() < FEWEST_LEFT:
+    many = max(LOOK_APART, MANY * len(fresh_R))
+    if apart_R.sum() < many or (~apart_R).sum() < max(FEWEST_LEFT, many):
         return _Look(row_R=np.sort(fresh_R[:count]), unlike_R=unlike_R, apart=None)
     sample_R = np.concatenate([fresh_R[~apart_R][:count], fresh_R[apart_R][:LOOK_APART]])
-    return _Look(row_R=np.sort(sample_R), unlike_R=unlike_R, apart=apart)
+    return _Look(row_R=np.sort(sample_R), unlike_R=unlike_R, apart=float(apart_R.mean()))
 
 
 def _vouched(look: _Look, shard: ResponseShard, heads: Sequence[tuple[int, int]]) -> ResponseShard | None:

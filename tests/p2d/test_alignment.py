@@ -14,7 +14,17 @@ from torch import Tensor
 
 from p2d.arch import ARCHS
 from p2d.batches import answer_nll, collate
-from p2d.config import FAST_ANSWER_TOKENS, LOOK_APART, Auto, DataConfig, JobConfig, Kind, Projection
+from p2d.config import (
+    FAST_ANSWER_TOKENS,
+    FEWEST_LEFT,
+    LOOK_APART,
+    Auto,
+    DataConfig,
+    JobConfig,
+    Kind,
+    Projection,
+    look_count,
+)
 from p2d.models import BaseModel, load_base_model
 from p2d.response_matrix import ResponseShard
 from p2d.responses import ResponseInput
@@ -223,7 +233,7 @@ def looks_at(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
 
 
 def looking(base: BaseModel, rows: list[Row], *, ratio: float | Auto, kind: Kind = "adapt") -> ResponseShard:
-    """The shard of these rows; a sample of 12 is rated first where the ratio is left open."""
+    """The shard of these rows; a sample is rated first where the ratio is left open."""
     asked = JobConfig(data=DataConfig(mode="faithful", ratio=ratio), kind=kind)
     return alignment_likelihood(
         replace(given(base, ("v",)), rows=rows, guide=TASK[::4], span=range(len(rows)), config=asked)
@@ -292,7 +302,7 @@ def test_rows_that_read_like_the_guide_are_vouched_for_by_those_of_the_sample_th
 def test_rows_that_words_set_apart_are_left_out_though_the_whole_sample_does_not_show_them(
     tiny: BaseModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    looks_at(monkeypatch, 53)
+    looks_at(monkeypatch, 40)
     rows = MIXED[:54]
     whole = looking(tiny, rows, ratio="auto")  # the words of these little sums say nothing
     monkeypatch.setattr(module, "unlike_guide", by_words)
@@ -338,14 +348,29 @@ def test_in_the_whole_those_that_words_set_apart_count_for_as_many_as_there_are(
     assert (len(shard.row_R), shard.rest_like_guide, shard.unlike_R) == (25 + LOOK_APART, True, None)
 
 
+@pytest.mark.parametrize(("rows", "sampled"), [(12, 12), (250, 32), (264, 33), (600, 64), (2000, 64)])
+def test_an_eighth_of_a_shard_is_sampled_within_bounds(rows: int, sampled: int) -> None:
+    assert look_count(rows) == sampled
+
+
+def test_where_a_sample_would_spare_hardly_a_row_all_are_rated_at_once(tiny: BaseModel) -> None:
+    few = looking(tiny, LIKE_GUIDE[:40], ratio="auto")
+    more = looking(tiny, LIKE_GUIDE[:41], ratio="auto")
+    repeated = looking(tiny, [*LIKE_GUIDE[:40], *LIKE_GUIDE[:40]], ratio="auto")
+
+    assert [(len(shard.row_R), shard.rest_like_guide) for shard in (few, more, repeated)] == [
+        (40, False), (32, True), (80, False)
+    ]  # fmt: skip
+
+
 def test_what_repeats_another_row_is_not_sampled(tiny: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    looks_at(monkeypatch, 40)
+    looks_at(monkeypatch, 36)
 
     shard = looking(tiny, [*LIKE_GUIDE, *LIKE_GUIDE], ratio="auto")
 
-    assert (len(shard.row_R), shard.rest_like_guide) == (40, True)
+    assert (len(shard.row_R), shard.rest_like_guide) == (36, True)
     assert shard.row_R.max() < len(LIKE_GUIDE)
-    assert len(shard.trusted_R) == 2 * len(LIKE_GUIDE) - 40
+    assert len(shard.trusted_R) == 2 * len(LIKE_GUIDE) - 36
 
 
 def test_where_words_leave_too_few_of_the_sample_or_such_as_the_model_doubts_all_rows_are_rated(
@@ -353,15 +378,17 @@ def test_where_words_leave_too_few_of_the_sample_or_such_as_the_model_doubts_all
 ) -> None:
     looks_at(monkeypatch, 90)
     monkeypatch.setattr(module, "unlike_guide", by_words)
-    good = [row for row in looking(tiny, MIXED, ratio="auto").row_R.tolist() if row < len(LIKE_GUIDE)]
     found = {}
-    for left in (0, module.FEWEST_LEFT - 1, module.FEWEST_LEFT):
-        few = good[:left]
-        monkeypatch.setattr(module, "unlike_guide", lambda _, row_R, __, few=few: ~np.isin(row_R, few))
-        found[left] = looking(tiny, MIXED, ratio="auto").unlike_R is not None
+    for rows, left in ((180, 0), (180, 22), (180, 23), (110, FEWEST_LEFT - 1), (110, FEWEST_LEFT)):
+        monkeypatch.setattr(module, "unlike_guide", lambda _, row_R, __, left=left: row_R >= left)
+        found[rows, left] = looking(tiny, MIXED[:rows], ratio="auto").unlike_R is not None
     monkeypatch.setattr(module, "unlike_guide", lambda rows, row_R, guide: ~by_words(rows, row_R, guide))
 
     wrong = looking(tiny, MIXED, ratio="auto")
 
-    assert found == {0: False, module.FEWEST_LEFT - 1: False, module.FEWEST_LEFT: True}
+    few, enough = (
+        [(180, 0), (180, 22), (110, FEWEST_LEFT - 1)],
+        [(180, 23), (110, FEWEST_LEFT)],
+    )  # an eighth, 16 at least
+    assert found == {**dict.fromkeys(few, False), **dict.fromkeys(enough, True)}
     assert (len(wrong.row_R), wrong.rest_like_guide, wrong.unlike_R) == (180, False, None)

@@ -21,6 +21,7 @@ from p2d.memory import (
     ALIGNMENT_TOKENS,
     CHUNK_BYTES,
     GENERATED_ROWS,
+    PADDING,
     PROCESS_BYTES,
     SHORT_TOKENS,
     TOKEN_BUDGET,
@@ -207,6 +208,7 @@ def test_its_numbers_are_those_of_the_engine() -> None:
     assert TOKEN_BUDGET == batches.TOKEN_BUDGET
     assert ALIGNMENT_TOKENS == {False: alignment.CPU_TOKENS, True: alignment.GPU_TOKENS}
     assert {False: loss.CHUNK_BYTES["cpu"], True: loss.OTHER_CHUNK_BYTES} == CHUNK_BYTES
+    assert PADDING == batches.MAX_PADDING
     assert SHORT_TOKENS == cpu_attention.MAX_TOKENS
     assert GENERATED_ROWS == generation.GENERATE_ROWS
 

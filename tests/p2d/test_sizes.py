@@ -12,8 +12,9 @@ from p2d.adapters import WEIGHTS, save_adapter
 from p2d.arch.spec import every_head
 from p2d.config import (
     DATA_SCORERS,
+    FEWEST_LEFT,
+    FEWEST_LOOK,
     LOOK_APART,
-    LOOK_ROWS,
     WITHOUT_RESPONSES,
     DataConfig,
     HeadsConfig,
@@ -87,7 +88,7 @@ def test_with_all_heads_nothing_is_left_open(tiny: BaseModel, tmp_path: Path) ->
 
 @pytest.mark.parametrize("unlike", [None, 0, 1, 33])
 @pytest.mark.parametrize("rows", [41, 66, 97])
-@pytest.mark.parametrize("sample", [1, LOOK_ROWS[0], LOOK_ROWS[0] + LOOK_APART])
+@pytest.mark.parametrize("sample", [FEWEST_LEFT + LOOK_APART, FEWEST_LOOK, FEWEST_LOOK + LOOK_APART])
 def test_a_sample_and_what_is_left_out_have_a_size_within_the_foreseen(
     tiny: BaseModel, tmp_path: Path, rows: int, unlike: int | None, sample: int
 ) -> None:
