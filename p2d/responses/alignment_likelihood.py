@@ -85,7 +85,7 @@ class _Look:
     row_R: Ints
     """The sample, ascending."""
     unlike_R: Ints
-    """All rows that do not read like the guide's, in the sample or not."""
+    """All rows that do not read like the guide's, in the sample or not; none where that would be nearly all."""
     apart: float | None
     """Their share of the rows that repeat no other, where they are asked about by themselves: in the sample it is another."""
 
@@ -104,7 +104,9 @@ def _look(given: ResponseInput, row_R: Ints) -> _Look | None:
     fresh_R = rng.permutation(fresh_R)
     apart_R = np.isin(fresh_R, unlike_R)
     many = max(LOOK_APART, MANY * len(fresh_R))
-    if apart_R.sum() < many or (~apart_R).sum() < max(FEWEST_LEFT, many):
+    if (~apart_R).sum() < max(FEWEST_LEFT, many):
+        return _Look(row_R=np.sort(fresh_R[:count]), unlike_R=unlike_R[:0], apart=None)
+    if apart_R.sum() < many:
         return _Look(row_R=np.sort(fresh_R[:count]), unlike_R=unlike_R, apart=None)
     sample_R = np.concatenate([fresh_R[~apart_R][:count], fresh_R[apart_R][:LOOK_APART]])
     return _Look(row_R=np.sort(sample_R), unlike_R=unlike_R, apart=float(apart_R.mean()))

@@ -380,15 +380,14 @@ def test_where_words_leave_too_few_of_the_sample_or_such_as_the_model_doubts_all
     monkeypatch.setattr(module, "unlike_guide", by_words)
     found = {}
     for rows, left in ((180, 0), (180, 22), (180, 23), (110, FEWEST_LEFT - 1), (110, FEWEST_LEFT)):
+        looks_at(monkeypatch, rows - 20)
         monkeypatch.setattr(module, "unlike_guide", lambda _, row_R, __, left=left: row_R >= left)
         found[rows, left] = looking(tiny, MIXED[:rows], ratio="auto").unlike_R is not None
     monkeypatch.setattr(module, "unlike_guide", lambda rows, row_R, guide: ~by_words(rows, row_R, guide))
 
     wrong = looking(tiny, MIXED, ratio="auto")
 
-    few, enough = (
-        [(180, 0), (180, 22), (110, FEWEST_LEFT - 1)],
-        [(180, 23), (110, FEWEST_LEFT)],
-    )  # an eighth, 16 at least
+    # An eighth, 16 at least.
+    few, enough = [(180, 0), (180, 22), (110, FEWEST_LEFT - 1)], [(180, 23), (110, FEWEST_LEFT)]
     assert found == {**dict.fromkeys(few, False), **dict.fromkeys(enough, True)}
     assert (len(wrong.row_R), wrong.rest_like_guide, wrong.unlike_R) == (180, False, None)
