@@ -288,8 +288,10 @@ def samples_first(config: JobConfig) -> bool:
 
 
 def look_count(rows: int) -> int:
-    """How many of a shard's rows are sampled to see whether the others need scores."""
-    return min(rows, MOST_LOOK, max(FEWEST_LOOK, int(rows * LOOK_SHARE)))
+    """How many of a shard's rows are sampled to see whether the others need scores; all where that would spare hardly any."""
+    if rows <= FEWEST_LOOK + LOOK_APART:
+        return rows
+    return min(MOST_LOOK, max(FEWEST_LOOK, int(rows * LOOK_SHARE)))
 
 
 def alignment_layers(layers: int) -> range:

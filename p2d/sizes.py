@@ -135,8 +135,8 @@ def response_size(info: ModelInfo, config: JobConfig, *, rows: int, guide: int, 
         span = shard_range(rows, shard, shards)
         scored = len(span) if pool == rows else pool * (shard + 1) // shards - pool * shard // shards
         every = of_shard(span, scored, rest_like_guide=False)
-        looked_at = look_count(scored)
-        if not samples_first(config) or scored <= looked_at + LOOK_APART:
+        looked_at = look_count(scored) if samples_first(config) else scored
+        if looked_at == scored:
             least, most = least + every, most + every
             continue
         # Where few rows read like the guide the sample is smaller, and where many do not it is larger.

@@ -68,10 +68,11 @@ def alignment_likelihood(given: ResponseInput) -> Responses:
     look = _look(given, row_R)
     if look is not None:
         alignment.rate(look.row_R)
-        vouched = _vouched(look, _shard(given, alignment.found()), every_head(given.base.info))
+        found = alignment.found()
+        vouched = _vouched(look, _shard(given, found), every_head(given.base.info))
         if vouched is not None:
             given.progress(len(row_R), len(row_R), {})
-            return _responses(alignment.found(), vouched)
+            return _responses(found, vouched)
         row_R = np.setdiff1d(row_R, look.row_R)
     alignment.rate(row_R)
     found = alignment.found()
@@ -104,8 +105,8 @@ def _look(given: ResponseInput, row_R: Ints) -> _Look | None:
     fresh_R = rng.permutation(fresh_R)
     apart_R = np.isin(fresh_R, unlike_R)
     many = max(LOOK_APART, MANY * len(fresh_R))
-    if (~apart_R).sum() < max(FEWEST_LEFT, many):
-        return _Look(row_R=np.sort(fresh_R[:count]), unlike_R=unlike_R[:0], apart=None)
+    if (~apart_R).sum() < max(FEWEST_LEFT, many):  # then words are not heard
+        unlike_R, apart_R = unlike_R[:0], np.zeros_like(apart_R)
     if apart_R.sum() < many:
         return _Look(row_R=np.sort(fresh_R[:count]), unlike_R=unlike_R, apart=None)
     sample_R = np.concatenate([fresh_R[~apart_R][:count], fresh_R[apart_R][:LOOK_APART]])
@@ -118,13 +119,15 @@ def _vouched(look: _Look, shard: ResponseShard, heads: Sequence[tuple[int, int]]
         return None
     score_G, score_R = scored
     apart_R = np.isin(shard.row_R, look.unlike_R)
-    whole, apart_are_like = outscored(score_G, score_R), True
-    if look.apart is not None:
-        left, apart = outscored(score_G, score_R[~apart_R]), outscored(score_G, score_R[apart_R])
+    left = outscored(score_G, score_R[~apart_R])
+    if look.apart is None:
+        whole, apart_are_like = outscored(score_G, score_R), True
+    else:
+        apart = outscored(score_G, score_R[apart_R])
         whole, apart_are_like = (1 - look.apart) * left + look.apart * apart, apart <= APART
     if apart_are_like and whole <= LIKE_GUIDE:
         return replace(shard, rest_like_guide=True)
-    if (~apart_R).sum() >= FEWEST_LEFT and outscored(score_G, score_R[~apart_R]) <= LIKE_GUIDE:
+    if (~apart_R).sum() >= FEWEST_LEFT and left <= LIKE_GUIDE:
         return replace(shard, rest_like_guide=True, unlike_R=look.unlike_R)
     return None
 

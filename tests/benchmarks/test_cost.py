@@ -18,7 +18,7 @@ AERS = {job.name: sum(job_flops(SMOLLM2, job, 3).values()) / full_flops(SMOLLM2,
 
 def test_the_former_default_recipe_reaches_its_targets_at_three_epochs() -> None:
     assert AERS["recipe default, faithful"] <= 0.25
-    assert AERS["recipe default, fast"] <= 0.10  # though each of four shards passes over the guide
+    assert 0.099 < AERS["recipe default, fast"] <= 0.10  # though each of four shards passes over the guide
 
 
 def test_the_recipe_of_the_paper_needs_ten_demonstrations_to_reach_its_target() -> None:

@@ -348,8 +348,10 @@ def test_in_the_whole_those_that_words_set_apart_count_for_as_many_as_there_are(
     assert (len(shard.row_R), shard.rest_like_guide, shard.unlike_R) == (25 + LOOK_APART, True, None)
 
 
-@pytest.mark.parametrize(("rows", "sampled"), [(12, 12), (250, 32), (264, 33), (600, 64), (2000, 64)])
-def test_an_eighth_of_a_shard_is_sampled_within_bounds(rows: int, sampled: int) -> None:
+@pytest.mark.parametrize(
+    ("rows", "sampled"), [(12, 12), (40, 40), (41, 32), (250, 32), (264, 33), (600, 64), (2000, 64)]
+)
+def test_an_eighth_of_a_shard_is_sampled_within_bounds_where_that_spares_any(rows: int, sampled: int) -> None:
     assert look_count(rows) == sampled
 
 
@@ -376,8 +378,6 @@ def test_what_repeats_another_row_is_not_sampled(tiny: BaseModel, monkeypatch: p
 def test_where_words_leave_too_few_of_the_sample_or_such_as_the_model_doubts_all_rows_are_rated(
     tiny: BaseModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    looks_at(monkeypatch, 90)
-    monkeypatch.setattr(module, "unlike_guide", by_words)
     found = {}
     for rows, left in ((180, 0), (180, 22), (180, 23), (110, FEWEST_LEFT - 1), (110, FEWEST_LEFT)):
         looks_at(monkeypatch, rows - 20)

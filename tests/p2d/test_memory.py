@@ -118,9 +118,11 @@ def config(base: BaseModel, **heads: Any) -> JobConfig:
     return resolve(asked, rows=8, context_length=base.info.context_length, head_dim=base.info.head_dim).config
 
 
-def foreseen(base: BaseModel, config: JobConfig, step: str) -> int:
+def foreseen(
+    base: BaseModel, config: JobConfig, step: str, rows: Sequence[Row] = ROWS[:8], held_out: Sequence[Row] = ROWS[8:]
+) -> int:
     """What the closed form says, without process and weights."""
-    train_, guide = counts(base, ROWS[:8]), counts(base, ROWS[8:])
+    train_, guide = counts(base, rows), counts(base, held_out)
     peaks = step_peaks(base.info, config, machine(base), train=train_, guide=guide, evaluation=guide, shard_rows=2000)
     return beside(base, peaks[step].host)
 
@@ -179,19 +181,10 @@ def test_a_guide_that_is_rated_is_held_meanwhile(base: BaseModel) -> None:
     asked = replace(asked, data=replace(asked.data, scorer="alignment_likelihood"))
     guide = [Row(f"{row.prompt} Why?", row.answer, row.line) for row in ROWS] * 4  # several batches
     given = ResponseInput(base=base, rows=ROWS[:1], guide=guide, span=range(1), slices=("v", "o"), config=asked)
-    peaks = step_peaks(
-        base.info,
-        asked,
-        machine(base),
-        train=counts(base, ROWS[:1]),
-        guide=counts(base, guide),
-        evaluation=counts(base, guide),
-        shard_rows=2000,
-    )
 
     held = measured(lambda: alignment_likelihood(given))
 
-    assert_tight(beside(base, peaks["respond"].host), held)
+    assert_tight(foreseen(base, asked, "respond", ROWS[:1], guide), held)
 
 
 def test_the_baselines_hold_what_was_foreseen(base: BaseModel) -> None:
