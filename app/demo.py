@@ -179,4 +179,4 @@ Next:
   ./run up                                    the same service, until Ctrl-C; its API is at /openapi.json
   ./run apply {shlex.quote(str(settings.models_dir / MODEL))} {shlex.quote(str(out))} adapted-model
                                               base + adapter as an ordinary model directory
-  README.md                                   the walk with curl, your own data, models and servers"""
+  README.md                                   the walk with curl, and where the rest is told: your own data, models, servers"""

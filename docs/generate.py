@@ -79,8 +79,8 @@ TREE_FROM, TREE_TO = "<!-- tree: written by docs/generate.py -->\n", "\n<!-- end
 
 ELSEWHERE = (
     ("tests/", "p2d/ app/ workers/ mirror the source; faults/ e2e/ house/ hold what spans rooms"),
-    ("benchmarks/", "the cost benchmark: the engine beside its peers"),
-    ("docs/", "architecture, decisions, errors, settings, and the LOG of what was measured"),
+    ("benchmarks/", "cost (`./run bench`), worth (`./run quality`), load (`./run load`): each beside its peers"),
+    ("docs/", "jobs, data, models, operating, errors, settings; architecture, decisions; what it is worth; the LOG"),
     ("examples/gsm8k/", "300 training and 60 test rows of GSM8K, with licence and origin"),
     ("run", "the one script: demo, test, up and every other command"),
     ("constraints.txt", "the lock: exact versions of everything"),

@@ -165,7 +165,7 @@ class ModelUnsupported(ModelError):
 
     code, hint = (
         "model.unsupported",
-        "Use a model whose family README.md lists under Models, with plain weights (F32, BF16 or F16).",
+        "Use a model whose family docs/models.md lists, with plain weights (F32, BF16 or F16).",
     )
 
 
