@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import p2d.config
 from benchmarks.quality.arms import GROUPED, RANDOM, SPREAD, UPPER, Arm
 from benchmarks.quality.pools import Pool
 from p2d.arch.spec import heads_per_group
@@ -189,9 +190,25 @@ CHOOSING_ROWS = (
 )
 """Modules that have a say in which rows are kept, beside the data scorer's."""
 
+NUMBERS = (
+    "FAST_ANSWER_TOKENS",
+    "FAST_DEMOS",
+    "FAST_SLOT_ROWS",
+    "FEWEST_LEFT",
+    "FEWEST_LOOK",
+    "LOOK_APART",
+    "LOOK_SHARE",
+    "MIN_GUIDE",
+    "MOST_LOOK",
+    "POOL_FACTOR",
+    "PROXY_ROWS",
+    "UPPER_THIRD",
+)
+"""What these modules and the scorers take from `p2d.config`, which has too much else to be hashed."""
+
 
 def choosing_code(arm: Arm) -> list[str]:
-    """Hashes of the modules that decide which heads and rows an arm chooses: with another scorer it is another cell.
+    """Hashes of the modules that decide which heads and rows an arm chooses, and NUMBERS: with others it is another cell.
 
     Empty where nothing is chosen by a score.
     """
@@ -201,7 +218,8 @@ def choosing_code(arm: Arm) -> list[str]:
     for heads in (arm.head_scorer, arm.rows_for):
         if heads in HEAD_SCORERS and heads != RANDOM:
             modules |= {"p2d.identify", HEAD_SCORERS[heads]}
-    return [_code(_source(module.partition(":")[0])) for module in sorted(modules)]
+    hashes = [_code(_source(module.partition(":")[0])) for module in sorted(modules)]
+    return [*hashes, *(f"{name}={getattr(p2d.config, name)}" for name in NUMBERS)] if hashes else []
 
 
 def _source(module: str) -> bytes:

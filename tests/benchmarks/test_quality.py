@@ -26,6 +26,7 @@ from benchmarks.quality.stages import Stages
 from benchmarks.quality.tables import Before, Found, _over, page
 from benchmarks.quality.weights import installed
 from benchmarks.quality.workers import _work, share_out
+from p2d import config
 from p2d.batches import mean_answer_nll
 from p2d.config import DATA_SCORERS
 from p2d.models import BaseModel
@@ -135,9 +136,13 @@ def test_a_cell_is_another_one_when_the_code_that_chooses_for_it_changes(
     scorer.write_text("# the same\ndef alignment(given): return given\n")
     commented = [lab.key(arm, 0, 1e-3) for arm in (every, chosen)]
 
-    assert changed[0] == keys[0]
+    monkeypatch.setattr(config, "LOOK_SHARE", config.LOOK_SHARE / 2)
+    numbered = [lab.key(arm, 0, 1e-3) for arm in (every, chosen)]
+
+    assert changed[0] == numbered[0] == keys[0]
     assert changed[1] != keys[1]
     assert commented == changed
+    assert numbered[1] != changed[1]
 
 
 def test_the_oracle_takes_clean_rows_alone_and_random_rows_ignore_what_is_known(
