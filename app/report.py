@@ -40,6 +40,19 @@ def _results(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             f"two half-proxies share {again['top_k_overlap']} of their top {again['k']} heads (chance {again['chance']:.1f}), "
             f"rank correlation {again['rank_correlation']:.2f}",
         )
+    yield "rows kept", _rows_kept(selection)
+    share = f"{heads['trained_share']:.2%} of the model"
+    if training["rank"] is not None:
+        share += f", factors of rank {training['rank']} updates"
+    yield (
+        "trained",
+        f"{heads['trained_parameters']:,} parameters ({share}), learning rate {training['learning_rate']:g}",
+    )
+    yield from _worth(report["evaluation"])
+
+
+def _rows_kept(selection: Mapping[str, Any]) -> str:
+    """How many rows, and by what."""
     kept = f"{selection['kept']} of {selection['rows']} by {selection['scorer']}"
     if selection["scorer"] == UNIFORM and selection["kept"] == selection["rows"]:
         kept = f"all {selection['rows']}: none had to be chosen"
@@ -50,25 +63,30 @@ def _results(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         )
     if unlike:
         kept += f"; {unlike} do not read like the held-out rows and were left out"
+    kept += _going_together(selection) if selection["combine"] == "pass" else _like_held_out(selection)
+    if repeating := selection.get("repeating"):  # reports of earlier versions know of none
+        kept += f"; {repeating} nearly repeat a better one and stood behind"
+    return kept
+
+
+def _going_together(selection: Mapping[str, Any]) -> str:
+    left_out = selection["scored"] - selection["good_enough"]
+    if not left_out:
+        return "; by their words all answers go with their prompts"
+    return f"; by their words {left_out} answers go better with other prompts, or are their prompt once more"
+
+
+def _like_held_out(selection: Mapping[str, Any]) -> str:
+    like = ""
     if (good := selection.get("good_enough")) is not None:
         enough = f"{good} are taken to be as good as most held-out rows"
         if selection.get("like_guide"):
             enough = "all in all they are like the held-out rows"
-        kept += f"; {enough}" + (", and chance decides among them" if selection["kept"] < selection["rows"] else "")
+        like += f"; {enough}" + (", and chance decides among them" if selection["kept"] < selection["rows"] else "")
     if (seem_good := selection.get("seem_good")) is not None:
         known = selection["scored"] + selection["trusted"] - selection["repeating"]
-        kept += f"; about {seem_good} of {known} that repeat no other seem to be like them" if seem_good < known else ""
-    if repeating := selection.get("repeating"):  # reports of earlier versions know of none
-        kept += f"; {repeating} nearly repeat a better one and stood behind"
-    yield "rows kept", kept
-    share = f"{heads['trained_share']:.2%} of the model"
-    if training["rank"] is not None:
-        share += f", factors of rank {training['rank']} updates"
-    yield (
-        "trained",
-        f"{heads['trained_parameters']:,} parameters ({share}), learning rate {training['learning_rate']:g}",
-    )
-    yield from _worth(report["evaluation"])
+        like += f"; about {seem_good} of {known} that repeat no other seem to be like them" if seem_good < known else ""
+    return like
 
 
 def _worth(evaluation: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -197,12 +197,13 @@ class DataBody(Body):
 
     scorer: Text = Field(
         default="auto",
-        description="Name of a data scorer; `auto` = the recipe's, or `uniform` where all rows are kept.",
+        description="Name of a data scorer; `auto` = the recipe's, or `lexical`, by words alone, if nothing vouches for a choice.",
     )
     ratio: Ratio | Auto = Field(
         default="auto",
         description="Share of rows kept; `auto` in recipe `default` = as many as seem to be like the rows of the validation "
-        "dataset, which the run finds out; without one (of 20 rows) all, unless a choice is asked for, and then "
+        "dataset, which the run finds out; without one (of 20 rows) all whose answers go with their prompts by their words, unless "
+        "a choice is asked for, and then "
         f"{_DEFAULT.data_ratio:.0%}, in `paper` {_PAPER.data_ratio:.0%}, at least {MIN_ROWS} rows.",
     )
     mode: AskedMode = Field(

@@ -36,7 +36,7 @@ HEAD_SCORERS = {
 """Head scorers: name -> function; one file each in p2d/scorers/."""
 
 UNIFORM = "uniform"
-"""Scorer that ranks nothing, of heads for jobs that train every one, of rows for jobs that keep every one."""
+"""Scorer that ranks nothing, of heads for jobs that train every one, of rows where every one is to be kept."""
 
 WITHOUT_PROXY = frozenset({UNIFORM, "random"})
 """Head scorers that look at no trained weights: no proxy is trained for them."""
@@ -50,14 +50,21 @@ DATA_SCORERS = {
     "alignment_information": "p2d.responses.alignment_information:alignment_information",
     "information": "p2d.responses.information:information",
     "icl": "p2d.responses.icl:icl",
+    "lexical": "p2d.responses.lexical:lexical",
     "uniform": "p2d.responses.uniform:uniform",
     "random": "p2d.responses.random:random",  # control arm, never a default
 }
 """Data scorers: name -> function that fills a response matrix; one file each in p2d/responses/."""
 
 
-WITHOUT_RESPONSES = frozenset({UNIFORM, "random"})
-"""Data scorers that look at no row: nothing is computed for them, and rows that repeat others are not looked for."""
+LEXICAL = "lexical"
+"""Data scorer of words alone: the default where no validation dataset vouches for a choice."""
+
+RANKING_NOTHING = frozenset({UNIFORM, "random"})
+"""Data scorers that look at no row; rows that repeat others are not looked for either."""
+
+WITHOUT_RESPONSES = RANKING_NOTHING | {LEXICAL}
+"""Data scorers without a pass over the model."""
 
 
 DEFAULT_RATIO = 0.10
@@ -189,11 +196,11 @@ class DataConfig:
     """Stage 2: which rows the chosen heads respond to."""
 
     scorer: str = "auto"
-    """Name in DATA_SCORERS; `auto` = `uniform` where every row is kept, see `ratio`, else the recipe's."""
+    """Name in DATA_SCORERS; `auto` = `lexical` where nothing vouches for a choice, see `ratio`, else the recipe's."""
     ratio: float | Auto = "auto"
     """Share of rows kept, (0, 1]. `auto` = the recipe's, half of them or 10 %, but never fewer than MIN_ROWS rows. In recipe
     `default` a validation dataset decides instead, inside the run: as many as there are like its rows (`p2d.selection`); without
-    one all are kept where nothing asks for a choice (`p2d.resolution`)."""
+    one, where nothing asks for a choice, all are kept whose answers go with their prompts (`p2d.responses.lexical`)."""
     mode: AskedMode = "auto"
     """`fast` = a fraction of the cost: fewer rows are scored, and of long answers the beginning. `auto` = the recipe's where
     that leaves no row unscored, else `faithful`."""
@@ -284,7 +291,7 @@ def most_kept(data: DataConfig, rows: int) -> int:
 
 def samples_first(config: JobConfig) -> bool:
     """Whether a sample of the rows may be all that is scored, of a resolved config: a job that asks for scores gets them all."""
-    return config.data.ratio == "auto" and config.kind == "adapt"
+    return config.data.ratio == "auto" and config.kind == "adapt" and config.data.scorer in RATING_SCORERS
 
 
 def look_count(rows: int) -> int:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from p2d.config import (
     DEFAULT_RATIO,
     FAST_ANSWER_TOKENS,
+    LEXICAL,
     MAX_EPOCHS,
     MIN_ROWS,
     MIN_STEPS,
@@ -62,7 +63,7 @@ def resolve(
     """Replace every `"auto"` that rows and model decide.
 
     `training.learning_rate` and `training.precision` stay `"auto"`: the device decides them inside the run. So does `data.ratio`
-    where the guide decides it, and everything else then counts with all rows.
+    where guide or words decide it, and everything else then counts with all rows.
 
     Args:    rows: training rows of the dataset. context_length, head_dim: of the base model, in tokens and numbers.
              map_scorer: what made the head map that is given instead of finding heads; it is then the scorer of the job.
@@ -99,7 +100,7 @@ def _about_rows(config: JobConfig, data: DataConfig, rows: int, kept: int, valid
         yield f"The data scorer {UNIFORM!r} ranks nothing: data.ratio keeps the first rows of the dataset."
     least, enough = top_count(DEFAULT_RATIO, rows), min(MIN_ROWS, rows)
     few = f"below about {MIN_ROWS} rows the number of rows counts more than their purity"
-    if data.ratio == "auto" and least < enough:
+    if data.ratio == "auto" and data.scorer != LEXICAL and least < enough:
         yield f"data.ratio keeps as few as {least} of {rows} rows where no more are like the validation dataset's; {few}."
     elif config.data.ratio != "auto" and kept < enough:
         yield f"data.ratio keeps {kept} of {rows} rows; {few}, so expect a worse model than on all rows."
@@ -134,14 +135,19 @@ def settled(
 ) -> tuple[JobConfig, dict[str, str]]:
     """A resolved config, and its reasons, with what the run has found of that which was left to it.
 
-    Where the guide decided the ratio it is what it came to, and epochs that were left to the service are as many as it asks for.
+    Where guide or words decided the ratio it is what it came to, and epochs that were left to the service are as many as that asks
+    for.
 
     Args:    kept: of the `rows` training rows, once the selection is made. learning_rate: once it was searched.
     """
     found, training, data = dict(reasons), config.training, config.data
     if kept is not None and data.ratio == "auto":
         data = replace(data, ratio=kept / rows)
-        found["/data/ratio"] = "as many rows as seemed to be like those of the validation dataset"
+        found["/data/ratio"] = (
+            "all rows but those whose answer goes better with other prompts, is its prompt once more, or nearly repeat another"
+            if data.scorer == LEXICAL
+            else "as many rows as seemed to be like those of the validation dataset"
+        )
         if "/training/epochs" in reasons:
             training = _epochs(config, replace(training, epochs="auto"), RECIPES[config.recipe], kept, found)
     if learning_rate is not None and training.learning_rate == "auto":
@@ -199,8 +205,10 @@ def _data(
     reasons: dict[str, str],
 ) -> DataConfig:
     data = config.data
-    if data.scorer == UNIFORM or _keeps_every_row(config, recipe, validation_guide):
+    if data.scorer == UNIFORM:
         return _uniform(data, reasons)
+    if (data.scorer == LEXICAL and data.selection is None) or _nothing_vouches(config, recipe, validation_guide):
+        return _lexical(data, reasons)
     if data.scorer == "auto":
         data, reasons["/data/scorer"] = replace(data, scorer=recipe.data_scorer), _because(config)
     guided = recipe.guide_decides and rates_guide(data.scorer, validation_guide) and data.selection is None
@@ -253,21 +261,31 @@ def _data(
 def _uniform(data: DataConfig, reasons: dict[str, str]) -> DataConfig:
     """Every row, unless a ratio is given."""
     if data.ratio == "auto":
-        reasons["/data/ratio"] = (
-            f"all rows: the data scorer {UNIFORM!r} ranks none before another"
-            if data.scorer == UNIFORM
-            else "all rows, bad ones too: no validation dataset of 20 rows or more vouches for a choice, and choosing half of the "
-            f"rows and training on it costs about as much and on clean data ends higher {MEASURED}"
-        )
+        reasons["/data/ratio"] = f"all rows: the data scorer {UNIFORM!r} ranks none before another"
         data = replace(data, ratio=1.0)
-    if data.scorer == "auto":
-        reasons["/data/scorer"] = "every row is kept: there is none to choose, so nothing is paid for choosing"
     if data.mode == "auto":
         reasons["/data/mode"] = f"unused: the data scorer {UNIFORM!r} looks at no row"
-    return replace(data, scorer=UNIFORM, mode="faithful")
+    return replace(data, mode="faithful")
 
 
-def _keeps_every_row(config: JobConfig, recipe: Recipe, validation_guide: int) -> bool:
+def _lexical(data: DataConfig, reasons: dict[str, str]) -> DataConfig:
+    """Rows whose answers go with their prompts, unless a ratio is given."""
+    if data.ratio == "auto":
+        reasons["/data/ratio"] = (
+            "all rows but those whose answer goes better with other prompts, or is its prompt once more, as far as words tell "
+            "(docs/decisions/0039)"
+        )
+    if data.scorer == "auto":
+        reasons["/data/scorer"] = (
+            "no validation dataset of 20 rows or more vouches for a choice by what a model makes of the rows; words alone cost "
+            f"nothing, and to choose half of the rows ended higher on clean data {MEASURED}"
+        )
+    if data.mode == "auto":
+        reasons["/data/mode"] = f"unused: the data scorer {LEXICAL!r} asks no model"
+    return replace(data, scorer=LEXICAL, mode="faithful")
+
+
+def _nothing_vouches(config: JobConfig, recipe: Recipe, validation_guide: int) -> bool:
     """Whether nothing vouches for a choice of rows, and nothing asks for one: no setting of it, no control of random rows."""
     data = config.data
     asked = {data.scorer, data.ratio, data.mode} != {"auto"} or data.selection is not None

@@ -19,11 +19,14 @@ import numpy.typing as npt
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-Combine = Literal["response", "product", "guide", "worse_rank", "rank", "quality"]
+Combine = Literal["response", "product", "guide", "worse_rank", "rank", "quality", "pass"]
 """How a row's score is made: `response` = of the heads alone, `product` = response x quality (quality >= 0),
 `guide` = by the lesser of the two, each measured by what the guide's rows have, and by chance among rows as good as those,
 `worse_rank` = by the worse of the two ranks, `rank` = mean of the two ranks, which older selections have, `quality` = of the row
-alone, whatever the heads."""
+alone, whatever the heads, `pass` = likewise, PASSED or 0, and by chance among equals."""
+
+PASSED = 1.0
+"""Quality of a row that passes."""
 
 MAD_TO_SIGMA = 1.4826
 """Median absolute deviation -> standard deviation, for a normal distribution."""
@@ -38,7 +41,7 @@ class ResponseShard:
     row_R: npt.NDArray[np.int64]
     """Those of them that were scored, ascending: all, or in fast mode the ones in the pool."""
     layers: range
-    """Layers whose heads were scored; empty for `quality`."""
+    """Layers whose heads were scored; empty for `quality` and `pass`."""
     n_heads: int
     """Heads per layer."""
     response_RN: npt.NDArray[np.float16]
@@ -59,7 +62,7 @@ class ResponseShard:
         assert self.response_RN.shape == (len(self.row_R), len(self.layers) * self.n_heads)
         assert (self.quality_R is None) == (self.combine == "response")
         assert (self.guide_response_GN is None) == (self.guide_quality_G is None) == (self.combine != "guide")
-        assert (len(self.layers) == 0) == (self.combine == "quality")
+        assert (len(self.layers) == 0) == (self.combine in ("quality", "pass"))
         assert self.unlike_R is None or self.rest_like_guide
 
     @property

@@ -2,12 +2,14 @@
 
 score of a row = sum over the chosen heads of the row's responses, combined with the row's quality as the scorer says;
 the top `ceil(ratio * rows)` are kept, ties by row order. Another head set costs no model pass, nor another ratio, but where it was
-left open: then a sample may be all that was scored, and as many rows are kept as seem to be like the guide's.
+left open: then a sample may be all that was scored, and as many rows are kept as seem to be good.
 
 Where the scorer has rated the guide's rows, too (`combine: guide`), they are the measure: a row that is as good as most of them is
 as good as any, and among those rows chance decides; only behind them comes the score. What is scored best is alike and easy, and
 trains worse than rows drawn at random from a clean pool (docs/decisions/0031). Where the pool as a whole scores like the guide,
 there is nothing to leave out, and chance decides among all rows (docs/decisions/0033).
+
+Where rows pass or do not (`combine: pass`), those that pass are good enough, all alike, and as many are kept if that was left open.
 
 A row that nearly repeats a better-scored one (`p2d.near_duplicates`) ranks behind all scored rows that do not: nothing is left
 out, but what a model has seen once is kept only where nothing new is left. Not so with scores by `random` and `uniform`: nothing is
@@ -29,11 +31,11 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from p2d.config import DEFAULT_RATIO, MIN_GUIDE, RATING_SCORERS, WITHOUT_RESPONSES, Auto, top_count
+from p2d.config import DEFAULT_RATIO, MIN_GUIDE, RANKING_NOTHING, RATING_SCORERS, Auto, top_count
 from p2d.errors import ConfigError, EngineError, ErrorDetail
 from p2d.guide_scale import BAR, LIKE_GUIDE, Floats, GuideScale, columns, guide_scale, outscored, summed
 from p2d.near_duplicates import repetitions
-from p2d.response_matrix import Combine, ResponseShard
+from p2d.response_matrix import PASSED, Combine, ResponseShard
 from p2d.rows import Row
 
 Ints = npt.NDArray[np.int64]
@@ -68,13 +70,13 @@ class Selection:
     """Chosen heads."""
     heads_scored: int
     """Those among them that have responses of their own; for the others the mean of all scored heads stood in. 0 where the
-    scorer looks at no head (`quality`)."""
+    scorer looks at no head (`quality`, `pass`)."""
     bar: float | None
-    """Score from which on a row is as good as most of the guide's; None where the guide was not rated."""
+    """Score from which on a row is as good as most of the guide's, or passes; None where nothing says what is good enough."""
     like_guide: bool
     """Whether the pool as a whole scores like the guide, so that every row is good enough."""
     seem_good: int | None
-    """How many rows seem to be like the guide's, repetitions left out; None where the guide was not rated."""
+    """How many rows seem to be like the guide's, or pass, repetitions left out; None where nothing says what is good enough."""
 
     @property
     def good_enough(self) -> int | None:
@@ -114,7 +116,7 @@ class SelectionSummary:
     like_guide: bool
     """Whether these are all, for the pool as a whole scores like the held-out rows."""
     seem_good: int | None
-    """How many rows seem to be like the held-out ones, see `Selection`."""
+    """How many rows seem to be like the held-out ones, or pass, see `Selection`."""
     score_quantiles: list[float]
     """Of all rows that have a score: minimum, quarter, median, three quarters, maximum."""
     kept_score_min: float
@@ -134,7 +136,7 @@ def select_rows(
     """Score every scored row by what the chosen heads respond, and keep the best that do not repeat a better one.
 
     Args:    shards: all of one matrix, in row order; each is asked for once and let go. heads: (layer, head) pairs.
-             ratio: share of all rows kept, (0, 1]; `auto` = as many as seem to be like the guide's, but a tenth at least.
+             ratio: share of all rows kept, (0, 1]; `auto` = as many as seem to be like the guide's, or pass, but a tenth at least.
              rows: those of the matrix. seed: draws among rows that are good enough.
              guide_apart: whether the guide's rows are of another dataset than the pool's. Rows held out of the pool itself are
              always like it, however bad it is, which says nothing.
@@ -150,11 +152,13 @@ def select_rows(
         like_guide = guide_apart and not matrix.unlike and none_doubted
         good_R = np.concatenate([place_R[(score >= scale.bar) | matrix.sampled | like_guide], matrix.trusted_R])
         score_R[good_R] = scale.bar + _draws(len(rows), seed)[good_R]
+    elif matrix.how == "pass":
+        score_R += _draws(len(rows), seed)
     repeats_R = np.full(len(rows), -1, dtype=np.int64)
-    if matrix.scorer not in WITHOUT_RESPONSES:
+    if matrix.scorer not in RANKING_NOTHING:
         best_first = np.argsort(-score_R, kind="stable")[: len(place_R) + len(matrix.trusted_R)]  # NaN comes last
         repeats_R[best_first] = repetitions(rows, best_first)
-    seem_good = None if scale is None else _count_like_guide(matrix, scale, repeats_R, every=like_guide)
+    seem_good = _count_good(matrix, repeats_R, every=like_guide)
     if ratio == "auto":
         assert seem_good is not None, "nothing says how many are good"
         kept = max(seem_good, top_count(DEFAULT_RATIO, len(rows)))
@@ -173,7 +177,7 @@ def select_rows(
         combine=matrix.how,
         heads=len(heads),
         heads_scored=matrix.heads_scored,
-        bar=None if scale is None else scale.bar,
+        bar=matrix.bar,
         like_guide=like_guide,
         seem_good=seem_good,
     )
@@ -198,6 +202,13 @@ class _Matrix:
     how: Combine
     scorer: str
     heads_scored: int
+
+    @property
+    def bar(self) -> float | None:
+        """Score from which on a row is good enough."""
+        if self.scale is not None:
+            return self.scale.bar
+        return PASSED if self.how == "pass" else None
 
 
 def _gathered(shards: Iterable[ResponseShard], heads: Sequence[tuple[int, int]], rows: Sequence[Row]) -> _Matrix:
@@ -243,16 +254,20 @@ def _gathered(shards: Iterable[ResponseShard], heads: Sequence[tuple[int, int]],
     )
 
 
-def _count_like_guide(matrix: _Matrix, scale: GuideScale, repeats_R: Ints, *, every: bool) -> int:
-    """How many rows seem to be like the guide's, those that repeat another left out.
+def _count_good(matrix: _Matrix, repeats_R: Ints, *, every: bool) -> int | None:
+    """How many rows seem to be like the guide's, or pass, those that repeat another left out; None where nothing says so.
 
     Of rows like the guide's a share of 1 - BAR reaches the bar, and of bad ones hardly any: so many times more are good than do.
     The estimate of Storey (2002, A direct approach to false discovery rates), with the guide's scores as the null distribution. Too
     high by bad rows that reach the bar; too low by 1 % with 32 guide rows and 4 % with 8, for the bar is an interpolated quantile.
     """
+    if (bar := matrix.bar) is None:
+        return None
     fresh, doubted = repeats_R[matrix.row_R] < 0, ~(matrix.sampled | every)
+    if matrix.scale is None:
+        return int((fresh & (matrix.score >= bar)).sum())
     taken = int((fresh & ~doubted).sum()) + int((repeats_R[matrix.trusted_R] < 0).sum())
-    reach = int((fresh & doubted & (matrix.score >= scale.bar)).sum())
+    reach = int((fresh & doubted & (matrix.score >= bar)).sum())
     return taken + min(int((fresh & doubted).sum()), math.ceil(reach / (1 - BAR)))
 
 
@@ -273,7 +288,7 @@ def combine(response_R: Floats, quality_R: Floats | None, how: Combine, scale: G
     if how == "response":
         return response_R
     assert quality_R is not None
-    if how == "quality":
+    if how in ("quality", "pass"):
         return quality_R
     if how == "product":
         return response_R * quality_R
@@ -368,9 +383,14 @@ def _number_warning(selection: Selection, kept_repeating: int) -> list[str]:
     fresh = selection.kept - kept_repeating
     if selection.seem_good is None or fresh <= MISJUDGED * selection.seem_good:
         return []
+    what = (
+        "have answers that go with their prompts"
+        if selection.combine == "pass"
+        else "seem to be like the held-out ones"
+    )
     return [
-        f"About {selection.seem_good} rows seem to be like the held-out ones, and {fresh} that repeat no other were kept: the "
-        "others may be bad. A smaller ratio leaves them out."
+        f"About {selection.seem_good} rows {what}, and {fresh} that repeat no other were kept: the others may be bad. A smaller "
+        "ratio leaves them out."
     ]
 
 

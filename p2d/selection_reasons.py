@@ -12,7 +12,7 @@ import numpy as np
 
 from p2d.guide_scale import GuideScale, guide_scale
 from p2d.head_maps import Head
-from p2d.response_matrix import Combine, ResponseShard
+from p2d.response_matrix import PASSED, Combine, ResponseShard
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,6 +44,13 @@ class RowReason:
     """Why the row was not scored, has none of these parts, and is kept or not all the same: TRUSTED or UNLIKE."""
 
     @property
+    def bar(self) -> float | None:
+        """Score from which on chance has decided; None where it never does."""
+        if self.guide is not None:
+            return self.guide.bar
+        return PASSED if self.combine == "pass" else None
+
+    @property
     def formula(self) -> str:
         """How the score is made of these parts, or why there is none."""
         return self.unscored or FORMULAS[self.combine]
@@ -53,6 +60,7 @@ FORMULAS: dict[Combine, str] = {
     "response": "score = response",
     "product": "score = response * quality",
     "quality": "score = quality",
+    "pass": "score = quality, which is 1 where the row passes and else 0, and a number drawn from 0 to 1",
     "guide": "score = the lesser of (response - response_median) / response_spread and (quality - quality_median) / "
     "quality_spread, but from the bar on, or for all rows where the pool is like the guide, the bar and a number drawn from 0 to 1",
     "worse_rank": "score = (scored - 1) - (the worse of response_rank and quality_rank) - (the better one) / scored",

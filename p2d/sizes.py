@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from p2d.arch.spec import every_head, heads_per_group, units_of
 from p2d.config import (
     FEWEST_LEFT,
+    LEXICAL,
     LOOK_APART,
     UNIFORM,
     JobConfig,
@@ -98,11 +99,10 @@ def response_size(info: ModelInfo, config: JobConfig, *, rows: int, guide: int, 
     layers = range(info.n_layers)
     if scorer.startswith("alignment"):
         layers = alignment_layers(info.n_layers)
-    if scorer in ("information", UNIFORM):
+    if scorer in ("information", LEXICAL, UNIFORM):
         layers = range(0)
-    combine = {"icl": "response" if fast else "product", "information": "quality", UNIFORM: "quality"}.get(
-        scorer, "response"
-    )
+    alone = {"information": "quality", LEXICAL: "pass", UNIFORM: "quality"}
+    combine = (alone | {"icl": "response" if fast else "product"}).get(scorer, "response")
     if scorer in ("alignment_information", "alignment_likelihood"):
         combine = "worse_rank"
     if rated := rates_guide(scorer, guide):

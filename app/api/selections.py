@@ -187,8 +187,10 @@ def get_selection_row(
         answer=text.answer if text else None,
         before=[TurnView.model_validate(turn) for turn in text.before] if text else [],
         formula=reason.formula if reason else None,
-        drawn=reason is not None and reason.guide is not None and bool(table.score_R[row] >= reason.guide.bar),
-        response=reason.response if reason and reason.combine != "quality" and not reason.unscored else None,
+        drawn=reason is not None and reason.bar is not None and bool(table.score_R[row] >= reason.bar),
+        response=reason.response
+        if reason and reason.combine not in ("quality", "pass") and not reason.unscored
+        else None,
         heads=[asdict(head) for head in reason.heads] if reason else [],
         stand_ins=reason.stand_ins if reason else 0,
         stand_in=reason.stand_in if reason else 0.0,

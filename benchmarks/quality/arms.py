@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from p2d.config import HEAD_SCORERS, RECIPES, UNIFORM, Auto, Projection
+from p2d.config import HEAD_SCORERS, LEXICAL, RECIPES, UNIFORM, Auto, Projection
 
 RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
 """Learning rates of adapters and slices."""
@@ -60,7 +60,7 @@ class Arm:
     rows: str = "all"
     """A data scorer, or `all`, `random`, `oracle`: at random among the rows that are known to be clean."""
     ratio: float | Auto = 1.0
-    """Of rows; `auto` = as many as there are like the validation rows, found by the data scorer."""
+    """Of rows; `auto` = as many as the data scorer finds to be like the validation rows, or to pass."""
     mode: Literal["faithful", "fast"] = "faithful"
     """Of the data scorer: fast scores a random part of the pool, and the beginning of long answers (`p2d.config`)."""
     rows_for: str = ""
@@ -95,6 +95,8 @@ REFERENCE_ONCE = "LoRA rank 8, all rows, 1 epoch"
 FULL = "full fine-tuning, all rows"
 DEFAULT = "default recipe: rank 8 in all heads, rows like the validation rows, 1 epoch"
 """As a job without any setting is run on 2,000 rows, with a validation dataset."""
+UNGUIDED = "default recipe, no validation dataset: rank 8 in all heads, rows by their words, 1 epoch"
+"""The same without one."""
 FORMER_DEFAULT = "former default recipe"
 """As it was before the first table (docs/decisions/0032)."""
 PAPER = "paper recipe"
@@ -148,6 +150,8 @@ ARMS = (
     _like_the_guide(DEFAULT, RANK_8, groups=CORE),
     # The same rows for LoRA's weights: what the choice of rows is worth to whoever trains everything.
     _like_the_guide("LoRA rank 8, rows like the validation rows, 1 epoch", LORA_8, groups=CORE),
+    Arm(name=UNGUIDED, weights=RANK_8, rows=LEXICAL, ratio="auto", epochs=1, groups=CORE),
+    Arm(name="LoRA rank 8, rows by their words, 1 epoch", weights=LORA_8, rows=LEXICAL, ratio="auto", epochs=1),
     _low_rank("alignment_likelihood", 0.50, epochs=1, mode="fast", groups=CORE),
     Arm(
         name=FORMER_DEFAULT,

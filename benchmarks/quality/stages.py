@@ -19,6 +19,7 @@ from p2d.arch.spec import heads_per_group
 from p2d.config import (
     DATA_SCORERS,
     HEAD_SCORERS,
+    LEXICAL,
     DataConfig,
     HeadsConfig,
     JobConfig,
@@ -105,11 +106,12 @@ class Stages:
             some = self.pool.clean if arm.rows == "oracle" else every
             return _drawn(some, top_count(arm.ratio, len(every)), seed), []
         config = self._config(arm, seed)
-        # In fast mode the ratio decides how many rows are looked at, and the seed which; groups of `icl` are drawn by it, too.
+        # In fast mode the ratio decides how many rows are looked at, and the seed which; groups of `icl` are drawn by it, and what
+        # `lexical` sets answers beside.
         looked_at = pool_count(config.data, len(every))
         # Left open, it lets a sample be scored first, which the seed draws as well.
         sampled = samples_first(config)
-        drawn = (looked_at, seed) if looked_at < len(every) or arm.rows == "icl" or sampled else None
+        drawn = (looked_at, seed) if looked_at < len(every) or arm.rows in ("icl", LEXICAL) or sampled else None
         guide = self._guide(arm, seed)
         drawn_guide = (arm.guide, seed) if arm.guide else None
         key = repr((arm.rows, arm.mode, drawn, sampled, drawn_guide, config.training.slices))

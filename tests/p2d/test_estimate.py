@@ -60,13 +60,24 @@ def test_a_faster_device_needs_less() -> None:
     assert seconds(flop_per_s=1e12)["train"] * 9 < seconds(flop_per_s=1e11)["train"]
 
 
-@pytest.mark.parametrize("data", [DataConfig(), DataConfig(scorer="random")])
+@pytest.mark.parametrize("data", [DataConfig(scorer="uniform"), DataConfig(scorer="random")])
 def test_a_scorer_that_looks_at_no_row_costs_next_to_nothing(data: DataConfig) -> None:
     config = resolve(JobConfig(data=data), rows=300, context_length=8192, head_dim=64).config
 
     found = estimate_seconds(SMOLLM2, config, Speed(1e11), train=rows(300), guide=rows(24), evaluation=rows(36))
 
     assert (found["respond"], found["select"]) == (0, 0.5)
+
+
+def test_words_cost_seconds_and_no_operation() -> None:
+    config = resolve(JobConfig(), rows=2000, context_length=8192, head_dim=64).config
+
+    found = estimate_seconds(SMOLLM2, config, Speed(1e11), train=rows(2000), guide=rows(24), evaluation=rows(36))
+
+    assert config.data.scorer == "lexical"
+    assert 0.5 < found["respond"] < 5
+    assert found["select"] > 0.5  # rows that repeat others are looked for
+    assert estimate_flops(SMOLLM2, config, train=rows(2000), guide=rows(24))["respond"] == 0
 
 
 def test_where_the_guide_decides_a_sample_is_foreseen_and_all_rows_trained_but_for_a_job_that_asks_for_scores() -> None:

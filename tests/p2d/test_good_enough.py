@@ -12,6 +12,7 @@ from p2d.guide_scale import outscored
 from p2d.response_matrix import ResponseShard, read_shards, save_shard
 from p2d.rows import Row
 from p2d.selection import select_rows, summarise
+from p2d.selection_reasons import explain
 from tests.p2d.test_selection import HEADS, a_shard, selected
 
 GUIDE = [[0.0, response, 0, 0] for response in (1, 2, 3, 4, 5)]
@@ -276,3 +277,37 @@ def test_a_guide_that_was_rated_reads_back(tmp_path: Path) -> None:
 
     for name in ("guide_response_GN", "guide_quality_G"):
         np.testing.assert_array_equal(getattr(found, name), getattr(shard, name))
+
+
+def test_of_rows_that_pass_or_do_not_all_that_pass_are_kept_and_chance_decides_among_equals(seed: int) -> None:
+    shard = a_shard([[]] * 12, [1.0, 0.0] * 6, combine="pass", layers=range(0))
+    rows = [Row(f"prompt{n}", f"answer{n}", line=n) for n in range(10)]
+    rows += [Row("prompt2", "answer2", line=10), Row("prompt11", "answer11", line=11)]
+
+    selection = select_rows([shard], HEADS, "auto", rows, seed=seed)
+
+    assert selection.kept_rows == [0, 2, 4, 6, 8] or selection.kept_rows == [
+        0,
+        4,
+        6,
+        8,
+        10,
+    ]  # one of two that are the same
+    assert (selection.good_enough, selection.seem_good, selection.bar, selection.like_guide) == (6, 5, 1.0, False)
+    assert summarise(selection).warnings == []
+    firsts = {int(np.flatnonzero(select_rows([shard], HEADS, 0.2, rows, seed=n).rank_R == 0)[0]) for n in range(60)}
+    assert firsts == {0, 2, 4, 6, 8, 10}
+    more = summarise(select_rows([shard], HEADS, 0.9, rows, seed=seed))
+    assert [warning.split(",")[0] for warning in more.warnings] == [
+        "About 5 rows have answers that go with their prompts"
+    ]
+
+
+def test_why_a_row_that_passed_has_its_score() -> None:
+    shard = a_shard([[]] * 2, [1.0, 0.0], combine="pass", layers=range(0))
+
+    reason = explain(shard, 0, HEADS)
+
+    assert reason is not None
+    assert (reason.quality, reason.bar, reason.guide) == (1.0, 1.0, None)
+    assert "1 where the row passes" in reason.formula

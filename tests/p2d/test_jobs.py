@@ -119,7 +119,7 @@ def test_a_recipe_adapts_the_model_and_reports(recipe: str, tiny_dir: Path, file
     assert (report["heads"]["scorer"], report["selection"]["scorer"], report["heads"]["projections"]) == expected
 
 
-def test_a_job_without_settings_trains_a_low_rank_in_all_heads_on_all_rows_and_chooses_nothing(
+def test_a_job_without_settings_trains_a_low_rank_in_all_heads_on_all_rows_that_pass_and_asks_no_model_which(
     tiny_dir: Path, files: Path, tmp_path: Path
 ) -> None:
     held_out = files / "held_out.jsonl"
@@ -132,7 +132,7 @@ def test_a_job_without_settings_trains_a_low_rank_in_all_heads_on_all_rows_and_c
     assert (training["rank"], config["training"]["rank"]) == (8, 8)
     # Layers, units of o and of v, the rank, both sides of a slice.
     assert training["n_parameters"] == 3 * (6 + 2) * 8 * (16 + 96)
-    assert (report["selection"]["kept"], report["selection"]["scorer"]) == (24, "uniform")
+    assert (report["selection"]["kept"], report["selection"]["scorer"], config["data"]["ratio"]) == (24, "lexical", 1.0)
     assert config["training"]["epochs"] == 3  # 6 steps each
     assert config["training"]["learning_rate"] == training["learning_rate"]
     assert config["training"]["precision"] == report["dtype"]
@@ -144,7 +144,12 @@ def test_a_job_without_settings_trains_a_low_rank_in_all_heads_on_all_rows_and_c
     assert spent["respond"] == (0, 0, 24)
     assert "all 18: none had to be found" in shown(report)
     assert "half-proxies" not in shown(report)
-    assert "all 24: none had to be chosen" in shown(report)
+    assert "24 of 24 by lexical; by their words all answers go with their prompts" in shown(report)
+    left_out = {**report, "selection": {**report["selection"], "good_enough": 21}}
+    assert "; by their words 3 answers go better with other prompts, or are their prompt once more" in shown(left_out)
+    everything = {**report, "selection": {**report["selection"], "scorer": "uniform", "combine": "quality"}}
+    everything["selection"] |= {"good_enough": None, "seem_good": None}
+    assert "all 24: none had to be chosen" in shown(everything)
 
 
 def test_a_validation_dataset_that_can_guide_decides_how_many_rows_are_kept(tiny_dir: Path, tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from p2d.config import (
     pool_count,
     proxy_count,
     rank_of,
+    samples_first,
 )
 from p2d.config_checks import check
 from p2d.errors import ConfigError
@@ -49,18 +50,18 @@ def found(
     )
 
 
-def test_a_job_without_settings_trains_a_low_rank_in_all_heads_on_all_rows_once() -> None:
+def test_a_job_without_settings_trains_a_low_rank_in_all_heads_once_on_the_rows_that_pass_by_their_words() -> None:
     made = found()
     heads, data, training = made.config.heads, made.config.data, made.config.training
 
     assert (heads.scorer, heads.ratio) == ("uniform", 1.0)
-    assert (data.scorer, data.ratio, data.mode) == ("uniform", 1.0, "faithful")
+    assert (data.scorer, data.ratio, data.mode) == ("lexical", "auto", "faithful")
     assert (training.slices, training.rank, training.epochs) == (("v", "o"), 8, 1)
-    for pointer in ("/heads/ratio", "/data/ratio", "/training/rank", "/training/epochs"):
+    for pointer in ("/heads/ratio", "/data/scorer", "/training/rank", "/training/epochs"):
         assert MEASURED in made.reasons[pointer]
     assert "none to choose" in made.reasons["/heads/scorer"]
-    assert "none to choose" in made.reasons["/data/scorer"]
-    assert "no validation dataset of 20 rows or more vouches for a choice" in made.reasons["/data/ratio"]
+    assert "no validation dataset of 20 rows or more vouches for a choice" in made.reasons["/data/scorer"]
+    assert "all rows but those whose answer goes better with other prompts" in made.reasons["/data/ratio"]
     assert made.warnings == ()
 
 
@@ -79,6 +80,20 @@ def test_rows_are_chosen_without_a_validation_dataset_where_anything_asks_for_it
     data = found(**asked).config.data
 
     assert (data.scorer, data.ratio) == (("icl", 0.1) if "recipe" in asked else ("alignment_likelihood", 0.5))
+
+
+def test_words_decide_how_many_rows_are_kept_where_the_data_scorer_is_theirs_unless_a_ratio_is_given() -> None:
+    for kind in ("adapt", "select_data"):
+        made = found(data=DataConfig(scorer="lexical"), kind=kind, validation_guide=32)
+        assert (made.config.data.ratio, made.config.data.mode) == ("auto", "faithful")
+        assert samples_first(made.config) is False  # there is no sample: all rows are looked at
+    half = found(data=DataConfig(scorer="lexical", ratio=0.5)).config
+
+    config, reasons = settled(found(100).config, found(100).reasons, kept=80, rows=100)
+
+    assert half.data.ratio == 0.5
+    assert config.data.ratio == 0.8
+    assert reasons["/data/ratio"].startswith("all rows but those whose answer goes better with other prompts")
 
 
 def test_a_data_scorer_that_ranks_nothing_keeps_the_first_rows_and_says_so() -> None:

@@ -14,9 +14,11 @@ from p2d.config import (
     HEAD_SCORERS,
     RATING_SCORERS,
     WITHOUT_RESPONSES,
+    Auto,
     DataConfig,
     HeadsConfig,
     JobConfig,
+    Kind,
     TrainingConfig,
     pool_count,
 )
@@ -143,9 +145,15 @@ def test_a_ratio_or_a_training_setting_costs_no_pass_over_the_model_and_a_seed_d
     assert changed(training=replace(config.training, batch_size=2)) == {"heads"}
     assert changed(data=replace(config.data, scorer="icl")) == {"respond"}
     assert changed(data=replace(config.data, mode="fast", ratio=0.2)) == {"respond"}
-    left = replace(config.data, ratio="auto")
-    assert changed(data=left) == {"respond"}  # a sample may be all that is scored
-    assert changed(data=left, kind="select_data") == set()
+    assert changed(data=replace(config.data, ratio="auto")) == set()
+
+
+def test_a_ratio_that_is_left_open_is_another_pass_where_a_sample_may_be_all_that_is_scored() -> None:
+    def of(kind: Kind, ratio: float | Auto) -> str:
+        config = replace(FACTS["config"], kind=kind, data=DataConfig(scorer="alignment_likelihood", ratio=ratio))
+        return step_fingerprint("respond", **FACTS | {"config": config})
+
+    assert of("adapt", "auto") != of("adapt", 0.5) == of("select_data", "auto")
 
 
 def test_where_fast_mode_leaves_no_row_unscored_another_ratio_costs_no_pass() -> None:
