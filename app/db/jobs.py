@@ -15,7 +15,7 @@ from sqlalchemy.dialects.postgresql import JSONB
 
 from app.db.engine import Connection, Json
 from app.db.ids import new_id
-from app.db.tables import artifacts, head_maps, jobs, selections
+from app.db.tables import artifacts, attempts, head_maps, jobs, selections
 from app.errors import JobNotFound
 
 Status = Literal["queued", "running", "pausing", "paused", "cancelling", "cancelled", "succeeded", "failed"]
@@ -283,11 +283,14 @@ def update_job(conn: Connection, job_id: str, **values: Any) -> Job:
 
 def start_job(conn: Connection, job_id: str) -> Job:
     """Write that a queued job runs: limits.max_seconds counts from the first claim, and not from a pause to the next."""
+    mine = (attempts.c.job_id == job_id, attempts.c.outcome == "running")
+    # The claim was another transaction: from now on, its attempt would be older than the start and spend nothing.
+    claimed_at = select(func.min(attempts.c.started_at)).where(*mine).scalar_subquery()
     return update_job(
         conn,
         job_id,
         status="running",
-        started_at=func.coalesce(jobs.c.started_at, func.now()),
+        started_at=func.coalesce(jobs.c.started_at, claimed_at, func.now()),
         paused_at=None,
         paused_s=case(
             (jobs.c.started_at.is_(None), 0.0),

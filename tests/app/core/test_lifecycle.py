@@ -14,7 +14,7 @@ from sqlalchemy import update
 from app.core import lifecycle, moves
 from app.core.lifecycle import NEXT, STAGES, StepFacts
 from app.db.jobs import FINAL
-from app.db.leases import claim
+from app.db.leases import claim, pulse
 from app.db.tables import jobs, steps
 from app.errors import JobAlreadyFinal, LeaseLost, MoveNotAllowed
 from app.result_errors import DeadlinePassed
@@ -188,6 +188,24 @@ def test_what_workers_spend_is_added_up_over_attempts_while_waiting_and_earlier_
     rig.retry(job_id)
     reconcile(rig.db, rig.waker, max_crashes=3)
     assert rig.job(job_id).status == "queued"
+
+
+def test_the_first_attempt_counts_against_what_a_job_may_cost_and_so_does_the_first_of_a_retry(rig: Rig) -> None:
+    job_id = rig.submit(max_gpu_seconds=100)
+
+    for run in ("the first", "a retry"):
+        lease = begin(rig)
+        with rig.db.begin() as conn:
+            assert pulse(conn, job_id).limit_reached is None
+            conn.exec_driver_sql("update jobs set started_at = started_at - interval '101 seconds'")
+            conn.exec_driver_sql(
+                "update attempts set started_at = started_at - interval '101 seconds' where outcome = 'running'"
+            )
+        with rig.db.begin() as conn:
+            assert pulse(conn, job_id).limit_reached == "max_gpu_seconds", run
+        with rig.db.begin() as conn:
+            lifecycle.fail_step(conn, lease, Diverged("The loss was not finite."))
+        rig.retry(job_id)
 
 
 @pytest.mark.parametrize("begun", [False, True])
