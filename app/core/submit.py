@@ -11,16 +11,15 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from app.core.bases import is_artifact, keep_base
+from app.core.exports import find_adapter
 from app.core.lifecycle import open_job
 from app.core.plan import plan_job
-from app.db.artifacts import get_artifact
 from app.db.datasets import Dataset, get_dataset
 from app.db.engine import Connection, Json
 from app.db.head_maps import HeadMapRecord, get_head_map, keep_head_map
 from app.db.jobs import Job, get_job, insert_job, keep_job, seconds_until
 from app.db.selections import SelectionRecord, get_selection, keep_selection
 from app.errors import (
-    ArtifactNotFound,
     DatasetNotFound,
     HeadMapMismatch,
     HeadMapNotFound,
@@ -233,8 +232,7 @@ def find_inputs(conn: Connection, job: Job) -> None:
     if is_artifact(job.base_model):
         keep_base(conn, job.base_model)
     if job.kind == "export":
-        if job.adapter_id is None or get_artifact(conn, job.adapter_id) is None:
-            raise ArtifactNotFound(id=job.adapter_id or "")
+        find_adapter(conn, job.adapter_id or "")
         return
     find_dataset(conn, job.dataset_id, "/dataset", keep=True)
     if job.validation_dataset_id is not None:

@@ -136,3 +136,28 @@ def test_an_export_is_cancelled_and_retried_as_any_job(api: Api) -> None:
     api.http.delete(f"/artifacts/{adapter_of(api, job_id)}")
     late = api.http.post(f"/jobs/{export}/retry")
     assert (late.status_code, late.json()["code"]) == (404, "artifact.not_found")
+
+
+@pytest.mark.parametrize("name", ["heads.safetensors", "manifest.json"])
+def test_an_export_whose_adapter_or_its_manifest_has_expired_is_not_retried(api: Api, name: str) -> None:
+    files = files_of(api, a_finished_job(api))
+    export = merge(api, files["heads.safetensors"]["id"]).json()["id"]
+    api.http.post(f"/jobs/{export}/cancel")
+    with api.engine.begin() as conn:
+        conn.exec_driver_sql("update artifacts set expires_at = now() where id = %s", (files[name]["id"],))
+
+    late = api.http.post(f"/jobs/{export}/retry")
+
+    assert (late.status_code, late.json()["code"]) == (410, "artifact.expired")
+    assert api.http.get(f"/jobs/{export}").json()["status"] == "cancelled"
+
+
+def test_an_export_whose_adapter_lost_its_manifest_is_not_retried(api: Api) -> None:
+    files = files_of(api, a_finished_job(api))
+    export = merge(api, files["heads.safetensors"]["id"]).json()["id"]
+    api.http.post(f"/jobs/{export}/cancel")
+    api.http.delete(f"/artifacts/{files['manifest.json']['id']}")
+
+    late = api.http.post(f"/jobs/{export}/retry")
+
+    assert (late.status_code, late.json()["code"]) == (404, "artifact.not_found")
