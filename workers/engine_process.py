@@ -17,6 +17,10 @@ from workers.wire import CancelStep, Message, RunStep, StepDone, StepFailed, dec
 TERM_SHARE = 0.5
 """Share of the grace that a child gets after TERM, before KILL."""
 
+HELD_BACK = ("P2D_", "AWS_", "PG")
+"""How variables begin that a child is not given: every setting of the service, secret or not, as each message says what it needs;
+and what the clients of the store and of PostgreSQL read."""
+
 
 class ChildDied(Exception):
     """The child ended by itself or was killed from outside."""
@@ -144,10 +148,6 @@ def _pump(pipe: IO[bytes], inbox: queue.SimpleQueue[Message | None]) -> None:
 
 def _environment() -> dict[str, str]:
     """The child imports from where the parent does, and knows no credential."""
-    env = {name: value for name, value in os.environ.items() if not _is_secret(name)}
+    env = {name: value for name, value in os.environ.items() if not name.startswith(HELD_BACK)}
     env["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
     return env
-
-
-def _is_secret(name: str) -> bool:
-    return name.startswith("AWS_") or name in {"P2D_DATABASE_URL", "P2D_BROKER_URL", "P2D_STORE_URL"}
