@@ -73,6 +73,17 @@ def run_step(call: StepCall, *, progress: Progress, models: ModelCache, on_check
     )
 
 
+def run_quietly(call: StepCall, *, progress: Progress, models: ModelCache, on_checkpoint: Checkpointed = None) -> None:
+    """`run_step` that says nothing for some ticks of its worker after each checkpoint, as training does in a long step."""
+
+    def keep(folder: Path) -> None:
+        assert on_checkpoint is not None
+        on_checkpoint(folder)
+        time.sleep(0.6)
+
+    run_step(call, progress=progress, models=models, on_checkpoint=keep if on_checkpoint is not None else None)
+
+
 def _done_before(call: StepCall) -> int:
     if call.checkpoint is None:
         return 0

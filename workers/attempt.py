@@ -236,7 +236,6 @@ class Attempt:
                 if silent_s > settings.stall_s:
                     raise Stalled(step=self._lease.step, seconds=silent_s)
                 continue
-            heard_at = time.monotonic()
             if isinstance(message, StepFailed):
                 return dict(message.error)
             if isinstance(message, Progressed):
@@ -244,6 +243,9 @@ class Attempt:
             elif isinstance(message, Checkpointed):
                 self._keep(Path(message.folder))
                 process.send(CheckpointKept())
+            heard_at = (
+                time.monotonic()
+            )  # now: while we were busy, as with a store that was away, the child may have waited for us
 
     def _model_of(self, job: Job) -> Path:
         """The model's folder on this machine. Raises ModelNotFound, or ModelError if it is not what the job was made with."""

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 
+import workers.attempt
+from app.blobs import BlobStore
 from p2d.pipeline import STEPS
 from tests.rig import Rig, wait_for
+from workers.transfer import put_checkpoint
 
 
 def undisturbed(rig: Rig) -> str:
@@ -115,6 +121,26 @@ def test_a_hung_step_is_killed_and_ends_as_stalled(rig: Rig) -> None:
     assert job.error is not None
     assert job.error["code"] == "job.stalled"
     assert dead(rig.reached("select"))
+    rig.check(job_id)
+
+
+def test_a_child_that_waits_for_a_store_that_is_away_is_not_hung(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    rig.settings = rig.settings.model_copy(update={"stall_s": 60.0, "engine": "tests.stub_engine:run_quietly"})
+    waited_s = [0.0]
+
+    def put_late(store: BlobStore, folder: Path) -> dict[str, str]:
+        waited_s[0] += 61.0  # by the clock of the attempt
+        return put_checkpoint(store, folder)
+
+    monkeypatch.setattr(workers.attempt, "put_checkpoint", put_late)
+    clock = SimpleNamespace(monotonic=lambda: time.monotonic() + waited_s[0])
+    monkeypatch.setattr(workers.attempt, "time", clock)
+    job_id = rig.submit()
+
+    with rig.in_process():
+        assert rig.ended(job_id).status == "succeeded"
+
+    assert {attempt.outcome for attempt in rig.attempts(job_id)} == {"done"}
     rig.check(job_id)
 
 
