@@ -186,7 +186,10 @@ def _stamps(directory: Path) -> Stamps:
 
 
 def model_digest(directory: Path) -> str:
-    """Sha256 over sorted (file name, sha256 of content); computed once and kept beside the files while these stay as they are."""
+    """Sha256 over sorted (file name, sha256 of content); computed once and kept while the files stay as they are.
+
+    It is kept beside them, for every process and user; and in this process, for where that note can be neither read nor written.
+    """
     files = _digested_files(directory)
     stamps = {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in files}
     cache = directory / DIGEST_CACHE
@@ -196,9 +199,14 @@ def model_digest(directory: Path) -> str:
             return str(kept["digest"])
     except (OSError, ValueError, KeyError, TypeError):
         pass  # absent or broken: compute it
-    digest = digest_of({path.name: sha256_of(path) for path in files})
+    digest = _computed(directory, tuple((name, size, time_ns) for name, (size, time_ns) in stamps.items()))
     _keep(cache, {"digest": digest, "files": stamps})
     return digest
+
+
+@lru_cache(256)
+def _computed(directory: Path, stamps: Stamps) -> str:
+    return digest_of({name: sha256_of(directory / name) for name, _, _ in stamps})
 
 
 def digest_of(files: Mapping[str, str]) -> str:
@@ -425,6 +433,7 @@ def _keep(path: Path, content: Mapping[str, Any]) -> None:
         return
     with os.fdopen(descriptor, "w") as file:
         json.dump(content, file)
+        os.fchmod(file.fileno(), 0o644)  # a service that runs as another user reads it too
     Path(temporary).replace(path)
 
 

@@ -10,12 +10,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
+from p2d import model_info
 from p2d.arch import ARCHS
 from p2d.arch.spec import ArchSpec
 from p2d.errors import ModelError, ModelNotFound, ModelUnsupported
@@ -344,6 +346,7 @@ def test_an_outline_tells_the_same_as_the_whole_model(tmp_path: Path, family: st
 def test_the_digest_is_kept_and_a_broken_note_is_made_again(tmp_path: Path) -> None:
     directory = write_model(tmp_path / "m")
     digest = model_digest(directory)
+    assert (directory / DIGEST_CACHE).stat().st_mode & 0o777 == 0o644, "another user of the machine reads it too"
     note = json.loads((directory / DIGEST_CACHE).read_text())
     (directory / DIGEST_CACHE).write_text(json.dumps({**note, "digest": "kept"}))
     assert model_digest(directory) == "kept"
@@ -351,6 +354,19 @@ def test_the_digest_is_kept_and_a_broken_note_is_made_again(tmp_path: Path) -> N
     (directory / DIGEST_CACHE).write_text("{")
 
     assert model_digest(directory) == digest
+
+
+def test_a_process_that_can_keep_no_note_hashes_the_files_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory, hashing = write_model(tmp_path / "m"), Mock(wraps=sha256_of)
+    monkeypatch.setattr(model_info, "sha256_of", hashing)
+    monkeypatch.setattr(model_info, "_keep", lambda *_: None)
+
+    digest = model_digest(directory)
+
+    assert model_digest(directory) == digest
+    assert hashing.call_count == 3
+    (directory / "tokenizer.json").write_text('{"x": 1}')
+    assert model_digest(directory) != digest
 
 
 def index(directory: Path, name: str) -> None:
