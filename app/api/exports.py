@@ -72,10 +72,10 @@ def _merge(services: Services, artifact_id: str, body: MergeBody, key: str | Non
             return replay
         if is_artifact(base_model):
             keep_base(conn, base_model)
+        _, trained = find_adapter(conn, artifact_id)  # before the project, as a retry of that job does
         services.jobs.allow(conn, services.known_caller.project_id)
         for error in named_webhooks(conn, body.webhooks):
             raise error
-        _, trained = find_adapter(conn, artifact_id)
         if info.digest != trained.model_digest:
             text = f"The installed {info.name!r} is not the one that the adapter was trained on."
             raise AdapterMismatch(text, expected=trained.model_digest, found=info.digest)

@@ -21,7 +21,7 @@ from app.api.idempotency import Once
 from app.api.job_views import view_of
 from app.api.patches import merge_patch
 from app.api.receipts import receipt
-from app.core.moves import delete, request_cancel, request_pause, request_resume, request_retry
+from app.core.moves import delete, lock_to_retry, request_cancel, request_pause, request_resume, request_retry
 from app.db.audit import Action
 from app.db.engine import Connection
 from app.db.jobs import Job, find_job, update_job
@@ -110,7 +110,7 @@ def retry_job(job_id: JobId, services: Context, key: IdempotencyKey) -> Response
         services.jobs.allow(conn, services.known_caller.project_id)
         return request_retry(conn, job_id)
 
-    return _move(services, job_id, "retry", key, retry)
+    return _move(services, job_id, "retry", key, retry, lock=lock_to_retry)
 
 
 @router.patch(
@@ -155,8 +155,18 @@ def _patch(services: Services, job_id: str, patch: JobPatch, if_match: str | Non
     return send_view(view)
 
 
+def _lock(conn: Connection, job_id: str) -> Job:
+    return find_job(conn, job_id, lock=True)
+
+
 def _move(
-    services: Services, job_id: str, move: Asked, key: str | None, request: Callable[[Connection, str], Job]
+    services: Services,
+    job_id: str,
+    move: Asked,
+    key: str | None,
+    request: Callable[[Connection, str], Job],
+    *,
+    lock: Callable[[Connection, str], Job] = _lock,
 ) -> Response:
     once = Once.of(f"POST /jobs/{job_id}/{move}", key, None, Received())
     if (replay := once.earlier(services.engine)) is not None:
@@ -164,7 +174,7 @@ def _move(
     with services.engine.begin() as conn:
         if (replay := once.take(conn)) is not None:
             return replay
-        before = find_job(conn, job_id, lock=True)
+        before = lock(conn, job_id)
         job = request(conn, job_id)
         status_code = 200 if job == before else 202
         if job != before:

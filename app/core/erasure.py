@@ -6,7 +6,7 @@ Everything that was computed from the rows counts: chosen rows with their text, 
 
 from __future__ import annotations
 
-from app.core.moves import delete as delete_job
+from app.core.moves import delete_all
 from app.db.datasets import Dataset, DerivedJob, delete_dataset, derived_jobs, get_dataset, lock_dataset
 from app.db.engine import Connection
 from app.db.jobs import lock_job
@@ -39,4 +39,5 @@ def erase_all(conn: Connection, dataset_id: str) -> tuple[Dataset, list[tuple[De
         for job in derived_jobs(conn, known):
             lock_job(conn, job.job_id)  # first: whoever retries a job locks it before its dataset
     dataset, derived = erase(conn, dataset_id)
-    return dataset, [(job, delete_job(conn, job.job_id)) for job in derived]
+    hashes = delete_all(conn, [job.job_id for job in derived])
+    return dataset, list(zip(derived, hashes, strict=True))

@@ -6,11 +6,11 @@ answers with the job as it is. A move that the status forbids raises MoveNotAllo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from app.core.lifecycle import end_job, set_status
-from app.core.submit import find_inputs
+from app.core.submit import find_inputs, hold_makers
 from app.db import attempts, jobs, measures, steps
 from app.db.artifacts import expire_artifacts, gone_names, list_artifacts
 from app.db.engine import Connection
@@ -74,13 +74,19 @@ def request_resume(conn: Connection, job_id: str) -> Job:
     return set_status(conn, job, "running" if runs else "queued")
 
 
+def lock_to_retry(conn: Connection, job_id: str) -> Job:
+    """The job, locked as `request_retry` does: to call before the project is locked. Raises JobNotFound."""
+    hold_makers(conn, jobs.find_job(conn, job_id))
+    return jobs.find_job(conn, job_id, lock=True)
+
+
 def request_retry(conn: Connection, job_id: str) -> Job:
     """Queue a job again that failed or was cancelled: what is done stays done, the rest starts again, its time anew.
 
     Raises: JobNotFound, MoveNotAllowed, DeadlinePassed; DatasetNotFound, HeadMapNotFound, SelectionNotFound (of
-            an export ArtifactNotFound) for inputs deleted since; ResultsGone for files of finished steps.
+            an export ArtifactNotFound or ArtifactExpired) for inputs deleted since; ResultsGone for files of finished steps.
     """
-    job = jobs.find_job(conn, job_id, lock=True)
+    job = lock_to_retry(conn, job_id)
     _allow(job, "retry")
     if job.deadline_at is not None and jobs.seconds_until(conn, job.deadline_at) < 0:
         raise DeadlinePassed(job_id=job_id, deadline=job.deadline_at.isoformat())
@@ -97,10 +103,22 @@ def request_retry(conn: Connection, job_id: str) -> Job:
 def delete(conn: Connection, job_id: str) -> list[str]:
     """Remove a job that has ended, with its steps, events, artifacts, head map and selection.
 
-    Returns the sha256 of every stored file that it had.
+    Returns the sha256 of every stored file that it had. Nothing else is deleted in the transaction.
 
     Raises: JobNotFound, MoveNotAllowed, JobInUse.
     """
+    return delete_all(conn, [job_id])[0]
+
+
+def delete_all(conn: Connection, job_ids: Sequence[str]) -> list[list[str]]:
+    """`delete` of several jobs, one after another: of each the sha256 of every stored file that it had; raises the same."""
+    counted: list[measures.Tally] = []
+    hashes = [_delete(conn, job_id, counted) for job_id in job_ids]
+    measures.keep_tallies(conn, counted)
+    return hashes
+
+
+def _delete(conn: Connection, job_id: str, counted: list[measures.Tally]) -> list[str]:
     job = jobs.find_job(conn, job_id, lock=True)
     _allow(job, "delete")
     if by := jobs.readers_of(conn, job_id):
@@ -108,7 +126,7 @@ def delete(conn: Connection, job_id: str) -> list[str]:
     hashes = [artifact.sha256 for artifact in list_artifacts(conn, job_id)]
     for step in steps.list_steps(conn, job_id):
         hashes += (step.checkpoint or {"files": {}})["files"].values()
-    measures.keep_counts(conn, job_id)
+    counted += measures.tallies_of(conn, job_id)
     jobs.delete_job(conn, job_id)
     return hashes
 

@@ -1,7 +1,7 @@
 """How much a project may have: unfinished jobs, stored bytes, rows. Checked before anything is added, for the caller's project.
 
 Checked where it is recorded, under a lock of the project: of two things in one moment of which one fits, one is recorded. Nothing
-is locked while bytes come in or are stored.
+is locked while bytes come in or are stored. Jobs that are changed, or whose files are needed, are locked before the project.
 """
 
 from __future__ import annotations

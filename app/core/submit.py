@@ -14,10 +14,11 @@ from app.core.bases import is_artifact, keep_base
 from app.core.exports import find_adapter
 from app.core.lifecycle import open_job
 from app.core.plan import plan_job
+from app.db.artifacts import get_artifact
 from app.db.datasets import Dataset, get_dataset
 from app.db.engine import Connection, Json
 from app.db.head_maps import HeadMapRecord, get_head_map, keep_head_map
-from app.db.jobs import Job, get_job, insert_job, keep_job, seconds_until
+from app.db.jobs import Job, get_job, insert_job, keep_job, lock_job, seconds_until
 from app.db.selections import SelectionRecord, get_selection, keep_selection
 from app.errors import (
     DatasetNotFound,
@@ -221,6 +222,16 @@ def find_dataset(conn: Connection, dataset_id: str, pointer: str, *, keep: bool 
     if dataset is None:
         raise _at(pointer, DatasetNotFound(id=dataset_id))
     return dataset
+
+
+def hold_makers(conn: Connection, job: Job) -> None:
+    """Lock the jobs that made the merged base and the adapter of a recorded one, as far as they are there.
+
+    Before that one is locked: whoever deletes such a job locks it first, and then every job that names its files.
+    """
+    for artifact_id in (job.base_artifact_id, job.adapter_id):
+        if artifact_id is not None and (artifact := get_artifact(conn, artifact_id)) is not None:
+            lock_job(conn, artifact.job_id)
 
 
 def find_inputs(conn: Connection, job: Job) -> None:

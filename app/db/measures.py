@@ -5,7 +5,7 @@ Counters never fall: what a deleted job had counted is added to the table `talli
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -103,10 +103,26 @@ def measure(conn: Connection) -> Measures:
     )
 
 
-def keep_counts(conn: Connection, job_id: str) -> None:
-    """Add what a locked job counts to the tallies: the last thing before it is deleted."""
-    for counts in _counts(jobs.c.id == job_id):
-        _add(conn, upsert(tallies).from_select([column.name for column in tallies.c], counts))
+Tally = tuple[str, str, str, str, int, int, float]
+"""A row of `tallies`."""
+
+
+def tallies_of(conn: Connection, job_id: str) -> list[Tally]:
+    """What a locked job that is to be deleted counts, for `keep_tallies`."""
+    return [tuple(row) for counts in _counts(jobs.c.id == job_id) for row in conn.execute(counts)]
+
+
+def keep_tallies(conn: Connection, counted: Iterable[Tally]) -> None:
+    """Add what deleted jobs had counted. Others wait for the rows until the caller commits: the last thing before that."""
+    sums: dict[tuple[str, str, str, str, int], tuple[int, float]] = {}
+    for name, step, outcome, code, bucket, number, total in counted:
+        numbers, totals = sums.get((name, step, outcome, code, bucket), (0, 0.0))
+        sums[name, step, outcome, code, bucket] = numbers + number, totals + total
+    columns = [column.name for column in tallies.c]
+    # Everybody takes them in one order, so that of two none waits for the other.
+    rows = [dict(zip(columns, (*key, *sums[key]), strict=True)) for key in sorted(sums)]
+    if rows:
+        _add(conn, upsert(tallies).values(rows))
 
 
 def count_try(conn: Connection, outcome: Literal["delivered", "refused", "unanswered"]) -> None:

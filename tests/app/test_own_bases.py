@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from app.core.garbage import collect
+from app.core.quotas import IN_FLIGHT
+from app.db.jobs import lock_job
+from app.db.projects import lock_project
+from app.settings import Settings
 from p2d.model_info import digest_of, model_digest
-from tests.app.conftest import Api, a_job
+from tests.app.conftest import Api, a_job, serving
 from tests.app.test_artifact_lives import a_finished_job, files_of
+from tests.rig import wait_for
 
 Files = dict[str, dict[str, Any]]
 
@@ -177,6 +183,34 @@ def test_a_job_whose_base_is_gone_is_neither_retried_nor_cloned(api: Api) -> Non
     for move in ("retry", "clone"):
         answer = api.http.post(f"/jobs/{job_id}/{move}")
         assert (answer.status_code, answer.json()["code"]) == (404, "artifact.not_found")
+
+
+def test_a_retry_waits_for_the_maker_of_its_base_before_it_holds_anybody_up(module_settings: Settings) -> None:
+    near_its_quota = module_settings.model_copy(
+        update={"quota_jobs": IN_FLIGHT}
+    )  # so that all jobs are counted, each time
+    with serving(near_its_quota) as api, ThreadPoolExecutor(1) as pool:
+        export, files = merged(api, seed=91)
+        base = files["model.safetensors"]["id"]
+        job_id = str(api.post(a_job(base_model=base, dataset=api.dataset())).json()["id"])
+        api.http.post(f"/jobs/{job_id}/cancel")
+
+        with api.engine.begin() as conn:
+            lock_job(conn, export)
+            retried = pool.submit(api.http.post, f"/jobs/{job_id}/retry")
+            wait_for(lambda: somebody_waits(api), "the retry to wait for the export")
+            lock_project(conn)  # as whoever makes a job over the base
+            lock_job(conn, job_id)  # as whoever deletes the export
+
+        assert retried.result().status_code == 202
+        api.http.post(f"/jobs/{job_id}/cancel")
+
+
+def somebody_waits(api: Api) -> bool:
+    """Whether a transaction waits for another one's lock."""
+    locked = "select count(*) from pg_stat_activity where datname = current_database() and wait_event_type = 'Lock'"
+    with api.engine.connect() as conn:
+        return bool(conn.exec_driver_sql(locked).scalar_one())
 
 
 def test_a_base_that_was_changed_or_lost_on_the_worker_is_fetched_again(api: Api, base: str) -> None:

@@ -10,7 +10,7 @@ import pytest
 from sqlalchemy import update
 
 from app.core import lifecycle
-from app.core.erasure import erase
+from app.core.erasure import erase, erase_all
 from app.core.lifecycle import NEXT, StepFacts
 from app.core.moves import MOVES
 from app.core.submit import JobRequest, find_dataset, submit
@@ -371,3 +371,33 @@ def test_the_time_of_a_pause_does_not_count_against_the_limit(rig: Rig) -> None:
     assert not over()
     age("started_at", 1060)
     assert over(), "50 seconds before the pause and 60 after it"
+
+
+def test_what_deleted_jobs_had_counted_is_added_in_one_order_whoever_deletes_them(rig: Rig) -> None:
+    def done_and_cancelled() -> str:
+        """Two jobs over the same rows; the dataset of the second."""
+        rig.submit(kind="identify_heads", rows=37)
+        finish_all(rig)
+        stopped = rig.submit(kind="identify_heads", rows=37)
+        finish(rig, begin(rig))
+        lease = begin(rig)
+        rig.cancel(stopped)
+        with rig.db.begin() as conn:
+            lifecycle.cancel_step(conn, lease)
+        return rig.job(stopped).dataset_id
+
+    def delete(dataset_id: str) -> int:
+        with rig.db.begin() as conn:
+            return len(erase_all(conn, dataset_id)[1])
+
+    delete(done_and_cancelled())  # so that there is a row of everything
+    again = done_and_cancelled()
+
+    with ThreadPoolExecutor(1) as pool, rig.db.begin() as conn:
+        # Another deletes a cancelled job: it has added to the first row of that, and goes on to the next ones.
+        conn.exec_driver_sql("update tallies set number = number where outcome = 'cancelled'")
+        deleted = pool.submit(delete, again)
+        wait_for(lambda: somebody_waits(rig), "the deletion to wait")
+        conn.exec_driver_sql("update tallies set number = number")
+
+    assert deleted.result() == 2
