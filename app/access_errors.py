@@ -104,3 +104,16 @@ class RoleMissing(ServiceError):
         statements = f'CREATE ROLE {role} NOLOGIN; GRANT {role} TO "{user}";'
         text = f"The user {user!r} may not make the role {role!r}, or, where it is there, not take it on: {statements}"
         super().__init__(text, role=role, user=user)
+
+
+class TablesInUse(ServiceError):
+    """Somebody used a table for longer than a migration waits for it; nothing was changed."""
+
+    code, hint = (
+        "database.in_use",
+        "Find the transaction that stays open (pg_stat_activity, the oldest xact_start), end it, and run `p2d migrate` again.",
+    )
+    fault: ClassVar[Fault] = "dependency"
+
+    def __init__(self, *, seconds: float) -> None:
+        super().__init__(f"A table that the migration changes was in use for {seconds:.0f} seconds.", seconds=seconds)

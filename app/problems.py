@@ -137,6 +137,7 @@ STATUS = {
     "database.unavailable": 503,
     "database.not_migrated": 503,
     "database.role_missing": 500,
+    "database.in_use": 503,
     "store.unavailable": 503,
     "store.object_missing": 500,
     "store.object_corrupt": 500,
