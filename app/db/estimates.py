@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from sqlalchemy import ColumnElement, Double, and_, column, func, literal, select, true
+from sqlalchemy import ColumnElement, Double, Subquery, Text, and_, column, func, literal, select, true, values
 from sqlalchemy.dialects.postgresql import JSONB
 
 from app.db.engine import Connection, Json
 from app.db.tables import datasets, jobs, steps
 from p2d.estimate import EFFICIENCY
+from p2d.pipeline import STEPS
 from p2d.plans import RowCounts
 
 RECENT = 200
@@ -20,7 +21,7 @@ FEWEST = 5
 """Finished steps below which DEFAULT stands in for their error. A guess."""
 
 LEAST_S = 0.5
-"""Estimates below this say nothing about how good estimates are."""
+"""Estimates below this say nothing about how good estimates are. The index `ix_steps_judged` has the number too."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,14 +45,10 @@ DEFAULT = Error(p10=0.6, p50=1.0, p90=2.0, runs=0)
 
 def past_errors(conn: Connection) -> dict[str, Error]:
     """The error of each step's estimates, of those with FEWEST finished runs or more."""
-    query = select(steps.c.step, ratio().label("ratio"), _newness().label("newness")).join_from(steps, jobs)
-    recent = query.where(is_judged()).subquery()
+    recent = _recent()
     quantiles = [func.percentile_cont(share).within_group(recent.c.ratio) for share in (0.1, 0.5, 0.9)]
     rows = conn.execute(
-        select(recent.c.step, *quantiles, func.count())
-        .where(recent.c.newness <= RECENT)
-        .group_by(recent.c.step)
-        .having(func.count() >= FEWEST)
+        select(recent.c.step, *quantiles, func.count()).group_by(recent.c.step).having(func.count() >= FEWEST)
     )
     return {row[0]: Error(p10=row[1], p50=row[2], p90=row[3], runs=row[4]) for row in rows}
 
@@ -71,8 +68,6 @@ WHOLE = "job"
 
 def absolute_errors(conn: Connection) -> dict[str, AbsoluteError]:
     """By step, and of whole jobs (WHOLE), the newest RECENT of each; what has not finished yet is absent."""
-    each = select(steps.c.step, ratio().label("ratio"), _newness().label("newness")).join_from(steps, jobs)
-    by_step = each.where(is_judged()).subquery()
     newest = (
         select(jobs.c.id)
         .where(jobs.c.status == "succeeded", jobs.c.estimate.is_not(None))
@@ -82,9 +77,9 @@ def absolute_errors(conn: Connection) -> dict[str, AbsoluteError]:
     sums = select(literal(WHOLE).label("step"), (func.sum(steps.c.seconds) / func.sum(steps.c.weight)).label("ratio"))
     by_job = sums.join_from(steps, jobs).where(is_judged(), jobs.c.id.in_(newest)).group_by(jobs.c.id).subquery()
     found: dict[str, AbsoluteError] = {}
-    for part, where in ((by_step, by_step.c.newness <= RECENT), (by_job, true())):
+    for part in (_recent(), by_job):
         median = func.percentile_cont(0.5).within_group(func.abs(part.c.ratio - 1))
-        rows = conn.execute(select(part.c.step, median, func.count()).where(where).group_by(part.c.step))
+        rows = conn.execute(select(part.c.step, median, func.count()).group_by(part.c.step))
         found |= {row[0]: AbsoluteError(median=float(row[1]), runs=row[2]) for row in rows}
     return found
 
@@ -137,14 +132,27 @@ def ratio() -> ColumnElement[Any]:
 
 def is_judged() -> ColumnElement[bool]:
     """Whether a row of `steps`, joined with its job, ended well in one go and had an estimate from the job's plan."""
-    return and_(
-        steps.c.status == "done",
-        steps.c.token == 1,
-        steps.c.seconds.is_not(None),
-        steps.c.weight >= LEAST_S,
-        jobs.c.estimate["steps"].has_key(steps.c.step),
+    return and_(_ended_at_once(), jobs.c.estimate["steps"].has_key(steps.c.step))
+
+
+def _ended_at_once() -> ColumnElement[bool]:
+    return and_(steps.c.status == "done", steps.c.token == 1, steps.c.seconds.is_not(None), steps.c.weight >= LEAST_S)
+
+
+def _recent() -> Subquery:
+    """Step and ratio of those that are judged of the newest RECENT of each step. Every validate step asks, and under a lock."""
+    names = values(column("step", Text), name="names").data([(name,) for name in STEPS])
+    # The jobs come after: PostgreSQL guesses that few have an estimate, and would read all steps for so many that have.
+    newest = (
+        select(steps.c.job_id, ratio().label("ratio"))
+        .where(steps.c.step == names.c.step, _ended_at_once())
+        .order_by(steps.c.finished_at.desc())
+        .limit(RECENT)
+        .lateral("newest")
     )
-
-
-def _newness() -> ColumnElement[int]:
-    return func.row_number().over(partition_by=steps.c.step, order_by=steps.c.finished_at.desc())
+    return (
+        select(names.c.step, newest.c.ratio)
+        .select_from(names.join(newest, true()).join(jobs, jobs.c.id == newest.c.job_id))
+        .where(jobs.c.estimate["steps"].has_key(names.c.step))
+        .subquery()
+    )

@@ -260,6 +260,12 @@ steps = Table(
 )
 Index("ix_steps_ready", steps.c.queue, steps.c.id, postgresql_where=steps.c.status == "ready")
 Index("ix_steps_fingerprint", steps.c.fingerprint, postgresql_where=steps.c.fingerprint.is_not(None))
+Index(
+    "ix_steps_judged",
+    steps.c.step,
+    steps.c.finished_at,
+    postgresql_where=text("status = 'done' and token = 1 and weight >= 0.5"),  # as app.db.estimates.is_judged has it
+)
 Index("ix_steps_running", steps.c.id, postgresql_where=steps.c.status == "running")
 
 attempts = Table(
