@@ -243,9 +243,8 @@ class Attempt:
             elif isinstance(message, Checkpointed):
                 self._keep(Path(message.folder))
                 process.send(CheckpointKept())
-            heard_at = (
-                time.monotonic()
-            )  # now: while we were busy, as with a store that was away, the child may have waited for us
+            # Only now: while we were busy, as with a store that was away, the child may have waited for us.
+            heard_at = time.monotonic()
 
     def _model_of(self, job: Job) -> Path:
         """The model's folder on this machine. Raises ModelNotFound, or ModelError if it is not what the job was made with."""
