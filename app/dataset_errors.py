@@ -1,11 +1,11 @@
-"""Errors of dataset files that the service meets while it fetches them or reads them apart. A branch of the tree in
-p2d.errors."""
+"""Errors of dataset files that the service meets while it takes or fetches them, or reads them apart. Branches of the trees in
+p2d.errors and app.errors."""
 
 from __future__ import annotations
 
 from typing import ClassVar
 
-from app.errors import ServiceError
+from app.errors import Conflict, ServiceError
 from p2d.errors import DatasetError, Fault
 
 
@@ -26,6 +26,15 @@ class DatasetReaderDied(DatasetError):
 
     def __init__(self, *, signal: str) -> None:
         super().__init__(f"The process that read the file ended with {signal}.", signal=signal)
+
+
+class TooManyVersions(Conflict):
+    """A part of an upload that was sent again with ever other bytes."""
+
+    code, hint = "upload.too_many_versions", "Delete the upload, begin a new one and send the file as it is to be."
+
+    def __init__(self, *, number: int, limit: int) -> None:
+        super().__init__(f"Part {number} came with {limit} different contents already.", number=number, limit=limit)
 
 
 class EgressOff(DatasetError):

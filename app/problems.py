@@ -60,6 +60,7 @@ STATUS = {
     "upload.part_wrong": 422,
     "upload.incomplete": 409,
     "upload.completed": 409,
+    "upload.too_many_versions": 409,
     "upload.hash_mismatch": 422,
     "store.no_signed_urls": 409,
     "model.invalid": 422,

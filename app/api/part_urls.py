@@ -13,6 +13,7 @@ from app.api.context import Context, IdempotencyKey, Services, UploadId
 from app.api.documentation import PART_URL_BODY, STORED_PART_BODY, errors
 from app.api.uploads import PartNumber
 from app.core.uploads import expected_size, offer_part, register_part
+from app.dataset_errors import TooManyVersions
 from app.db.uploads import Part
 from app.errors import (
     PartWrong,
@@ -35,7 +36,7 @@ _ERRORS = (UploadNotFound, UploadCompleted, PartWrong, StoreUnavailable)
 
 @router.post(
     "/uploads/{id}/parts/{number}/url",
-    responses=errors(*_ERRORS, PresignUnavailable),
+    responses=errors(*_ERRORS, TooManyVersions, PresignUnavailable),
     openapi_extra=PART_URL_BODY,
 )
 async def sign_part_url(

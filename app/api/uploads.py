@@ -25,6 +25,7 @@ from app.core.disk_space import need_space
 from app.core.ingest import inspect_file, record, store
 from app.core.quotas import allow_storage
 from app.core.uploads import MAX_PARTS, assembled, ended_meanwhile, expected_size, part_size, take_part
+from app.dataset_errors import TooManyVersions
 from app.db.datasets import Dataset, get_dataset
 from app.db.engine import Connection
 from app.db.uploads import (
@@ -108,7 +109,7 @@ def get_one_upload(upload_id: UploadId, services: Context, if_none_match: IfNone
 
 @router.put(
     "/uploads/{id}/parts/{number}",
-    responses=errors(UploadNotFound, UploadCompleted, PartWrong, StoreUnavailable),
+    responses=errors(UploadNotFound, UploadCompleted, PartWrong, TooManyVersions, StoreUnavailable),
     openapi_extra=PART_BODY,
 )
 async def put_part(
@@ -125,7 +126,7 @@ async def put_part(
         ),
     ] = None,
 ) -> PartView:
-    """Send one part: plain bytes, any order, again as often as it takes; other bytes for a part replace it."""
+    """Send one part: plain bytes, any order, again as often as it takes; other bytes for a part replace it, up to ten."""
     said = _digest(digest)
 
     def expect() -> int:

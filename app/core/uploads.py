@@ -13,18 +13,23 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from app.blobs import BlobStore
+from app.dataset_errors import TooManyVersions
 from app.db.engine import Connection, Engine
+from app.db.objects import outlast_idleness
 from app.db.uploads import (
     Part,
     Upload,
     all_parts,
     announce_part,
     confirm_part,
+    count_others,
     forget_upload,
     get_upload,
     lock_upload,
     mark_emptied,
+    mark_removed,
     parts_of,
+    replaced_by,
     uploads_to_empty,
     uploads_to_forget,
 )
@@ -41,6 +46,10 @@ from p2d.errors import ErrorDetail
 
 MAX_PARTS = 10_000
 """Most parts of one upload, as S3 has it."""
+
+MAX_VERSIONS = 10
+"""Most different bytes that one part may be announced with; a guess. What was put under signed URLs and never registered lies in
+the store until the upload ends, so this bounds how many times its size an upload can take."""
 
 GRACE_H = 1.0
 """Hours after its end in which an upload's row still tells where a part may lie that a slow request brings."""
@@ -74,16 +83,13 @@ def expected_size(engine: Engine, upload_id: str, number: int) -> int:
 def take_part(engine: Engine, blobs: BlobStore, part: Part, path: Path, *, expiry_h: float) -> None:
     """Store a part. The same part again changes nothing; other bytes under its number take its place.
 
-    Raises: UploadNotFound, UploadCompleted: also when the upload ended while the part was on its way.
+    Raises: UploadNotFound, UploadCompleted: also when the upload ended while the part was on its way. TooManyVersions.
     """
-    with engine.begin() as conn:
-        open_upload(conn, part.upload_id)
-        announce_part(conn, part, expiry_h=expiry_h)
+    _announce(engine, part, expiry_h)
     blobs.put_part(part.key, path)
     try:
-        with engine.begin() as conn:
-            open_upload(conn, part.upload_id)
-            confirm_part(conn, part)
+        while not _confirm(engine, blobs, part):
+            blobs.put_part(part.key, path)
     except (UploadNotFound, UploadCompleted):
         blobs.delete_part(part.key)  # the sweep may have been here already
         raise
@@ -94,12 +100,10 @@ def offer_part(
 ) -> SignedUrl:
     """Sign a URL under which this very part can be put. Its row stands before its bytes do, as for a part that is sent here.
 
-    Raises: PresignUnavailable, UploadNotFound, UploadCompleted.
+    Raises: PresignUnavailable, UploadNotFound, UploadCompleted, TooManyVersions.
     """
     signed = blobs.sign_part(part.key, part.sha256, size_bytes, lives_s=lives_s)
-    with engine.begin() as conn:
-        open_upload(conn, part.upload_id)
-        announce_part(conn, part, expiry_h=expiry_h)
+    _announce(engine, part, expiry_h)
     return signed
 
 
@@ -110,12 +114,50 @@ def register_part(engine: Engine, blobs: BlobStore, part: Part, size_bytes: int)
     """
     there = blobs.part_size(part.key)
     if there != size_bytes:
-        found = "is not in the store" if there is None else f"has {there} bytes there"
-        text = f"Part {part.number} with this sha256 {found}; expected {size_bytes}."
-        raise PartWrong(text, errors=[ErrorDetail(code="upload.part_not_there", message=text, pointer="/sha256")])
+        raise _not_there(part, there, size_bytes)
+    if not _confirm(engine, blobs, part):
+        raise _not_there(part, None, size_bytes)
+
+
+def _not_there(part: Part, there: int | None, size_bytes: int) -> PartWrong:
+    found = "is not in the store" if there is None else f"has {there} bytes there"
+    text = f"Part {part.number} with this sha256 {found}; expected {size_bytes}."
+    return PartWrong(text, errors=[ErrorDetail(code="upload.part_not_there", message=text, pointer="/sha256")])
+
+
+def _announce(engine: Engine, part: Part, expiry_h: float) -> None:
     with engine.begin() as conn:
         open_upload(conn, part.upload_id)
+        if count_others(conn, part) >= MAX_VERSIONS:
+            raise TooManyVersions(number=part.number, limit=MAX_VERSIONS)
+        announce_part(conn, part, expiry_h=expiry_h)
+
+
+def _confirm(engine: Engine, blobs: BlobStore, part: Part) -> bool:
+    """Say that the part's bytes are stored, and remove those whose place they take.
+
+    False if they were removed meanwhile, for others that came under their number: put them again.
+    """
+    with engine.begin() as conn:
+        open_upload(conn, part.upload_id)
+        others = count_others(conn, part)
+        if others and blobs.part_size(part.key) is None:
+            return False
         confirm_part(conn, part)
+    if others:
+        # Apart: undone together with the rest, a removal would leave a row that promises bytes.
+        _remove_replaced(engine, blobs, part)
+    return True
+
+
+def _remove_replaced(engine: Engine, blobs: BlobStore, part: Part) -> None:
+    with engine.begin() as conn:
+        outlast_idleness(conn)
+        if lock_upload(conn, part.upload_id) is None:
+            return  # the sweep removes them all
+        for old in replaced_by(conn, part):
+            blobs.delete_part(old.key)
+            mark_removed(conn, old)
 
 
 @contextmanager
@@ -136,10 +178,15 @@ def assembled(engine: Engine, blobs: BlobStore, upload: Upload, folder: Path) ->
         with path.open("wb") as file:
             for part in parts:
                 digest = hashlib.sha256()
-                for chunk in blobs.stream_part(part.key, part.sha256):
-                    digest.update(chunk)
-                    whole.update(chunk)
-                    file.write(chunk)
+                try:
+                    for chunk in blobs.stream_part(part.key, part.sha256):
+                        digest.update(chunk)
+                        whole.update(chunk)
+                        file.write(chunk)
+                except BlobMissing:
+                    if _counts(engine, part):
+                        raise
+                    raise UploadIncomplete(missing=[part.number], total=upload.part_count) from None
                 if digest.hexdigest() != part.sha256:
                     wrong.append(part.number)
         if wrong:
@@ -147,6 +194,12 @@ def assembled(engine: Engine, blobs: BlobStore, upload: Upload, folder: Path) ->
         if upload.sha256 not in (None, whole.hexdigest()):
             raise UploadWrong(expected=str(upload.sha256), found=whole.hexdigest())
         yield path, whole.hexdigest()
+
+
+def _counts(engine: Engine, part: Part) -> bool:
+    """Whether the part is still the one of its number: it may be replaced while the file is put together."""
+    with engine.connect() as conn:
+        return part in parts_of(conn, part.upload_id)
 
 
 def _other_bytes(numbers: list[int]) -> PartWrong:

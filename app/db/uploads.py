@@ -133,6 +133,12 @@ def confirm_part(conn: Connection, part: Part) -> None:
     conn.execute(update(parts).where(_is(part)).values(stored_at=func.clock_timestamp()))
 
 
+def count_others(conn: Connection, part: Part) -> int:
+    """How many other parts were ever announced under the part's number, whether they are there or not."""
+    others = and_(_same_number(part), parts.c.sha256 != part.sha256)
+    return int(conn.execute(select(func.count()).select_from(parts).where(others)).scalar_one())
+
+
 def parts_of(conn: Connection, upload_id: str) -> list[Part]:
     """The parts that are there, by number."""
     query = (
@@ -141,6 +147,22 @@ def parts_of(conn: Connection, upload_id: str) -> list[Part]:
         .order_by(parts.c.number, parts.c.stored_at)
     )
     return list({row.number: Part(**row._mapping) for row in conn.execute(query)}.values())
+
+
+def replaced_by(conn: Connection, part: Part) -> list[Part]:
+    """Parts of the same number that are in the store, though one that came later counts."""
+    query = (
+        select(parts.c.upload_id, parts.c.number, parts.c.sha256)
+        .where(_same_number(part), parts.c.stored_at.is_not(None))
+        .order_by(parts.c.stored_at.desc())
+        .offset(1)
+    )
+    return [Part(**row._mapping) for row in conn.execute(query)]
+
+
+def mark_removed(conn: Connection, part: Part) -> None:
+    """Say that the part's bytes were removed. Its row stays: under a signed URL they may come once more."""
+    conn.execute(update(parts).where(_is(part)).values(stored_at=None))
 
 
 def finish_upload(conn: Connection, upload_id: str, dataset_id: str) -> None:
@@ -189,7 +211,11 @@ def _gone() -> ColumnElement[bool]:
 
 
 def _is(part: Part) -> ColumnElement[bool]:
-    return and_(parts.c.upload_id == part.upload_id, parts.c.number == part.number, parts.c.sha256 == part.sha256)
+    return and_(_same_number(part), parts.c.sha256 == part.sha256)
+
+
+def _same_number(part: Part) -> ColumnElement[bool]:
+    return and_(parts.c.upload_id == part.upload_id, parts.c.number == part.number)
 
 
 def _after(hours: float) -> ColumnElement[datetime]:

@@ -177,6 +177,22 @@ def test_a_url_is_given_for_a_part_that_the_upload_has(s3: Api) -> None:
     }
 
 
+def test_urls_are_given_for_few_contents_of_one_part_and_only_the_last_registered_stays(s3: Api) -> None:
+    upload = begin(s3, content := rows(10, start=250))
+    contents = [bytes([number]) * len(content) for number in range(12)]
+
+    signed = [ask(s3, upload, 1, one) for one in contents]
+    for number in (0, 1):
+        put(signed[number].json(), contents[number])
+        assert register(s3, upload, 1, contents[number]).status_code == 200
+
+    assert [answer.status_code for answer in signed] == [200] * 10 + [409] * 2
+    assert signed[-1].json()["code"] == "upload.too_many_versions"
+    assert register(s3, upload, 1, contents[0]).json()["errors"][0]["code"] == "upload.part_not_there"
+    there = s3.http.get(f"/uploads/{upload['id']}").json()["parts"]
+    assert there == [{"number": 1, "sha256": said(contents[1])["sha256"]}]
+
+
 @pytest.mark.parametrize("presign", [False, True])
 def test_without_an_s3_store_or_the_setting_no_url_is_given(module_settings: Settings, presign: bool) -> None:
     with serving(module_settings.model_copy(update={"presign": presign})) as api:
