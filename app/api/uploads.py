@@ -229,7 +229,7 @@ def _complete(services: Services, upload_id: str, body: CompleteBody, key: str |
             raise UploadNotFound(id=upload_id)
         if locked.dataset_id is not None:  # a twin was faster
             return answer_known(conn, once, _dataset(conn, locked.dataset_id), sha256)
-        dataset, new = record(conn, candidate, blob, services.settings)
+        dataset, new = record(conn, candidate, blob, services.settings, freed_bytes=locked.size_bytes)
         finish_upload(conn, upload_id, dataset.id)
         if new:
             note_dataset(services, conn, dataset)

@@ -187,13 +187,18 @@ def store(blobs: BlobStore, candidate: Candidate) -> Blob:
     return blobs.put_file(candidate.normalised)
 
 
-def record(conn: Connection, candidate: Candidate, blob: Blob, settings: Settings) -> tuple[Dataset, bool]:
-    """Return the dataset of this content and whether it is new; the same content is one dataset. Raises StorageFull."""
+def record(
+    conn: Connection, candidate: Candidate, blob: Blob, settings: Settings, *, freed_bytes: int = 0
+) -> tuple[Dataset, bool]:
+    """Return the dataset of this content and whether it is new; the same content is one dataset. Raises StorageFull.
+
+    Args:   freed_bytes: of the upload that ends with it, whose room the dataset takes.
+    """
     known = same_dataset(conn, candidate.content_hash)
     if known is not None:
         return known, False
     report = candidate.report
-    allow_storage(conn, settings, size_bytes=blob.size_bytes, rows=report.rows)
+    allow_storage(conn, settings, size_bytes=blob.size_bytes, rows=report.rows, freed_bytes=freed_bytes)
     dataset = insert_dataset(
         conn,
         name=candidate.name,

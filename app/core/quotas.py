@@ -53,10 +53,15 @@ class JobQuota:
             self._known[project_id] = time.monotonic() + COUNTED_S, share
 
 
-def allow_storage(conn: Connection, settings: Settings, *, size_bytes: int, rows: int = 0) -> None:
-    """Raise StorageFull if the project may not store so much more. Others of it wait until the caller's transaction has ended."""
+def allow_storage(
+    conn: Connection, settings: Settings, *, size_bytes: int, rows: int = 0, freed_bytes: int = 0
+) -> None:
+    """Raise StorageFull if the project may not store so much more. Others of it wait until the caller's transaction has ended.
+
+    Args:   freed_bytes: what is still counted, and is no more when that transaction has ended.
+    """
     lock_project(conn)
-    if (used := stored_bytes(conn)) + size_bytes > settings.quota_bytes:
+    if (used := stored_bytes(conn) - freed_bytes) + size_bytes > settings.quota_bytes:
         raise StorageFull(what="bytes", used=used, more=size_bytes, limit=settings.quota_bytes)
     if rows and (used := stored_rows(conn)) + rows > settings.quota_rows:
         raise StorageFull(what="rows", used=used, more=rows, limit=settings.quota_rows)

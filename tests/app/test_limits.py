@@ -15,6 +15,7 @@ from app.core.rates import Rates
 from app.settings import Settings
 from tests.app.conftest import Api, a_job, rows, serving
 from tests.app.test_tenants import authorized, key
+from tests.app.test_uploads import begin, complete, send
 from tests.rig import wait_for
 from tests.s3_server import free_ports
 
@@ -174,6 +175,18 @@ def test_bytes_above_the_quota_are_refused_before_they_are_sent(lab: Api) -> Non
 
     assert lab.http.delete(f"/uploads/{begun.json()['id']}").is_success
     assert lab.upload(rows(60)).status_code == 201
+
+
+def test_a_file_that_came_in_parts_takes_the_room_of_its_upload(lab: Api) -> None:
+    content = rows(190, start=7000).replace(b"What", b"What" + b"!" * 90)
+    assert len(content) > 0.55 * lab.settings.quota_bytes
+    upload = begin(lab, content)
+    send(lab, upload, content)
+
+    answer = complete(lab, upload)
+
+    assert answer.status_code == 201, answer.text
+    refused(lab.http.post("/uploads", json={"size_bytes": 13_000}), 429, "limit.storage")
 
 
 def test_usage_says_what_the_project_has_of_what_it_may(lab: Api) -> None:
