@@ -84,14 +84,16 @@ def get_dataset(conn: Connection, dataset_id: str, *, keep: bool = False) -> Dat
 
 
 def same_dataset(conn: Connection, content_hash: str) -> Dataset | None:
-    """The dataset that already holds this content, or None.
+    """The dataset that already holds this content, or None; nobody deletes it before the caller's transaction has ended.
 
     Locks the project until the caller's transaction ends, so that two uploads of one content make one dataset. A lock of the
     content would be a second one, beside that of the quotas: two requests might take them in turn and wait for each other.
     """
     lock_project(conn)
     query = select(datasets).where(datasets.c.content_hash == content_hash, datasets.c.deleted_at.is_(None))
-    row = conn.execute(query.order_by(datasets.c.id).limit(1)).first()
+    first = query.order_by(datasets.c.id).limit(1)
+    # One that is just being deleted is waited for, and then no longer found: its content is a new dataset.
+    row = conn.execute(first.with_for_update(key_share=True, read=True)).first()
     return Dataset(**row._mapping) if row else None
 
 

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import httpx
+import pytest
+
+from app.api import jobs
 from app.core.garbage import clear
+from app.db.datasets import Dataset, delete_dataset, lock_dataset
 from app.db.tables import metadata
-from tests.app.conftest import Api, a_job
+from tests.app.conftest import Api, a_job, rows
+from tests.rig import wait_for
 
 CANARY = "canary in the coal mine"
 
@@ -101,3 +108,44 @@ def test_nothing_is_deleted_where_another_job_still_needs_what_one_made(api: Api
     assert api.http.get(f"/jobs/{maker}").status_code == 200
     assert api.http.post(f"/jobs/{reader}/cancel").is_success
     assert api.http.delete(f"/datasets/{dataset}?derived=true").json()["derived"]["jobs"] == 1
+
+
+def someone_waits(api: Api) -> bool:
+    """Whether a transaction waits for a lock of another."""
+    with api.engine.connect() as conn:
+        waiting = "wait_event_type = 'Lock' and datname = current_database()"
+        return bool(conn.exec_driver_sql(f"select count(*) from pg_stat_activity where {waiting}").scalar_one())
+
+
+def test_a_dataset_is_not_deleted_under_a_job_that_comes_with_the_same_file(
+    api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset, record = api.dataset(33, start=5000), jobs._record
+    with ThreadPoolExecutor(1) as pool:
+        deleting: list[Future[httpx.Response]] = []
+
+        def recorded(*args: Any) -> Dataset:
+            found = record(*args)
+            deleting.append(pool.submit(api.http.delete, f"/datasets/{found.id}"))
+            wait_for(lambda: deleting[0].done() or someone_waits(api), "the request to delete")
+            return found
+
+        monkeypatch.setattr(jobs, "_record", recorded)
+        made = api.send(a_job(), rows(33, start=5000))
+        refused = deleting[0].result()
+
+    assert (made.status_code, made.json()["dataset_id"]) == (202, dataset)
+    assert (refused.status_code, refused.json()["code"]) == (409, "dataset.in_use")
+
+
+def test_a_file_whose_dataset_is_just_being_deleted_becomes_a_new_one(api: Api) -> None:
+    dataset = api.dataset(34, start=5000)
+    with ThreadPoolExecutor(1) as pool, api.engine.begin() as conn:
+        assert lock_dataset(conn, dataset) is not None
+        sending = pool.submit(api.upload, rows(34, start=5000))
+        wait_for(lambda: sending.done() or someone_waits(api), "the upload")
+        delete_dataset(conn, dataset)
+        conn.commit()
+        answer = sending.result()
+
+    assert (answer.status_code, answer.json()["id"] != dataset) == (201, True)
