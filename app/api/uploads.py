@@ -13,7 +13,7 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse
 
 from app.access_errors import StorageFull
-from app.api.bodies import ReceivedFile, read_json, receive_bytes, receive_json
+from app.api.bodies import ReceivedFile, read_json, receive_bytes, receive_json, work_folder
 from app.api.context import Context, Cursor, IdempotencyKey, Limit, Link, Services, UploadId, page_after, page_of
 from app.api.datasets import DATASET_ERRORS, answer_known, answer_made, note_dataset
 from app.api.documentation import COMPLETE_BODY, DATASET_KNOWN, PART_BODY, UPLOAD_BODY, errors
@@ -24,7 +24,7 @@ from app.api.reports import reporting
 from app.core.disk_space import need_space
 from app.core.ingest import inspect_file, record, store
 from app.core.quotas import allow_storage
-from app.core.uploads import MAX_PARTS, assembled, ended_meanwhile, expected_size, part_size, take_part
+from app.core.uploads import MAX_PARTS, assemble, ended_meanwhile, expected_size, part_size, take_part
 from app.dataset_errors import TooManyVersions
 from app.db.datasets import Dataset, get_dataset
 from app.db.engine import Connection
@@ -212,9 +212,11 @@ def _complete(services: Services, upload_id: str, body: CompleteBody, key: str |
         upload = _find(conn, upload_id)
     if upload.dataset_id is not None:
         return _completed(services, once, upload.dataset_id)
-    folder = services.settings.work_dir / "uploads"
+    need_space(services.settings)
     try:
-        with assembled(services.engine, services.blobs, upload, folder) as (path, sha256):
+        with work_folder(services.settings) as folder:
+            path = folder / "file"
+            sha256 = assemble(services.engine, services.blobs, upload, path)
             with reporting(services) as refused:
                 file = DataFile(path=path, name=upload.name)
                 candidate = inspect_file(file, services.settings, columns, refused, raw_sha256=sha256)

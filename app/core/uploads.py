@@ -7,9 +7,6 @@ How the bytes of a part arrive is app.api's business; what the whole file means,
 from __future__ import annotations
 
 import hashlib
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from app.blobs import BlobStore
@@ -160,9 +157,8 @@ def _remove_replaced(engine: Engine, blobs: BlobStore, part: Part) -> None:
             mark_removed(conn, old)
 
 
-@contextmanager
-def assembled(engine: Engine, blobs: BlobStore, upload: Upload, folder: Path) -> Iterator[tuple[Path, str]]:
-    """Yield the whole file, on this disk until the block is left, and its sha256.
+def assemble(engine: Engine, blobs: BlobStore, upload: Upload, path: Path) -> str:
+    """Write the whole file to `path`; its sha256.
 
     Raises: UploadIncomplete with every missing part; PartWrong with every part that holds other bytes than were said; UploadWrong;
             BlobMissing.
@@ -172,28 +168,26 @@ def assembled(engine: Engine, blobs: BlobStore, upload: Upload, folder: Path) ->
     there = {part.number for part in parts}
     if missing := [number for number in range(1, upload.part_count + 1) if number not in there]:
         raise UploadIncomplete(missing=missing, total=upload.part_count)
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as own:
-        path, whole, wrong = Path(own) / "file", hashlib.sha256(), list[int]()
-        with path.open("wb") as file:
-            for part in parts:
-                digest = hashlib.sha256()
-                try:
-                    for chunk in blobs.stream_part(part.key, part.sha256):
-                        digest.update(chunk)
-                        whole.update(chunk)
-                        file.write(chunk)
-                except BlobMissing:
-                    if _counts(engine, part):
-                        raise
-                    raise UploadIncomplete(missing=[part.number], total=upload.part_count) from None
-                if digest.hexdigest() != part.sha256:
-                    wrong.append(part.number)
-        if wrong:
-            raise _other_bytes(wrong)
-        if upload.sha256 not in (None, whole.hexdigest()):
-            raise UploadWrong(expected=str(upload.sha256), found=whole.hexdigest())
-        yield path, whole.hexdigest()
+    whole, wrong = hashlib.sha256(), list[int]()
+    with path.open("wb") as file:
+        for part in parts:
+            digest = hashlib.sha256()
+            try:
+                for chunk in blobs.stream_part(part.key, part.sha256):
+                    digest.update(chunk)
+                    whole.update(chunk)
+                    file.write(chunk)
+            except BlobMissing:
+                if _counts(engine, part):
+                    raise
+                raise UploadIncomplete(missing=[part.number], total=upload.part_count) from None
+            if digest.hexdigest() != part.sha256:
+                wrong.append(part.number)
+    if wrong:
+        raise _other_bytes(wrong)
+    if upload.sha256 not in (None, whole.hexdigest()):
+        raise UploadWrong(expected=str(upload.sha256), found=whole.hexdigest())
+    return whole.hexdigest()
 
 
 def _counts(engine: Engine, part: Part) -> bool:

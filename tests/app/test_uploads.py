@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import errno
 import gzip
 import hashlib
 import random
@@ -17,10 +18,10 @@ import httpx
 import pytest
 
 from app.blobs import BlobStore
-from app.core.uploads import GRACE_H, MAX_VERSIONS, assembled, sweep_uploads, take_part
+from app.core.uploads import GRACE_H, sweep_uploads, take_part
 from app.db.engine import Engine
-from app.db.uploads import Part, delete_upload, get_upload
-from app.errors import UploadIncomplete, UploadNotFound
+from app.db.uploads import Part, delete_upload
+from app.errors import UploadNotFound
 from p2d.client import Client
 from tests.app.conftest import Api, a_job, rows, serving
 from tests.rig import wait_for
@@ -251,53 +252,6 @@ def test_a_refused_file_can_be_mended_by_sending_a_part_again(api: Api) -> None:
     assert mended.status_code == 201, mended.text
 
 
-def test_a_part_sent_with_ever_other_bytes_takes_the_room_of_one_and_is_refused_in_the_end(api: Api) -> None:
-    content = rows(10, start=1900)
-    upload = begin(api, content)
-    versions = [str(number).encode().rjust(len(content), b"x") for number in range(20)]
-
-    answers = [put(api, upload, 1, version) for version in versions]
-    again = put(api, upload, 1, versions[0])
-
-    assert [answer.status_code for answer in answers] == [200] * MAX_VERSIONS + [409] * (20 - MAX_VERSIONS)
-    assert answers[-1].json()["code"] == "upload.too_many_versions"
-    assert again.status_code == 200, "bytes that were announced are no more of them"
-    assert look(api, upload)["parts"] == [{"number": 1, "sha256": sha256(versions[0])}]
-    assert {name for name in left(api) if name.startswith(upload["id"])} == {f"{upload['id']}.1.{sha256(versions[0])}"}
-
-
-def test_a_part_whose_bytes_are_removed_while_they_come_again_is_there_all_the_same(api: Api, tmp_path: Path) -> None:
-    first, second, path = b"a", b"b", tmp_path / "part"
-    upload = begin(api, first)
-    send(api, upload, first)
-    send(api, upload, second)
-    path.write_bytes(first)
-    back = Part(upload_id=upload["id"], number=1, sha256=sha256(first))
-
-    take_part(api.engine, Crossing(api.settings.url("store_url")), back, path, expiry_h=1)
-
-    assert back.key in api.stored()
-    assert [one["sha256"] for one in look(api, upload)["parts"]] == [sha256(first)]
-
-
-def test_a_part_replaced_while_the_file_is_put_together_is_one_to_wait_for(api: Api, tmp_path: Path) -> None:
-    first, second = b"a", b"b"
-    begun = begin(api, first)
-    send(api, begun, first)
-    with api.engine.connect() as conn:
-        upload = get_upload(conn, begun["id"])
-    assert upload is not None
-
-    class Replacing(BlobStore):
-        def stream_part(self, name: str, sha256: str) -> Iterator[bytes]:
-            send(api, begun, second)
-            return super().stream_part(name, sha256)
-
-    store = Replacing(BlobStore.open(api.settings.url("store_url"))._store)
-    with pytest.raises(UploadIncomplete), assembled(api.engine, store, upload, tmp_path):
-        pass
-
-
 def test_bad_lines_are_listed_as_for_a_plain_upload(api: Api) -> None:
     lines = rows(60, start=2000).splitlines(keepends=True)
     lines[4], lines[50] = b"{}\n", b'{"question": "q", "answer": ""}\n'
@@ -342,6 +296,8 @@ def test_only_json_begins_or_completes_an_upload(api: Api) -> None:
 
 def test_nothing_is_taken_in_while_the_disk_is_nearly_full(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     upload, known = begin(api, rows(80)), api.dataset()
+    whole = begin(api, content := rows(80, start=2100))
+    send(api, whole, content)
     total, floor = 100 * 10**6, 2 * api.settings.max_upload_bytes
     assert floor < 0.1 * total  # of a large disk not a whole tenth
 
@@ -354,6 +310,7 @@ def test_nothing_is_taken_in_while_the_disk_is_nearly_full(api: Api, monkeypatch
         put(api, upload, 1, part(upload, rows(80), 1)),
         api.send(a_job(), rows(80)),
         api.post(a_job(dataset=given)),
+        complete(api, whole),
     ):
         assert (refused.status_code, refused.json()["code"]) == (507, "service.disk_full")
         assert (refused.json()["retryable"], refused.headers["retry-after"]) == (True, "60")
@@ -362,6 +319,22 @@ def test_nothing_is_taken_in_while_the_disk_is_nearly_full(api: Api, monkeypatch
 
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(total=total, free=floor))
     assert put(api, upload, 1, part(upload, rows(80), 1)).status_code == 200
+
+
+def test_a_disk_that_fills_up_while_a_file_is_put_together_says_so(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    upload = begin(api, content := rows(80, start=2100))
+    send(api, upload, content)
+
+    def full(*_: object) -> Iterator[bytes]:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(BlobStore, "stream_part", full)
+        refused = complete(api, upload)
+
+    assert (refused.status_code, refused.json()["code"]) == (507, "service.disk_full")
+    assert api.uploading() == []
+    assert complete(api, upload).status_code == 201
 
 
 def expire(api: Api, upload: dict[str, Any], *, hours_ago: float = 0) -> None:
@@ -467,17 +440,3 @@ class Slow(BlobStore):
             assert delete_upload(conn, name.partition(".")[0])
         sweep_uploads(self._engine, self)
         super().put_part(name, path)
-
-
-class Crossing(BlobStore):
-    """A store in which bytes that had been replaced are removed just after they came once more."""
-
-    def __init__(self, url: str) -> None:
-        super().__init__(BlobStore.open(url)._store)
-        self._removes = True
-
-    def put_part(self, name: str, path: Path) -> None:
-        super().put_part(name, path)
-        if self._removes:
-            self._removes = False
-            self.delete_part(name)
