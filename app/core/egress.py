@@ -165,7 +165,10 @@ class Egress:
             found = self._ask(target, until, lambda connection: self._read(connection, target, to, until))  # noqa: B023
             if isinstance(found, Fetched):
                 return found
-            url = urljoin(url, found)
+            try:
+                url = urljoin(url, found)
+            except ValueError:
+                raise SourceFailed(f"{target.host} redirects to what is no URL.") from None
         raise SourceFailed(f"The source redirects more than {MAX_REDIRECTS} times.")
 
     def post(self, url: str, body: bytes, headers: Mapping[str, str]) -> int:

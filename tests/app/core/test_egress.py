@@ -201,6 +201,14 @@ def test_a_name_is_resolved_and_checked_again_after_a_redirect_to_itself(world: 
     assert world.dialled == [PUBLIC]
 
 
+@pytest.mark.parametrize("to", ["https://[", "//[", "https://[bad]/x", "http://[::1"])
+def test_a_redirect_to_what_is_no_url_is_the_hosts_fault(world: World, tmp_path: Path, to: str) -> None:
+    world.redirect("/moved", to)
+
+    with pytest.raises(SourceFailed, match=r"data\.example redirects to what is no URL"):
+        world.egress("data.example").fetch("https://data.example/moved", tmp_path / "file")
+
+
 def test_redirects_end(world: World, tmp_path: Path) -> None:
     world.redirect("/round", "/round")
 
