@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from app.errors import Conflict, ServiceError
+from app.errors import Conflict, ServiceError, Unavailable
 from p2d.errors import DatasetError, Fault
 
 
@@ -72,3 +72,16 @@ class SourceFailed(ServiceError):
 
     code, hint = "source.failed", "Check the URL and that it is public; try again later, or send the file itself."
     fault: ClassVar[Fault] = "dependency"
+
+
+class IntakeFull(Unavailable):
+    """As many files are fetched and checked as the process does at once, or as it does for one project."""
+
+    code, hint = (
+        "service.intake_full",
+        "Try again after the seconds of Retry-After; what is stored already can be named by its id.",
+    )
+    fault: ClassVar[Fault] = "capacity"
+
+    def __init__(self) -> None:
+        super().__init__("Too many files are being fetched and checked.")

@@ -134,6 +134,7 @@ STATUS = {
     "service.no_keys": 500,
     "service.pepper_missing": 500,
     "service.too_many_streams": 503,
+    "service.intake_full": 503,
     "service.disk_full": 507,
     "database.unavailable": 503,
     "database.not_migrated": 503,
@@ -150,6 +151,7 @@ RETRY_AFTER_S = {
     "database.not_migrated": 30,
     "idempotency.in_flight": 1,
     "service.too_many_streams": 30,
+    "service.intake_full": 10,
 }
 """Seconds in Retry-After; 5 for every other retryable answer."""
 

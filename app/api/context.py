@@ -18,6 +18,7 @@ from app.api.event_hub import EventHub
 from app.api.queries import query_fields
 from app.blobs import BlobStore
 from app.core.egress import Egress
+from app.core.intake import Intake
 from app.core.keys import Caller
 from app.core.outlook import Lookout
 from app.core.quotas import JobQuota
@@ -68,6 +69,7 @@ class Services:
     lookout: Lookout
     jobs: JobQuota
     tables: SelectionTables = field(default_factory=SelectionTables)
+    intake: Intake = field(default_factory=Intake)
     engines: dict[str, Engine] = field(default_factory=dict)
     """Of each project that somebody came for."""
     caller: Caller | None = None

@@ -36,6 +36,7 @@ from app.dataset_errors import (
     DatasetReaderDied,
     DatasetTooCostly,
     EgressOff,
+    IntakeFull,
     SourceFailed,
     SourceInvalid,
     SourceRefused,
@@ -69,7 +70,7 @@ MAX_LISTED = 1000
 
 DATASET_ERRORS = (
     *(DatasetError, DatasetEmpty, DatasetTooLarge, DatasetTooCostly, DatasetReaderDied, MappingInvalid),
-    *(DiskFull, StorageFull, StoreUnavailable, IdempotencyInFlight, IdempotencyMismatch),
+    *(IntakeFull, DiskFull, StorageFull, StoreUnavailable, IdempotencyInFlight, IdempotencyMismatch),
 )
 """What a request that makes a dataset may be refused with."""
 
@@ -214,7 +215,7 @@ def _create(services: Services, received: Received, key: str | None) -> Response
     once = Once.of("POST /datasets", key, mapping, received)
     if (replay := once.earlier(services.engine)) is not None:
         return replay
-    with reporting(services) as refused:
+    with services.intake.seat(services.known_caller), reporting(services) as refused:
         columns = mapped(mapping)
         candidate = inspect_file(file.data(), services.settings, columns, refused, raw_sha256=file.sha256)
     return _make(services, once, candidate)
@@ -225,7 +226,7 @@ def _take(services: Services, body: SourceBody | RowsBody, key: str | None) -> R
     if (replay := once.earlier(services.engine)) is not None:
         return replay
     with work_folder(services.settings) as folder:
-        with reporting(services) as refused:
+        with services.intake.seat(services.known_caller), reporting(services) as refused:
             candidate = inspect_given(body, services.settings, services.egress, folder / "file", ACCEPTED, refused)
         return _make(services, once, candidate)
 

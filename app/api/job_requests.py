@@ -19,7 +19,7 @@ from app.core.ingest import Candidate, inspect_file, inspect_given
 from app.core.refusals import Refusal
 from app.core.submit import Content, Earlier, Inputs, find_dataset, find_earlier, refusals
 from app.core.webhooks import named_webhooks
-from app.dataset_errors import DatasetReaderDied, DatasetTooCostly, SourceFailed
+from app.dataset_errors import DatasetReaderDied, DatasetTooCostly, IntakeFull, SourceFailed
 from app.db.datasets import Dataset
 from app.db.engine import Connection
 from app.errors import (
@@ -71,7 +71,7 @@ REFUSALS: tuple[type[P2DError], ...] = (
         DatasetTooLarge,
         MappingInvalid,
     ),
-    *(DatasetTooCostly, DatasetReaderDied, *SOURCE_ERRORS, DiskFull, *STORED),
+    *(DatasetTooCostly, DatasetReaderDied, *SOURCE_ERRORS, IntakeFull, DiskFull, *STORED),
     *(ModelError, ModelNotFound, ModelUnsupported, ArtifactNotFound, ArtifactExpired, NotABaseModel),
     *(HeadMapNotFound, HeadMapMismatch, SelectionNotFound, SelectionMismatch, WebhookNotFound),
 )
@@ -187,11 +187,12 @@ def inspect_job(
     candidates: dict[str, Candidate] = {}
     given = _given(body)
     columns = faults.catch(lambda: mapped(body.mapping)) if asked.has_read("mapping") else None
-    if columns is not None:
+    if columns is not None and (given or received.files):
         folder = stack.enter_context(work_folder(services.settings)) if given else Path()
-        for name, inspect in _inspections(services, received, given, folder, columns, refused):
-            if (found := faults.catch(inspect)) is not None:
-                candidates[name] = found
+        with services.intake.seat(services.known_caller):
+            for name, inspect in _inspections(services, received, given, folder, columns, refused):
+                if (found := faults.catch(inspect)) is not None:
+                    candidates[name] = found
     named = {*received.files, *given, *(name for name in FILES if not asked.has_read(name))}
     contents = {name: candidates.get(name) for name in named}
     return InspectedJob(asked=asked, model=model, contents=contents, candidates=candidates, faults=faults)

@@ -214,7 +214,7 @@ def _complete(services: Services, upload_id: str, body: CompleteBody, key: str |
         return _completed(services, once, upload.dataset_id)
     need_space(services.settings)
     try:
-        with work_folder(services.settings) as folder:
+        with services.intake.seat(services.known_caller), work_folder(services.settings) as folder:
             path = folder / "file"
             sha256 = assemble(services.engine, services.blobs, upload, path)
             with reporting(services) as refused:

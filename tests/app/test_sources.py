@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +21,17 @@ from pydantic import SecretStr
 from typer.testing import CliRunner
 
 from app.cli import cli
+from app.core.intake import SEATS, WAITING
+from app.core.quotas import IN_FLIGHT
 from app.core.sources import fetch_object
 from app.dataset_errors import SourceRefused
 from app.settings import Settings
 from p2d.client import Client, ServiceProblem
-from tests.app.conftest import Api, rows, serving
+from tests.app.conftest import Api, a_job, rows, serving
 from tests.hub import COMMIT, repository
+from tests.rig import wait_for
 from tests.s3_server import KEYS
-from tests.tls_server import World
+from tests.tls_server import World, send
 
 
 def refer(api: Api, source: dict[str, Any], **more: Any) -> httpx.Response:
@@ -218,6 +224,32 @@ def test_a_source_that_fails_says_whose_fault_it_is(fetching: Api) -> None:
 
     assert (answer.status_code, answer.json()["code"], answer.json()["fault"]) == (502, "source.failed", "dependency")
     assert answer.json()["retryable"]
+
+
+def test_hosts_that_never_end_leave_room_for_all_other_requests(fetching: Api, world: World) -> None:
+    let_go, held = threading.Event(), fetching.dataset()
+
+    def slow(handler: BaseHTTPRequestHandler) -> None:
+        let_go.wait(60)
+        send(handler, 200, rows(5, start=9100))
+
+    world.answers["/slow.jsonl"] = slow
+    with ThreadPoolExecutor(IN_FLIGHT) as pool:
+        fetches = [pool.submit(refer, fetching, https("/slow.jsonl")) for _ in range(IN_FLIGHT)]
+        try:
+            wait_for(lambda: world.asked.count("data.example/slow.jsonl") == SEATS, "all seats to be taken")
+            wait_for(lambda: sum(one.done() for one in fetches) >= IN_FLIGHT - SEATS - WAITING, "the refusals")
+            others = [fetching.http.get(path, timeout=10) for path in ("/healthz", "/readyz", "/jobs")]
+            made = fetching.http.post("/jobs", json=a_job(dataset=held), timeout=10)
+        finally:
+            let_go.set()
+        answers = [one.result() for one in fetches]
+
+    assert [answer.status_code for answer in [*others, made]] == [200, 200, 200, 202]
+    refused = [answer for answer in answers if not answer.is_success]
+    assert {(answer.status_code, answer.json()["code"]) for answer in refused} == {(503, "service.intake_full")}
+    assert {(answer.json()["fault"], answer.headers["retry-after"]) for answer in refused} == {("capacity", "10")}
+    assert SEATS <= len(answers) - len(refused) <= SEATS + WAITING
 
 
 def test_a_request_that_comes_again_is_not_fetched_again(fetching: Api, world: World) -> None:
