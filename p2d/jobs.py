@@ -7,9 +7,9 @@ folder in `out` (`p2d.work_folder`), and the same call goes on from there; any o
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -150,9 +150,16 @@ def _run(
             shutil.copyfile(head_map, inputs / "head_map.json")
         if selection is not None:
             shutil.copyfile(selection, inputs / "selection.jsonl")
-        work.begin(_fingerprint_of(config, info, inputs, device))
+        run = _Run(config, Path(model), work, device, on_progress)
+        plan = plan_steps(config, rows, SHARD_ROWS)
+        found = _fingerprint_of(config, info, inputs, device)
+        if anew := not work.is_of(found):
+            run.step(plan[0], inputs)  # before the work of another job goes: this one may be refused
+        work.begin(found)
         try:
-            _run_steps(config, Path(model), work, rows, device, on_progress)
+            if anew:
+                work.finish(plan[0])
+            run.steps(plan)
         except P2DError as error:
             if error.fault == "user":  # mended, it is another job; as it is, it ends the same way
                 work.discard()
@@ -236,34 +243,48 @@ def _take(data: Path | str | Dataset, normalised: Path, columns: Columns, folder
         raise
 
 
-def _run_steps(
-    config: JobConfig, model: Path, work: WorkFolder, rows: int, device: str, on_progress: OnProgress | None
-) -> None:
-    from p2d.selection_file import check_selection
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """The steps of one job, and what they are run with."""
 
-    models = ModelCache()
-    for planned in plan_steps(config, rows, SHARD_ROWS):
-        if work.is_done(planned):
-            continue
+    config: JobConfig
+    model: Path
+    work: WorkFolder
+    device: str
+    on_progress: OnProgress | None
+    models: ModelCache = field(default_factory=ModelCache)
+
+    def steps(self, plan: Sequence[PlannedStep]) -> None:
+        """Run those that no earlier run has finished."""
+        work = self.work
+        for planned in plan:
+            if work.is_done(planned):
+                continue
+            if planned.step == "package":
+                write_json(work.files / "steps.json", {"steps": [asdict(attempt) for attempt in work.attempts]})
+            work.start(planned)
+            self.step(planned, work.files)
+            work.finish(planned)
+
+    def step(self, planned: PlannedStep, files: Path) -> None:
+        """Run one on the files of a folder."""
+        from p2d.selection_file import check_selection
+
         call = StepCall(
             step=planned.step,
             shard=planned.shard,
             shards=planned.shards,
-            config=config,
-            model_dir=model,
-            inputs=work.files,
-            out=work.files,
-            checkpoint=work.checkpoint if planned.step == "train" else None,
-            device=device,
+            config=self.config,
+            model_dir=self.model,
+            inputs=files,
+            out=files,
+            checkpoint=self.work.checkpoint if planned.step == "train" else None,
+            device=self.device,
         )
-        if planned.step == "package":
-            write_json(work.files / "steps.json", {"steps": [asdict(attempt) for attempt in work.attempts]})
-        work.start(planned)
-        run_step(call, progress=_progress_of(planned, work, on_progress), models=models)
-        assert all(list(work.files.glob(name)) for name in STEPS[planned.step].writes), planned
-        if planned.step == "validate" and config.data.selection is not None:
-            check_selection(work.files / "selection.jsonl", open_rows(work.files / "rows.jsonl"))
-        work.finish(planned)
+        run_step(call, progress=_progress_of(planned, self.work, self.on_progress), models=self.models)
+        assert all(list(files.glob(name)) for name in STEPS[planned.step].writes), planned
+        if planned.step == "validate" and self.config.data.selection is not None:
+            check_selection(files / "selection.jsonl", open_rows(files / "rows.jsonl"))
 
 
 def _progress_of(planned: PlannedStep, work: WorkFolder, on_progress: OnProgress | None) -> Progress:

@@ -1,6 +1,6 @@
 """The hidden folder in which a job without the service works: what a killed run had finished is found again there.
 
-    out/.p2d-work/  incoming/   inputs of the call that has just begun, until it is known whether they are those of before
+    out/.p2d-work/  incoming/   inputs of the call that has just begun, until they prove those of before or its job is accepted
                     files/      inputs and outputs of all steps
                     state.json  fingerprint, attempts so far, and how long the running step has been at work
                     lock        held by the one run that works here
@@ -41,7 +41,7 @@ class WorkFolder:
         self.incoming, self.files = root / "incoming", root / "files"
         self._attempts: list[Attempt] = []
         self._fingerprint: str | None = None
-        self._started = self._told = 0.0
+        self._started = self._told = time.perf_counter()
         self._needless = False
         shutil.rmtree(self.incoming, ignore_errors=True)
         self.incoming.mkdir()
@@ -56,10 +56,14 @@ class WorkFolder:
         """All tries at steps of this job, those of killed runs included."""
         return list(self._attempts)
 
+    def is_of(self, fingerprint: str) -> bool:
+        """Whether the work that is here is of this fingerprint."""
+        return self._state().get("fingerprint") == fingerprint and self.files.is_dir()
+
     def begin(self, fingerprint: str) -> None:
         """Go on with the work that is here if it is of this fingerprint, else start anew from what has come in."""
-        state = self._state()
-        if state.get("fingerprint") == fingerprint and self.files.is_dir():
+        if self.is_of(fingerprint):
+            state = self._state()
             self._attempts = attempts_of(state)
             if running := state.get("running"):
                 self._note(running["step"], running["shard"], "lost", running["seconds"])
@@ -84,7 +88,8 @@ class WorkFolder:
     def tick(self, step: PlannedStep) -> None:
         """Note now and then that it still is."""
         now = time.perf_counter()
-        if now - self._told >= SIGN_OF_LIFE_S:
+        # Before `begin` the state is another job's, or nobody's.
+        if self._fingerprint is not None and now - self._told >= SIGN_OF_LIFE_S:
             self._told = now
             self._write({"step": step.step, "shard": step.shard, "seconds": now - self._started})
 

@@ -156,6 +156,17 @@ def test_work_that_no_run_can_use_is_not_left_behind(tiny_dir: Path, data: Path,
     assert worked == ["train 0"]
 
 
+def test_a_job_that_is_refused_leaves_the_work_of_another(tiny_dir: Path, data: Path, tmp_path: Path) -> None:
+    refused = replace(CONFIG, training=replace(CONFIG.training, rank=9999))
+
+    run(tiny_dir, data, tmp_path, stop="train")
+    with pytest.raises(ConfigError):
+        run(tiny_dir, data, tmp_path, refused)
+    _, worked = run(tiny_dir, data, tmp_path, stop="train")
+
+    assert worked == ["train 0"]
+
+
 def test_two_runs_cannot_work_in_one_folder(tiny_dir: Path, data: Path, tmp_path: Path) -> None:
     with work_folder(tmp_path), pytest.raises(OutInUse):
         run(tiny_dir, data, tmp_path)
