@@ -27,7 +27,7 @@ from app.key_commands import keys
 from app.model_commands import models
 from app.processes import Terminated, raise_on_term
 from app.progress import watching, watching_steps
-from app.report import foreseen, headline
+from app.report import foreseen, headline, ratios
 from app.service_commands import DEFAULT_URL, Url
 from app.settings import Settings
 from app.webhook_commands import webhooks
@@ -335,7 +335,8 @@ def run(
             on_progress=show,
             **earlier,
         )
-    out.print(f"{headline(result.report)}\nThe result is in {to}.", markup=False)
+    lines = [headline(result.report), *ratios(result.report), *(f"Note: {one}" for one in result.report["warnings"])]
+    out.print("\n".join([*lines, f"The result is in {to}."]), markup=False)
 
 
 @cli.command()

@@ -141,16 +141,18 @@ def _seconds(cost: Mapping[str, Any]) -> Table:
     return table
 
 
+_AGAINST = (("full fine-tuning", "full", "AER", "aer"), ("LoRA, all linear layers", "lora", "aer_lora", "aer_lora"))
+"""Alternatives: words, name in the report, and the ratio's two names."""
+
+
 def _ratios(cost: Mapping[str, Any]) -> Table:
     table = Table("cost against", "in", "amount", "ratio", "meaning", box=None, pad_edge=False)
-    against = [("full fine-tuning", "full", "AER", "aer"), ("LoRA, all linear layers", "lora", "aer_lora", "aer_lora")]
-    for name, other, word, ratio in against:
+    for name, other, word, ratio in _AGAINST:
         seconds, flops = cost[f"{other}_s"], cost[f"{other}_flops"]
         if seconds is None:
             table.add_row(name, "seconds", "-", "-", f"{word}: not measured")
         else:
-            text = "cheaper" if cost[ratio] < 1 else "NOT cheaper at this size"
-            formula = f"{word} = {cost['counted_s']:.1f} / {seconds:.1f}: {text}"
+            formula = f"{word} = {cost['counted_s']:.1f} / {seconds:.1f}: {_cheaper(cost[ratio])}"
             table.add_row(name, "seconds", f"{seconds:.1f} (projected)", f"{cost[ratio]:.2f}", formula)
         if flops is not None:
             formula = f"{word}_flop = {cost['counted_flops'] / 1e12:.2f} / {flops / 1e12:.2f}"
@@ -158,9 +160,21 @@ def _ratios(cost: Mapping[str, Any]) -> Table:
     return table
 
 
+def _cheaper(ratio: float) -> str:
+    return "cheaper" if ratio < 1 else "NOT cheaper at this size"
+
+
 def _meaning(cost: Mapping[str, Any]) -> Text:
     epochs = f"{cost['epochs']} epochs on both sides" if cost["epochs"] != 1 else "1 epoch on both sides"
     return Text(f"{epochs}. Of seconds all is counted; of operations: {cost['flops_are']}.", style="dim")
+
+
+def ratios(report: Mapping[str, Any]) -> Iterator[str]:
+    """What a job cost beside each alternative that it was measured against, a line each."""
+    cost = report["cost"]
+    for name, other, word, ratio in _AGAINST:
+        if cost[f"{other}_s"] is not None:
+            yield f"{word} {cost[ratio]:.2f} (against {name}): {_cheaper(cost[ratio])}"
 
 
 def headline(report: Mapping[str, Any]) -> str:

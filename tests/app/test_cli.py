@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -136,6 +137,27 @@ def test_run_takes_earlier_results_and_a_device_where_they_fit(
         assert said in refused
     status, refused = p2d(capsys, monkeypatch, *run, "--out", tmp_path / "out", "--device", "cuda:9")
     assert (status, "'cuda:9' is not available" in refused) == (2, True)
+
+
+def test_a_run_ends_with_what_its_report_warns_of_and_says_where_the_job_was_not_cheaper(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, model: Path, tmp_path: Path
+) -> None:
+    write_rows(tmp_path / "data.jsonl", some_rows(24))
+    write_rows(tmp_path / "held_out.jsonl", some_rows(8))
+    files: list[str | Path] = ["--data", tmp_path / "data.jsonl", "--validation", tmp_path / "held_out.jsonl"]
+    settings = ["--set", "training.learning_rate=0.001", "--set", "training.epochs=1"]
+
+    status, said = p2d(
+        capsys, monkeypatch, "run", "--model", model, *files, *settings, "--device", "cpu", "--out", tmp_path / "out"
+    )
+
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert status == 0
+    assert any("stand in the training rows too" in warning for warning in report["warnings"])
+    assert all(f"Note: {warning}" in said for warning in report["warnings"])
+    for ratio in ("aer", "aer_lora"):
+        verdict = "cheaper" if report["cost"][ratio] < 1 else "NOT cheaper at this size"
+        assert re.search(rf"(?i){ratio} {report['cost'][ratio]:.2f} \(against [^)]*\): {verdict}", said)
 
 
 def test_a_dataset_file_that_is_not_there_is_said_in_words(
