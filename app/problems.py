@@ -72,6 +72,7 @@ STATUS = {
     "engine.diverged": 422,
     "engine.out_of_memory": 503,
     "run.out_in_use": 409,
+    "run.out_unusable": 422,
     "request.malformed": 400,
     "request.invalid": 422,
     "request.too_large": 413,

@@ -7,6 +7,7 @@ P2DError
 ├── ModelError             the base model is missing, broken or of an unsupported family
 ├── EngineError            the run itself failed (diverged, out of memory, ...)
 ├── OutInUse               another run works in the folder of the results
+├── OutUnusable            there can be no such folder
 └── Cancelled              somebody asked the run to stop; never the user's mistake
 
 Errors cross processes and HTTP as the JSON of `P2DError.to_json`, never pickled. This file does not know HTTP:
@@ -207,6 +208,12 @@ class OutInUse(P2DError):
     """Another run without the service works in the same folder."""
 
     code, fault, hint = "run.out_in_use", "user", "Wait for the other run, or give this one another folder."
+
+
+class OutUnusable(P2DError):
+    """The results of a run without the service cannot be written where they were to go."""
+
+    code, fault, hint = "run.out_unusable", "user", "Name a folder that is there or can be made, and may be written to."
 
 
 class Cancelled(P2DError):

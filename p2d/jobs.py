@@ -7,6 +7,7 @@ folder in `out` (`p2d.work_folder`), and the same call goes on from there; any o
 from __future__ import annotations
 
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from p2d.columns import Columns, mapped
 from p2d.config import JobConfig, Kind, config_json
 from p2d.config_checks import check, check_given_heads
-from p2d.errors import ConfigError, DatasetError, DatasetFileMissing, ErrorDetail, P2DError
+from p2d.errors import ConfigError, DatasetError, DatasetFileMissing, ErrorDetail, OutUnusable, P2DError
 from p2d.files import read_json, sha256_of, write_json
 from p2d.head_maps import check_head_map
 from p2d.model_info import ModelInfo, read_model_info
@@ -210,10 +211,15 @@ def _fingerprint_of(config: JobConfig, info: ModelInfo, inputs: Path, device: st
 
 @contextmanager
 def _result_folder(out: Path | str) -> Iterator[Path]:
-    """The folder of the results; gone again if the job made it and ends without any."""
+    """The folder of the results; gone again if the job made it and ends without any. Raises OutUnusable."""
     folder = Path(out)
     new = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OutUnusable(f"{str(folder)!r} cannot be written to: {error.strerror}.") from error
     try:
         yield folder
     finally:
