@@ -165,9 +165,7 @@ def _run(
             if error.fault == "user":  # mended, it is another job; as it is, it ends the same way
                 work.discard()
             raise
-        for name in RESULTS:
-            if (work.files / name).exists():
-                (work.files / name).replace(folder / name)
+        _leave_results(work.files, folder, _results_of(plan, config))
         work.discard()
     return Result(folder, read_json(folder / "report.json"))
 
@@ -225,6 +223,23 @@ def _result_folder(out: Path | str) -> Iterator[Path]:
     finally:
         if new and not any(folder.iterdir()):
             folder.rmdir()
+
+
+def _results_of(plan: Sequence[PlannedStep], config: JobConfig) -> set[str]:
+    """Names of the results that a job ends with: what its steps write, and what it was given."""
+    names = {name for planned in plan for name in STEPS[planned.step].writes}
+    names |= {"head_map.json"} if config.heads.head_map is not None else set()
+    names |= {"selection.jsonl"} if config.data.selection is not None else set()
+    return names.intersection(RESULTS)
+
+
+def _leave_results(files: Path, folder: Path, names: set[str]) -> None:
+    """Move a job's results to where they were asked for, and remove those that an earlier job alone had left there."""
+    for name in RESULTS:
+        if (files / name).exists():  # else a run that was killed here had moved it
+            (files / name).replace(folder / name)
+    for name in set(RESULTS) - names:
+        (folder / name).unlink(missing_ok=True)
 
 
 def _take(data: Path | str | Dataset, normalised: Path, columns: Columns, folder: Path) -> int:

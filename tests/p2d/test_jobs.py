@@ -16,15 +16,7 @@ from app.report import headline, summary
 from p2d import Result, adapt, identify_heads, select_data
 from p2d.adapters import load_adapter, merge
 from p2d.config import Control, DataConfig, HeadsConfig, JobConfig, TrainingConfig
-from p2d.errors import (
-    Cancelled,
-    ConfigError,
-    DatasetFileMissing,
-    DatasetTooSmall,
-    OutUnusable,
-    RowTooLong,
-    TemplateRefuses,
-)
+from p2d.errors import Cancelled, ConfigError, DatasetFileMissing, DatasetTooSmall, RowTooLong, TemplateRefuses
 from p2d.evaluation import row_losses
 from p2d.models import load_base_model
 from p2d.pipeline import STEPS, ModelCache, PlannedStep, StepCall, is_input, plan_steps, run_step
@@ -444,16 +436,6 @@ def test_a_refused_job_leaves_no_folder_and_a_missing_file_is_said(tiny_dir: Pat
         adapt(model=tiny_dir, data=tmp_path / "none.jsonl", out=tmp_path / "out", config=a_config(), device="cpu")
 
     assert not (tmp_path / "out").exists()
-
-
-def test_results_that_can_be_written_nowhere_are_said_in_words(tiny_dir: Path, files: Path, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("mine")
-
-    for out, why in (("file", "File exists"), ("file/out", "Not a directory")):
-        with pytest.raises(OutUnusable, match=rf"{out}' cannot be written to: {why}\.$"):
-            adapt(model=tiny_dir, data=files / "train.jsonl", out=tmp_path / out, device="cpu")
-
-    assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_a_proxy_larger_than_the_dataset_is_refused(tiny_dir: Path, files: Path, tmp_path: Path) -> None:

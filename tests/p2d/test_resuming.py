@@ -13,9 +13,10 @@ from typing import NoReturn
 
 import pytest
 
-from p2d import Result, adapt, jobs
+from p2d import Result, adapt, identify_heads, jobs, select_data
 from p2d.config import DataConfig, HeadsConfig, JobConfig, TrainingConfig, config_json
-from p2d.errors import ConfigError, OutInUse, OutOfMemory
+from p2d.errors import ConfigError, OutInUse, OutOfMemory, OutUnusable
+from p2d.jobs import RESULTS
 from p2d.pipeline import PlannedStep
 from p2d.rows import write_rows
 from p2d.work_folder import NAME, work_folder
@@ -172,6 +173,33 @@ def test_two_runs_cannot_work_in_one_folder(tiny_dir: Path, data: Path, tmp_path
         run(tiny_dir, data, tmp_path)
 
     assert list(tmp_path.iterdir()) == []
+
+
+def test_results_that_can_be_written_nowhere_are_said_in_words(tiny_dir: Path, data: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+
+    for out, why in (("file", "File exists"), ("file/out", "Not a directory")):
+        with pytest.raises(OutUnusable, match=rf"{out}' cannot be written to: {why}\.$"):
+            adapt(model=tiny_dir, data=data, out=tmp_path / out, device="cpu")
+
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_results_of_an_earlier_job_do_not_stay_beside_another_s(tiny_dir: Path, data: Path, tmp_path: Path) -> None:
+    by_chance = replace(CONFIG, heads=replace(CONFIG.heads, scorer="random"), data=DataConfig(scorer="random"))
+    found = identify_heads(model=tiny_dir, data=data, out=tmp_path, config=by_chance, device="cpu")
+    for name in (*RESULTS[:2], "evaluation.json", "mine.txt"):
+        (tmp_path / name).write_text("{}")
+
+    given = found.file("head_map.json")
+    select_data(model=tiny_dir, data=data, out=tmp_path, config=by_chance, head_map=given, device="cpu")
+
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "head_map.json",
+        "selection.jsonl",
+        "report.json",
+        "mine.txt",
+    }
 
 
 def test_files_of_earlier_jobs_are_checked_before_the_model_works(tiny_dir: Path, data: Path, tmp_path: Path) -> None:
