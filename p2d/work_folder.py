@@ -41,7 +41,7 @@ class WorkFolder:
         self.incoming, self.files = root / "incoming", root / "files"
         self._attempts: list[Attempt] = []
         self._fingerprint: str | None = None
-        self._started = self._told = time.perf_counter()
+        self._began = self._told = time.perf_counter()  # of the first step: reading files and libraries counts with it
         self._needless = False
         shutil.rmtree(self.incoming, ignore_errors=True)
         self.incoming.mkdir()
@@ -81,9 +81,9 @@ class WorkFolder:
         return any((a.step, a.shard, a.status) == (step.step, step.shard, "done") for a in self._attempts)
 
     def start(self, step: PlannedStep) -> None:
-        """Note that a step is being worked on."""
-        self._started = self._told = time.perf_counter()
-        self._write({"step": step.step, "shard": step.shard, "seconds": 0.0})
+        """Note that a step is being worked on: since the one before it ended, or this run began."""
+        self._told = time.perf_counter()
+        self._write({"step": step.step, "shard": step.shard, "seconds": self._told - self._began})
 
     def tick(self, step: PlannedStep) -> None:
         """Note now and then that it still is."""
@@ -91,11 +91,13 @@ class WorkFolder:
         # Before `begin` the state is another job's, or nobody's.
         if self._fingerprint is not None and now - self._told >= SIGN_OF_LIFE_S:
             self._told = now
-            self._write({"step": step.step, "shard": step.shard, "seconds": now - self._started})
+            self._write({"step": step.step, "shard": step.shard, "seconds": now - self._began})
 
     def finish(self, step: PlannedStep) -> None:
         """Note that a step is done, and what it took."""
-        self._note(step.step, step.shard, "done", time.perf_counter() - self._started)
+        now = time.perf_counter()
+        self._note(step.step, step.shard, "done", now - self._began)
+        self._began = now
         self._write()
 
     def discard(self) -> None:

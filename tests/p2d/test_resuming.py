@@ -6,17 +6,21 @@ import json
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NoReturn
 
 import pytest
 
 from p2d import Result, adapt, identify_heads, jobs, select_data
+from p2d import work_folder as folder_of_work
 from p2d.config import DataConfig, HeadsConfig, JobConfig, TrainingConfig, config_json
 from p2d.errors import ConfigError, OutInUse, OutOfMemory, OutUnusable
 from p2d.jobs import RESULTS
+from p2d.model_info import ModelInfo, read_model_info
 from p2d.pipeline import PlannedStep
 from p2d.rows import write_rows
 from p2d.work_folder import NAME, work_folder
@@ -110,6 +114,28 @@ def test_a_run_killed_twice_ends_with_the_bytes_of_an_unbroken_one(tiny_dir: Pat
     assert seconds_of(result, "attempts that failed") > 0
     assert seconds_of(unbroken, "attempts that failed") == 0
     assert cost["counted_s"] == pytest.approx(sum(line["seconds"] for line in cost["lines"] if line["counted"]))
+
+
+def test_what_a_run_does_before_its_first_step_is_on_the_bill(
+    tiny_dir: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads: list[Path] = []
+
+    def slowly(model: Path) -> ModelInfo:
+        reads.append(model)
+        return read_model_info(model)
+
+    monkeypatch.setattr(jobs, "read_model_info", slowly)
+    clock = SimpleNamespace(perf_counter=lambda: time.perf_counter() + 1000 * len(reads))
+    monkeypatch.setattr(folder_of_work, "time", clock)
+
+    run(tiny_dir, data, tmp_path, stop="train")
+    result, worked = run(tiny_dir, data, tmp_path)
+
+    assert result is not None
+    assert worked[0] == "train 0"
+    assert 2000 <= seconds_of(result, "start processes, move files") < 3000
+    assert seconds_of(result, "attempts that failed") < 1000
 
 
 def seconds_of(result: Result, name: str) -> float:
