@@ -26,7 +26,7 @@ from app.errors import JobFailure, ProcessFailed
 from app.key_commands import keys
 from app.model_commands import models
 from app.processes import Terminated, raise_on_term
-from app.progress import watching, watching_steps
+from app.progress import StepWatcher, watching, watching_steps
 from app.report import foreseen, headline, ratios
 from app.service_commands import DEFAULT_URL, Url
 from app.settings import Settings
@@ -34,6 +34,7 @@ from app.webhook_commands import webhooks
 from p2d.client import Client, DownloadCorrupt, Job, NoSuchFile, ServiceProblem, ServiceUnreachable
 from p2d.config import JobConfig
 from p2d.errors import DatasetFileMissing, ErrorDetail, P2DError
+from p2d.pipeline import PlannedStep
 from p2d.sources import named_source
 from p2d.wording import counted
 from p2d.work_folder import NAME as WORK_FOLDER
@@ -320,9 +321,6 @@ def run(
         option = "--" + min(unused).replace("_", "-")
         raise typer.BadParameter(f"a job of kind {config.kind} makes its own", param_hint=option)
     job: Callable[..., Any] = getattr(p2d, config.kind)  # adapt, identify_heads, select_data
-    if (work := to / WORK_FOLDER).exists():
-        said = f"An earlier run left its work in {work}. It is used if all that decides the result is the same, else removed."
-        err.print(said, markup=False)
     with watching_steps(out) as show:
         result = job(
             model=model,
@@ -332,7 +330,7 @@ def run(
             mapping=_mapping(map_),
             config=config,
             device=device,
-            on_progress=show,
+            on_progress=_telling(to / WORK_FOLDER, show),
             **earlier,
         )
     lines = [headline(result.report), *ratios(result.report), *(f"Note: {one}" for one in result.report["warnings"])]
@@ -434,6 +432,22 @@ def _config(body: dict[str, Any]) -> JobConfig:
     from app.job_bodies import job_config
 
     return job_config({**body, "base_model": "local"})
+
+
+def _telling(work: Path, show: StepWatcher) -> StepWatcher:
+    """`show`, which says what became of an earlier run's work once that is known: a run that is refused leaves it."""
+    left, anew = work.exists(), False
+
+    def shown(step: PlannedStep, done: int, total: int, metrics: Mapping[str, float]) -> None:
+        nonlocal left, anew
+        anew = anew or step.step == "validate"
+        if left and step.step != "validate":
+            left = False
+            use = "was of no use to this job, and is gone" if anew else "is used"
+            err.print(f"What an earlier run left in {work} {use}.", markup=False)
+        show(step, done, total, metrics)
+
+    return shown
 
 
 def _say_status(job: Job) -> None:

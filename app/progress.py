@@ -166,8 +166,12 @@ def _metrics(values: Mapping[str, Any]) -> str:
     return "  ".join(f"{name} {value:.4g}" for name, value in shown)
 
 
+StepWatcher = Callable[[PlannedStep, int, int, Mapping[str, float]], None]
+"""Is told after every batch of a step."""
+
+
 @contextmanager
-def watching_steps(console: Console) -> Iterator[Callable[[PlannedStep, int, int, Mapping[str, float]], None]]:
+def watching_steps(console: Console) -> Iterator[StepWatcher]:
     """The same for a run without the service: one bar a step, or one line where there is no terminal."""
     bars: dict[tuple[str, int], TaskID] = {}
     with Progress(*_columns(console), console=console, disable=not console.is_terminal) as progress:

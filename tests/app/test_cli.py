@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 from typer.main import get_command
@@ -17,9 +17,11 @@ from typer.testing import CliRunner
 
 from app.cli import _body, cli, main
 from app.models import install_directory
-from p2d.errors import ConfigError, ModelUnsupported
+from p2d.errors import ConfigError, ModelUnsupported, OutOfMemory
 from p2d.model_info import read_model_info
 from p2d.rows import write_rows
+from p2d.work_folder import NAME as WORK_FOLDER
+from p2d.work_folder import work_folder
 from tests.factories import some_rows, tiny_model_dir
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -158,6 +160,38 @@ def test_a_run_ends_with_what_its_report_warns_of_and_says_where_the_job_was_not
     for ratio in ("aer", "aer_lora"):
         verdict = "cheaper" if report["cost"][ratio] < 1 else "NOT cheaper at this size"
         assert re.search(rf"(?i){ratio} {report['cost'][ratio]:.2f} \(against [^)]*\): {verdict}", said)
+
+
+def test_a_run_says_what_became_of_an_earlier_ones_work_once_that_is_known(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, model: Path, tmp_path: Path
+) -> None:
+    def full(*_: object) -> NoReturn:
+        raise OutOfMemory("as a test wants it")
+
+    write_rows(tmp_path / "data.jsonl", some_rows(24))
+    run: list[str | Path] = ["run", "--model", model, "--data", tmp_path / "data.jsonl", "--out", tmp_path / "out"]
+    run += ["--kind", "select_data", "--device", "cpu", "--set", "heads.scorer=random", "--set", "data.scorer=random"]
+    work = tmp_path / "out" / WORK_FOLDER
+    work.parent.mkdir()
+
+    with work_folder(tmp_path / "out"):
+        status, said = p2d(capsys, monkeypatch, *run)
+    assert (status, "run.out_in_use" in said, "earlier run" in said) == (2, True, False)
+
+    with monkeypatch.context() as no_memory:
+        no_memory.setattr("p2d.steps.select", full)
+        status, said = p2d(capsys, monkeypatch, *run)
+    assert (status, "earlier run" in said, work.exists()) == (1, False, True)
+
+    status, said = p2d(capsys, monkeypatch, *run, "--set", "training.rank=9999")
+    assert (status, "earlier run" in said) == (2, False)
+
+    status, said = p2d(capsys, monkeypatch, *run)
+    assert (status, f"What an earlier run left in {work} is used." in said) == (0, True)
+
+    work.mkdir()
+    status, said = p2d(capsys, monkeypatch, *run)
+    assert (status, f"What an earlier run left in {work} was of no use to this job, and is gone." in said) == (0, True)
 
 
 def test_a_dataset_file_that_is_not_there_is_said_in_words(
