@@ -4,8 +4,8 @@ AER = (everything the job spent to find heads, select rows and train) / (full fi
 What was taken from an earlier job counts as if it had been computed again: its seconds then, on lines of their own, so that
 AER is the method's cost whatever happened to be known; `spent_s` is what this job took besides.
 Counted: start-up, loading, tokenising, proxies, responses, selection, training with its learning-rate search, packaging
-and every attempt that was stopped (by a pause, a cancel, or a worker that left) or failed. Shown but not counted: evaluation,
-and measuring the two baselines.
+and every attempt that was stopped (by a pause, a cancel, a worker that left, or a kill of a run without the service) or failed.
+Shown but not counted: evaluation, and measuring the two baselines.
 
 The same two ratios in floating point operations (`p2d.flops`) stand beside them: free of noise and of the machine, but blind
 to all that is not a matrix product, and to failed attempts, of which nobody knows how far they came.
@@ -132,7 +132,8 @@ _WORK_NAMES = {
 }
 
 _UNFINISHED = {
-    "attempts that were stopped": ("released", "cancelled"),  # a pause, a worker that left; a cancel before a retry
+    # A pause, a worker that left, a kill of a run without the service; a cancel before a retry.
+    "attempts that were stopped": ("released", "cancelled"),
     "attempts that failed": ("failed", "lost"),
 }
 """Lines of attempts that are not the one that ended a step well. What they computed is not in the steps' own seconds."""

@@ -284,7 +284,11 @@ class _Run:
             if planned.step == "package":
                 write_json(work.files / "steps.json", {"steps": [asdict(attempt) for attempt in work.attempts]})
             work.start(planned)
-            self.step(planned, work.files)
+            try:
+                self.step(planned, work.files)
+            except P2DError:
+                work.finish(planned, "failed")
+                raise
             work.finish(planned)
 
     def step(self, planned: PlannedStep, files: Path) -> None:

@@ -66,7 +66,7 @@ class WorkFolder:
             state = self._state()
             self._attempts = attempts_of(state)
             if running := state.get("running"):
-                self._note(running["step"], running["shard"], "lost", running["seconds"])
+                self._note(running["step"], running["shard"], "released", running["seconds"])
             shutil.rmtree(self.incoming)
         else:
             # The state goes first: without it, files half replaced are nobody's.
@@ -93,10 +93,10 @@ class WorkFolder:
             self._told = now
             self._write({"step": step.step, "shard": step.shard, "seconds": now - self._began})
 
-    def finish(self, step: PlannedStep) -> None:
-        """Note that a step is done, and what it took."""
+    def finish(self, step: PlannedStep, status: Literal["done", "failed"] = "done") -> None:
+        """Note how a step ended, and what it took."""
         now = time.perf_counter()
-        self._note(step.step, step.shard, "done", now - self._began)
+        self._note(step.step, step.shard, status, now - self._began)
         self._began = now
         self._write()
 
@@ -127,7 +127,7 @@ class WorkFolder:
         steps = [asdict(attempt) for attempt in self._attempts]
         write_json(self._state_path, {"fingerprint": self._fingerprint, "steps": steps, "running": running})
 
-    def _note(self, step: str, shard: int, status: Literal["done", "lost"], seconds: float) -> None:
+    def _note(self, step: str, shard: int, status: Literal["done", "failed", "released"], seconds: float) -> None:
         number = 1 + sum((a.step, a.shard) == (step, shard) for a in self._attempts)
         self._attempts.append(Attempt(step=step, shard=shard, attempt=number, status=status, seconds=seconds))
 
