@@ -38,7 +38,8 @@ Say = Callable[[str], None]
 def run(options: argparse.Namespace, say: Say) -> str:
     """Compute the cells that are missing, write quality.md, return it.
 
-    Raises: ValueError for tasks or names that do not serve, or a folder that cannot be written to or that another run writes to.
+    Raises: ValueError for tasks or names that do not serve, or a folder that cannot be written to, that another run writes to, or
+            whose page shows more than this run has.
     """
     ends = time.monotonic() + 60 * options.minutes
     with _taken(options.out):
@@ -50,6 +51,7 @@ def _run(options: argparse.Namespace, say: Say, ends: float) -> str:
 
     cells = Cells(options.out / "quality.json")
     matrix = Matrix(options, cells, say, ends)
+    _keep(options.out / "quality.md", matrix)
     cells.facts = joined(cells.facts, matrix.facts)
     notes = []
     if options.workers > 1:
@@ -72,6 +74,38 @@ def _run(options: argparse.Namespace, say: Say, ends: float) -> str:
         (options.out / "quality.md").write_text(text, encoding="utf-8")
         draw(pools, options.out / "quality.svg")
     return text
+
+
+def _keep(earlier: Path, matrix: Matrix) -> None:
+    """Raises ValueError where a page that is there shows a pool or an arm that the run does not have, and so would lose."""
+    text = earlier.read_text(encoding="utf-8") if earlier.exists() else ""
+    pools, arms = {spec.name for spec in matrix.specs}, {arm.name for arm in matrix.arms}
+    lost = {
+        repr(name)
+        for pool, shown in shown_in(text).items()
+        for name in (shown - arms if pool in pools else {pool})
+        if shown
+    }
+    if lost:
+        raise ValueError(
+            f"{earlier} shows {min(lost)}, which this run does not have"
+            f"{f', and {len(lost) - 1} more such' if len(lost) > 1 else ''}: move it away, or name another folder by --out"
+        )
+
+
+def shown_in(page: str) -> dict[str, set[str]]:
+    """The pools of a page, and the arms in the main table of each."""
+    found: dict[str, set[str]] = {}
+    pool = table = ""
+    for line in page.splitlines():
+        if line.startswith("## "):
+            pool, table = line.removeprefix("## "), ""
+            found[pool] = set()
+        elif line.startswith("### "):
+            table = line
+        elif table.startswith("### Each arm") and line.startswith("| ") and not line.startswith(("| arm |", "| --- ")):
+            found[pool].add(line.split(" | ")[0].removeprefix("| "))
+    return found
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import pytest
 from benchmarks.quality.__main__ import _options, main
 from benchmarks.quality.arms import ARMS, REFERENCE
 from benchmarks.quality.cells import Laboratory
-from benchmarks.quality.matrix import distinct, run
+from benchmarks.quality.matrix import distinct, run, shown_in
 from benchmarks.quality.pools import PoolSpec, build
 from benchmarks.quality.tables import Before, page
 from p2d.errors import Diverged, OutOfMemory
@@ -162,6 +162,28 @@ def test_a_folder_that_cannot_be_written_to_is_refused_before_a_model_is_read(
     assert main([f"--model={tmp_path / 'nothing'}", f"--out={tmp_path / 'file'}"]) == 2
 
     assert capsys.readouterr().err == f"quality: --out {tmp_path / 'file'} cannot be written to: File exists\n"
+
+
+@pytest.mark.parametrize(
+    ("more", "lost"),
+    [
+        ({"arm": ["DoRA"]}, r"'LoRA rank 8, all rows, 1 epoch', which this run does not have:"),
+        ({"share": 0.0}, r"'gsm8k, 16 rows, 50% echo', which this run does not have:"),
+    ],
+)
+def test_a_page_that_shows_more_than_a_run_has_is_not_replaced(more: dict[str, Any], lost: str, tmp_path: Path) -> None:
+    told: list[str] = []
+    whole = run(options_of(tmp_path, arm=[ONE]), told.append)
+    (tmp_path / "results" / "quality.svg").write_text("a picture")
+    told.clear()
+
+    with pytest.raises(ValueError, match=rf"quality\.md shows {lost} move it away, or name another folder by --out"):
+        run(options_of(tmp_path, **{"arm": [ONE]} | more), told.append)
+
+    assert told == []
+    assert (tmp_path / "results" / "quality.md").read_text() == whole
+    assert (tmp_path / "results" / "quality.svg").exists()
+    assert shown_in(run(options_of(tmp_path, arm=["all rows, 1 epoch"]), told.append)).keys() == shown_in(whole).keys()
 
 
 def test_two_runs_do_not_write_into_one_folder_at_once(tmp_path: Path) -> None:
