@@ -325,10 +325,10 @@ def _diverged(cells: Sequence[Missing], shown: Set[str]) -> list[str]:
 def _missing(skipped: list[Missing]) -> list[str]:
     if not skipped:
         return []
-    arms = len({(one.pool, one.arm) for one in skipped})
+    arms, pools = (len({getattr(one, what) for one in skipped}) for what in ("arm", "pool"))
     return [
-        f"No time was left for {counted(len(skipped), 'cell', 'cells')} of {counted(arms, 'arm', 'arms')}, "
-        "nor for what their searches would have asked for next; "
+        f"No time was left for {counted(len(skipped), 'cell', 'cells')} of {counted(arms, 'arm', 'arms')} "
+        f"on {counted(pools, 'pool', 'pools')}, nor for what their searches would have asked for next; "
         f"the first: {skipped[0]}."
     ]
 

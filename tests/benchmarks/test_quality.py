@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import queue
+import re
 import sys
 import time
 from dataclasses import replace
@@ -197,9 +198,11 @@ def test_a_run_writes_a_page_with_every_arm_and_a_second_run_computes_nothing(
 
 
 def test_a_run_without_time_writes_its_page(tmp_path: Path) -> None:
-    assert "No time was left" in run(
-        options_of(tmp_path, arm=["all rows, 1 epoch"], share=0.0, minutes=0.0), lambda line: None
-    )
+    text = run(options_of(tmp_path, arm=["all rows, 1 epoch"], minutes=0.0), lambda line: None)
+
+    said = re.search(r"No time was left for (\d+) cells of (\d+) arms on 2 pools, nor", text)
+    assert said is not None
+    assert int(said[1]) == 2 * int(said[2])
 
 
 def test_processes_that_share_the_work_compute_what_one_does(tmp_path: Path) -> None:
