@@ -230,6 +230,12 @@ class Matrix:
             for name, task in self._tasks.items()
             if task.leaked
         ]
+        long = [
+            f"Left out of {name}: {counted(task.long, 'training row', 'training rows')} of more than "
+            f"{self.options.max_tokens} tokens (--max-tokens)."
+            for name, task in self._tasks.items()
+            if task.long
+        ]
         twice = [
             f"Left out of {name}: {counted(task.repeated, 'row', 'rows')} kept apart for validation and to be held out, "
             "in nearly the same words as another of these."
@@ -242,7 +248,7 @@ class Matrix:
             for spec in self.specs
             if top_count(DEFAULT_RATIO, spec.rows) < MIN_ROWS
         ]
-        return leaks + twice + small
+        return leaks + long + twice + small
 
     @property
     def skipped(self) -> list[Missing]:
@@ -350,7 +356,7 @@ def read_tasks(
             raise ValueError(
                 f"{name} has no training row of at most {max_tokens} tokens: allow longer ones by --max-tokens"
             )
-        tasks[name] = replace(read, train=short)
+        tasks[name] = replace(read, train=short, long=len(read.train) - len(short))
     return tasks
 
 

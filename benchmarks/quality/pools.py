@@ -38,6 +38,8 @@ class Task:
     repeat one of those."""
     repeated: int = 0
     """Of the rows that the two others are taken from, those left out because they nearly repeat another of them."""
+    long: int = 0
+    """Training rows that were left out because they have more tokens than a run allows."""
 
 
 @dataclass(frozen=True, slots=True)

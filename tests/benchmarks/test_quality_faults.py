@@ -27,14 +27,15 @@ ONE = "LoRA rank 8, all rows, 1 epoch"
 def test_a_page_names_rows_that_leak_and_pools_too_small_to_judge_a_tenth(tmp_path: Path) -> None:
     options = options_of(tmp_path, arm=["all rows, 1 epoch"], share=0.0)
     whole, prompt, near = some_rows(1, first=50)[0], some_rows(1, first=55)[0].prompt, some_rows(1, first=56)[0]
-    nearly = Row(near.prompt.lower(), f"{near.answer}.", 20)
-    write_rows(tmp_path / "train.jsonl", [*some_rows(17), whole, Row(prompt, "another answer", 19), nearly])
+    nearly, long = Row(near.prompt.lower(), f"{near.answer}.", 20), Row("How far?", "far " * 300, 21)
+    write_rows(tmp_path / "train.jsonl", [*some_rows(17), whole, Row(prompt, "another answer", 19), nearly, long])
     write_rows(tmp_path / "test.jsonl", [*some_rows(8, first=50), nearly])
 
     page_of_run = run(options, lambda line: None)
 
     assert "Left out of gsm8k: 3 training rows. What was kept apart" in page_of_run
     assert "Left out of gsm8k: 1 row kept apart" in page_of_run
+    assert "Left out of gsm8k: 1 training row of more than 220 tokens (--max-tokens)." in page_of_run
     assert "gsm8k, 16 rows, clean: 10% of it is 2 rows" in page_of_run
     write_rows(tmp_path / "train.jsonl", some_rows(17))
     write_rows(tmp_path / "test.jsonl", some_rows(8, first=50))
