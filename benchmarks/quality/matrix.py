@@ -299,6 +299,8 @@ def _notes(options: argparse.Namespace) -> list[str]:
         "Seconds are the processor's, or on a GPU the wall's.",
         "Rows and heads are chosen by the product's own stages, whose cost is in the ratios. A seed draws anew the order of rows, "
         "proxies, first factors and all random choices; intervals are over held-out rows alone, at the mean of the seeds.",
+        "A loss is the mean of an arm's own seeds, a difference that of the seeds which both arms have: where one has more seeds, "
+        "it is not the difference of the two losses.",
     ]
 
 

@@ -36,6 +36,7 @@ def test_a_page_names_rows_that_leak_and_pools_too_small_to_judge_a_tenth(tmp_pa
     assert "Left out of gsm8k: 3 training rows. What was kept apart" in page_of_run
     assert "Left out of gsm8k: 1 row kept apart" in page_of_run
     assert "Left out of gsm8k: 1 training row of more than 220 tokens (--max-tokens)." in page_of_run
+    assert "not the difference of the two losses" in page_of_run
     assert "gsm8k, 16 rows, clean: 10% of it is 2 rows" in page_of_run
     write_rows(tmp_path / "train.jsonl", some_rows(17))
     write_rows(tmp_path / "test.jsonl", some_rows(8, first=50))
