@@ -20,6 +20,9 @@ from p2d.rows import Row, read_rows
 Junk = str
 """A kind of bad row: one of MAKERS."""
 
+NUMBER = re.compile(r"(?<![A-Za-z\d])\d+")
+"""No name such as DialogSum's `#Person1#`."""
+
 
 @dataclass(frozen=True, slots=True)
 class Task:
@@ -138,7 +141,7 @@ def _near_duplicate(rows: Sequence[Row], index: int, task: Task, _: Task | None,
 
 def _wrong_number(rows: Sequence[Row], index: int, task: Task, _: Task | None, rng: random.Random) -> Row:
     row = rows[index]
-    numbers = list(re.finditer(r"\d+", row.answer))
+    numbers = list(NUMBER.finditer(row.answer))
     if not numbers:
         raise ValueError(
             f"line {row.line} of {task.name} has no number that could be made wrong: give tasks with numbers alone to a run "

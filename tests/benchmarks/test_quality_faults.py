@@ -235,7 +235,7 @@ def test_a_task_that_is_given_twice_and_minutes_without_end_are_refused(
 
 
 def test_a_kind_of_bad_rows_that_a_task_cannot_have_names_the_task() -> None:
-    wordy = tuple(Row(f"Say {row.prompt}.", "no number", row.line) for row in some_rows(8))
+    wordy = tuple(Row(f"Say {row.prompt}.", "#Person1# asks #Person12#.", row.line) for row in some_rows(8))
 
     with pytest.raises(ValueError, match="of dialogsum has no number that could be made wrong"):
         build(PoolSpec("dialogsum", 8, ("wrong number",), 0.5), type(OTHER)("dialogsum", wordy, (), ()), TASK)
