@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from difflib import SequenceMatcher
 from pathlib import Path
 
 import torch
@@ -194,19 +195,21 @@ class Matrix:
             held_out=options.held_out,
             max_tokens=options.max_tokens,
         )
-        words = options.arm or [""]
+        words = [word.lower() for word in options.arm] or [""]
         wanted = [arm for arm in ARMS if "core" in arm.groups or not options.core]
         # Of fewer rows than there are, or it would be the arm that has them all.
         wanted = [arm for arm in wanted if arm.guide is None or arm.guide < options.validation]
-        if unknown := [word for word in words if not any(word in arm.name for arm in wanted)]:
-            raise ValueError(f"no arm has {unknown[0]!r} in its name: benchmarks/quality/arms.py lists them")
-        wanted = [arm for arm in wanted if any(word in arm.name for word in words)]
+        names = [arm.name.lower() for arm in wanted]
+        if unknown := [word for word in options.arm if not any(word.lower() in name for name in names)]:
+            near = sorted((arm.name for arm in wanted), key=lambda name: _alike(unknown[0], name), reverse=True)
+            raise ValueError(f"no arm has {unknown[0]!r} in its name; there are, the nearest first: {'; '.join(near)}")
+        wanted = [arm for arm, name in zip(wanted, names, strict=True) if any(word in name for word in words)]
         self.arms = distinct([replace(arm, epochs=arm.epochs or options.epochs) for arm in wanted])
         specs = _specs(options, self._tasks)
         self.specs = [spec for spec in specs if options.pool in spec.name]
         if not self.specs:
             raise ValueError(
-                f"no pool has {options.pool!r} in its name; there are {', '.join(spec.name for spec in specs)}"
+                f"no pool has {options.pool!r} in its name; there are: {'; '.join(spec.name for spec in specs)}"
             )
         # All at once: what cannot be built is refused before anything is computed.
         self._pools = {spec.name: build(spec, self._tasks[spec.task], self._other(spec)) for spec in self.specs}
@@ -290,6 +293,11 @@ class Matrix:
         """Every arm on every pool, arm by arm, the core of the table first, and of it what takes longest: all rows."""
         arms = sorted(self.arms, key=lambda arm: (0 if arm.rows == "all" else 1) if "core" in arm.groups else 2)
         return [(spec, arm) for arm in arms for spec in self.specs]
+
+
+def _alike(word: str, name: str) -> int:
+    """Characters of the longest part that both have."""
+    return SequenceMatcher(None, word.lower(), name.lower(), autojunk=False).find_longest_match().size
 
 
 def _notes(options: argparse.Namespace) -> list[str]:

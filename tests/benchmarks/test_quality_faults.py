@@ -11,8 +11,8 @@ import pytest
 
 from benchmarks.quality.__main__ import _options, main
 from benchmarks.quality.arms import ARMS, REFERENCE
-from benchmarks.quality.cells import Laboratory
-from benchmarks.quality.matrix import distinct, run, shown_in
+from benchmarks.quality.cells import Cells, Laboratory
+from benchmarks.quality.matrix import Matrix, distinct, run, shown_in
 from benchmarks.quality.pools import PoolSpec, build
 from benchmarks.quality.tables import Before, page
 from p2d.errors import Diverged, OutOfMemory
@@ -206,8 +206,11 @@ def test_two_runs_do_not_write_into_one_folder_at_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("more", "text"),
     [
-        ({"arm": ["random rows", "nobody"]}, "no arm has 'nobody' in its name"),
-        ({"pool": "clear"}, "no pool has 'clear' in its name; there are gsm8k, 16 rows, "),
+        ({"arm": ["Random Rows", "nobody"]}, "no arm has 'nobody' in its name; there are, the nearest first: "),
+        (
+            {"pool": "clear"},
+            "no pool has 'clear' in its name; there are: gsm8k, 16 rows, 50% echo; gsm8k, 16 rows, clean",
+        ),
         ({"max_tokens": 2}, "gsm8k has no training row of at most 2 tokens"),
         ({"junk": [("off task",)]}, "off-task rows come from another task: give a second --task"),
     ],
@@ -219,6 +222,14 @@ def test_what_cannot_be_computed_is_refused_before_anything_is(more: dict[str, A
         run(options_of(tmp_path, **more), said.append)
 
     assert said == []
+
+
+def test_an_arm_is_found_in_any_case_and_where_none_is_the_nearest_comes_first(tmp_path: Path) -> None:
+    matrix = Matrix(options_of(tmp_path, arm=["dora"]), Cells(tmp_path / "quality.json"), lambda line: None, 0.0)
+    assert [arm.name for arm in matrix.arms] == ["DoRA rank 8, all rows"]
+
+    with pytest.raises(ValueError, match="the nearest first: paper recipe; "):
+        run(options_of(tmp_path, arm=["paper recipes"]), lambda line: None)
 
 
 def test_a_task_that_is_given_twice_and_minutes_without_end_are_refused(
