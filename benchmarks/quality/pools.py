@@ -16,6 +16,7 @@ import numpy as np
 from p2d.columns import mapped
 from p2d.near_duplicates import repetitions
 from p2d.rows import Row, read_rows
+from p2d.wording import counted
 
 Junk = str
 """A kind of bad row: one of MAKERS."""
@@ -87,14 +88,15 @@ class Pool:
 def gsm8k(folder: Path, *, validation: int, held_out: int) -> Task:
     """GSM8K as `train.json` and `test.json`, or as the `.jsonl` files of the example."""
     train, test = (_read(folder, name, {}) for name in ("train", "test"))
-    return _task("gsm8k", train, test, validation, held_out, "exact_match")
+    return _task("gsm8k", train, test, "test rows", validation, held_out, "exact_match")
 
 
 def dialogsum(folder: Path, *, validation: int, held_out: int) -> Task:
     """DialogSum as `validation.json`: its last rows are held out."""
     rows = _read(folder, "validation", {"prompt": "dialogue", "completion": "summary"})
     apart = validation + held_out
-    return _task("dialogsum", rows[:-apart], rows[-apart:], validation, held_out, "rouge_l")
+    last = "rows at the end of its file to set apart"
+    return _task("dialogsum", rows[:-apart], rows[-apart:], last, validation, held_out, "rouge_l")
 
 
 READERS: dict[str, Callable[..., Task]] = {"gsm8k": gsm8k, "dialogsum": dialogsum}
@@ -169,7 +171,9 @@ MAKERS: dict[Junk, Callable[..., Row]] = {
 }
 
 
-def _task(name: str, train: list[Row], test: list[Row], validation: int, held_out: int, metric: str) -> Task:
+def _task(
+    name: str, train: list[Row], test: list[Row], test_is: str, validation: int, held_out: int, metric: str
+) -> Task:
     random.Random(f"{name}:train").shuffle(train)  # noqa: S311 - not a secret
     every = [*test, *train]
     repeats = repetitions(every, np.arange(len(every)))  # the first of rows that are alike stands for them
@@ -182,8 +186,12 @@ def _task(name: str, train: list[Row], test: list[Row], validation: int, held_ou
     different = tuple(row for row, first in zip(test, repeats, strict=False) if first < 0)
     apart, repeated = validation + held_out, len(test) - len(different)
     if len(different) < apart:
-        without = f", without {repeated} that nearly repeat another" if repeated else ""
-        raise ValueError(f"{name} has {len(different)} test rows{without}; {apart} are wanted")
+        without = (
+            f", without {counted(repeated, 'that nearly repeats', 'that nearly repeat')} another" if repeated else ""
+        )
+        raise ValueError(
+            f"{name} has {len(different)} {test_is}{without}; {apart} are wanted (--validation and --held-out together)"
+        )
     return Task(
         name,
         unseen,

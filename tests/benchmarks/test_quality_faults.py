@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from benchmarks.quality.__main__ import _options, main
 from benchmarks.quality.arms import ARMS, REFERENCE
 from benchmarks.quality.cells import Cells, Laboratory
 from benchmarks.quality.matrix import Matrix, distinct, run, shown_in
-from benchmarks.quality.pools import PoolSpec, build
+from benchmarks.quality.pools import PoolSpec, build, dialogsum
 from benchmarks.quality.tables import Before, page
 from p2d.errors import Diverged, OutOfMemory
 from p2d.optimization import SliceTrainer
@@ -47,8 +48,14 @@ def test_held_out_rows_that_repeat_each_other_are_not_counted_twice(tmp_path: Pa
     options = options_of(tmp_path)
     write_rows(tmp_path / "test.jsonl", [*some_rows(7, first=50), *some_rows(1, first=50)])
 
-    with pytest.raises(ValueError, match="gsm8k has 7 test rows, without 1 that nearly repeat another; 8 are wanted"):
+    with pytest.raises(ValueError, match="gsm8k has 7 test rows, without 1 that nearly repeats another; 8 are wanted"):
         run(options, lambda line: None)
+
+    rows = [*some_rows(4), *some_rows(7, first=50), *some_rows(1, first=50)]
+    lines = [json.dumps({"dialogue": row.prompt, "summary": row.answer}) for row in rows]
+    (tmp_path / "validation.jsonl").write_text("\n".join(lines))
+    with pytest.raises(ValueError, match="dialogsum has 7 rows at the end of its file to set apart, without 1 that"):
+        dialogsum(tmp_path, validation=4, held_out=4)
 
 
 def diverging(monkeypatch: pytest.MonkeyPatch, where: Any) -> None:
