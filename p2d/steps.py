@@ -122,7 +122,8 @@ def validate(call: StepCall, progress: Progress, models: ModelCache, on_checkpoi
     held_out = "/validation_dataset" if apart.is_file() else "/dataset"
     train, guide, evaluation = _count_tokens(renderer, split, config, held_out, progress)
     if repeated := leaked(split):
-        warnings.append(f"{repeated} held-out rows stand in the training rows too: the evaluation flatters the result.")
+        both = counted(repeated, "held-out row stands", "held-out rows stand")
+        warnings.append(f"{both} in the training rows too: the evaluation flatters the result.")
     device = pick_device(call.device)
     dtype: Precision = "bf16" if pick_dtype(config.training.precision, device) is torch.bfloat16 else "fp32"
     if config.training.precision == "auto":

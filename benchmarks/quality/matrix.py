@@ -246,10 +246,10 @@ class Matrix:
             if task.repeated
         ]
         small = [
-            f"{spec.name}: 10% of it is {top_count(DEFAULT_RATIO, spec.rows)} rows. Below about {MIN_ROWS} the number of rows "
+            f"{spec.name}: 10% of it is {counted(tenth, 'row', 'rows')}. Below about {MIN_ROWS} the number of rows "
             "counts more than which they are, so this pool says little of small ratios."
             for spec in self.specs
-            if top_count(DEFAULT_RATIO, spec.rows) < MIN_ROWS
+            if (tenth := top_count(DEFAULT_RATIO, spec.rows)) < MIN_ROWS
         ]
         return leaks + long + twice + small
 

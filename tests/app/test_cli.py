@@ -145,7 +145,7 @@ def test_a_run_ends_with_what_its_report_warns_of_and_says_where_the_job_was_not
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, model: Path, tmp_path: Path
 ) -> None:
     write_rows(tmp_path / "data.jsonl", some_rows(24))
-    write_rows(tmp_path / "held_out.jsonl", some_rows(8))
+    write_rows(tmp_path / "held_out.jsonl", [*some_rows(1), *some_rows(7, first=200)])
     files: list[str | Path] = ["--data", tmp_path / "data.jsonl", "--validation", tmp_path / "held_out.jsonl"]
     settings = ["--set", "training.learning_rate=0.001", "--set", "training.epochs=1"]
 
@@ -155,7 +155,7 @@ def test_a_run_ends_with_what_its_report_warns_of_and_says_where_the_job_was_not
 
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert status == 0
-    assert any("stand in the training rows too" in warning for warning in report["warnings"])
+    assert any(warning.startswith("1 held-out row stands in the training rows too:") for warning in report["warnings"])
     assert all(f"Note: {warning}" in said for warning in report["warnings"])
     for ratio in ("aer", "aer_lora"):
         verdict = "cheaper" if report["cost"][ratio] < 1 else "NOT cheaper at this size"

@@ -39,6 +39,8 @@ def test_a_page_names_rows_that_leak_and_pools_too_small_to_judge_a_tenth(tmp_pa
     assert "Left out of gsm8k: 1 training row of more than 220 tokens (--max-tokens)." in page_of_run
     assert "not the difference of the two losses" in page_of_run
     assert "gsm8k, 16 rows, clean: 10% of it is 2 rows" in page_of_run
+    few = options_of(tmp_path, arm=["all rows, 1 epoch"], share=0.0, rows=8, minutes=0.0, out=tmp_path / "few")
+    assert "gsm8k, 8 rows, clean: 10% of it is 1 row." in run(few, lambda line: None)
     write_rows(tmp_path / "train.jsonl", some_rows(17))
     write_rows(tmp_path / "test.jsonl", some_rows(8, first=50))
     assert "Left out" not in run(options, lambda line: None)
