@@ -44,7 +44,7 @@ class RequestError(ServiceError):
 class RequestInvalid(RequestError):
     """A readable body, path or query with wrong fields; errors[] lists all of them."""
 
-    code, hint = "request.invalid", "Mend the fields listed in errors[] and send the request again."
+    code, hint = "request.invalid", "Mend the fields that are named and try again."
 
 
 class RequestTooLarge(RequestError):

@@ -82,7 +82,7 @@ class P2DError(Exception):
 class ConfigError(P2DError):
     """A field of the job is out of range or contradicts another."""
 
-    code, fault, hint = "config.invalid", "user", "Mend the fields listed in errors[] and send the job again."
+    code, fault, hint = "config.invalid", "user", "Mend the fields that are named and try again."
 
 
 class UnknownName(ConfigError):
@@ -94,13 +94,13 @@ class UnknownName(ConfigError):
 class DatasetError(P2DError):
     """Rows that cannot be used; errors[] names the first hundred bad lines, the report all."""
 
-    code, fault, hint = "dataset.invalid", "user", "Mend the lines that are named and send the file again."
+    code, fault, hint = "dataset.invalid", "user", "Mend the lines that are named and try again."
 
 
 class DatasetEmpty(DatasetError):
     """A file without a single row."""
 
-    code, hint = "dataset.empty", "Send a file with at least one row."
+    code, hint = "dataset.empty", "Give a file with at least one row."
 
 
 class DatasetFileMissing(DatasetError):
@@ -132,7 +132,7 @@ class RowTooLong(DatasetError):
 
     code, hint = (
         "dataset.row_too_long",
-        "Shorten or drop the lines listed in errors[], or use a model with a longer context.",
+        "Shorten or drop the lines that are named, or use a model with a longer context.",
     )
 
 
@@ -158,7 +158,10 @@ class ModelError(P2DError):
 class ModelNotFound(ModelError):
     """No model of that name is installed."""
 
-    code, hint = "model.not_found", "See GET /models for what is installed, or add one with `p2d models add`."
+    code, hint = (
+        "model.not_found",
+        "Check the name or path; `p2d models list` says what is installed, `p2d models add` adds one.",
+    )
 
 
 class ModelUnsupported(ModelError):

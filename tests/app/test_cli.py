@@ -16,8 +16,9 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from app.cli import _body, cli, main
+from app.errors import RequestInvalid
 from app.models import install_directory
-from p2d.errors import ConfigError, ModelUnsupported, OutOfMemory
+from p2d.errors import ConfigError, ModelUnsupported, OutOfMemory, P2DError
 from p2d.model_info import read_model_info
 from p2d.rows import write_rows
 from p2d.work_folder import NAME as WORK_FOLDER
@@ -60,6 +61,20 @@ def test_a_wrong_field_is_named_with_its_place_and_no_traceback(
     assert "request.invalid" in said
     assert "/heads/proxy_rows" in said
     assert "Traceback" not in said
+
+
+def test_hints_of_the_engine_fit_whoever_never_sent_a_request() -> None:
+    def kinds(of: type[P2DError]) -> Iterator[type[P2DError]]:
+        yield of
+        for kind in of.__subclasses__():
+            yield from kinds(kind)
+
+    hints = {
+        kind.code: kind.hint for kind in kinds(P2DError) if kind.__module__ == "p2d.errors" and kind is not P2DError
+    }
+    assert len(hints) > 15
+    for code, hint in {**hints, RequestInvalid.code: RequestInvalid.hint}.items():
+        assert not re.search(r"errors\[\]|[Ss]end |GET |POST ", hint), code
 
 
 def test_every_command_tells_of_itself() -> None:
