@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from p2d.batches import TOKEN_BUDGET, Batch, answer_nll, pack, packed_batches
 from p2d.config import TrainingConfig, epochs_of
 from p2d.device import backward
+from p2d.errors import OutOfMemory
 from p2d.flops import LORA_RANK
 from p2d.memory_guard import memory_guard
 from p2d.models import BaseModel
@@ -77,10 +78,16 @@ def project_full_fine_tuning(
     count = sum(weight.numel() for weight in base.module.parameters())
     needed, free = count * FULL_BYTES_PER_WEIGHT, free_memory_bytes(base.device)
     if needed > free:
-        reason = f"full fine-tuning needs {needed} bytes beside the model; {free} are free here"
-        return Baseline(
-            seconds=None, step_s=None, steps=work.steps, measured_steps=0, trained_parameters=count, reason=reason
-        )
+        return _untimed(work, count, f"full fine-tuning needs {needed} bytes beside the model; {free} are free here")
+    try:
+        return _timed_full(base, rendered, work, trained=count, on_step=on_step)
+    except OutOfMemory as error:  # by then the adapter is trained: a comparison that does not fit must not cost it
+        return _untimed(work, count, error.text)
+
+
+def _timed_full(
+    base: BaseModel, rendered: Sequence[RenderedRow], work: Workload, *, trained: int, on_step: Callable[[], None]
+) -> Baseline:
     weights = list(base.module.parameters())
     with memory_guard("timing a baseline"):
         masters = [nn.Parameter(weight.detach().float().clone()) for weight in weights]
@@ -100,7 +107,7 @@ def project_full_fine_tuning(
     try:
         for weight in weights:
             weight.requires_grad_(True)
-        return _timed(base, rendered, work, update, trained=count, on_step=on_step)
+        return _timed(base, rendered, work, update, trained=trained, on_step=on_step)
     finally:
         for weight in weights:
             weight.requires_grad_(False)
@@ -121,7 +128,10 @@ def project_lora(
             optimizer.zero_grad()
 
         trained = sum(weight.numel() for weight in weights)
-        return _timed(base, rendered, work, update, trained=trained, on_step=on_step)
+        try:
+            return _timed(base, rendered, work, update, trained=trained, on_step=on_step)
+        except OutOfMemory as error:
+            return _untimed(work, trained, error.text)
 
 
 @contextmanager
@@ -205,6 +215,12 @@ def _timed(
         steps=work.steps,
         measured_steps=TIMED_STEPS,
         trained_parameters=trained,
+    )
+
+
+def _untimed(work: Workload, trained: int, reason: str) -> Baseline:
+    return Baseline(
+        seconds=None, step_s=None, steps=work.steps, measured_steps=0, trained_parameters=trained, reason=reason
     )
 
 
