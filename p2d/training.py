@@ -7,6 +7,7 @@ decided elsewhere. No random state exists: a run follows from its inputs and the
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -19,6 +20,7 @@ from p2d.activation_cache import remember_below
 from p2d.batches import TOKEN_BUDGET, mean_answer_nll
 from p2d.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
 from p2d.config import JobConfig, epochs_of, rank_of
+from p2d.errors import Diverged
 from p2d.learning_rates import Found, Searched, Trial, find_learning_rate, search_steps, watched_rows
 from p2d.memory_guard import memory_guard
 from p2d.models import BaseModel
@@ -204,10 +206,16 @@ def _memory_warning(token_budget: int) -> list[str]:
 
 
 def watch_epoch(base: BaseModel, trainer: SliceTrainer, watch: Sequence[RenderedRow], run: Run, *, epoch: int) -> None:
-    """Look at held-out rows after an epoch and keep its slices unless an earlier epoch did better."""
+    """Look at held-out rows after an epoch and keep its slices unless an earlier epoch did better.
+
+    Raises: Diverged if their loss is not finite: the epoch's last update, which no step looks at, can be what breaks it.
+    """
     if watch:
         with memory_guard("looking at held-out rows"):
-            run.watched.append(mean_answer_nll(base, watch, token_budget=trainer.token_budget))
+            loss = mean_answer_nll(base, watch, token_budget=trainer.token_budget)
+        if not math.isfinite(loss):
+            raise Diverged(f"The loss of held-out rows was not finite after epoch {epoch + 1}.", step=trainer.step)
+        run.watched.append(loss)
     if not watch or run.watched[-1] <= min(run.watched):
         run.kept_epoch, run.kept = epoch, trainer.slices.masters()
 

@@ -208,6 +208,16 @@ def test_a_rate_that_diverges_is_named_and_leaves_the_base_alone(tiny: BaseModel
     assert_same(weights_of(tiny), before)
 
 
+def test_a_last_update_that_diverges_is_named_too(tiny: BaseModel, rendered: list[RenderedRow]) -> None:
+    before = weights_of(tiny)
+    one_step = replace(CONFIG.training, learning_rate=1e30, epochs=1, batch_size=9)
+
+    with pytest.raises(Diverged, match="held-out rows was not finite after epoch 1"):
+        run(tiny, rendered, replace(CONFIG, training=one_step))
+
+    assert_same(weights_of(tiny), before)
+
+
 def test_the_epoch_with_the_lowest_held_out_loss_is_kept(
     tiny: BaseModel, rendered: list[RenderedRow], monkeypatch: pytest.MonkeyPatch
 ) -> None:
