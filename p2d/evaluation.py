@@ -26,6 +26,7 @@ from p2d.config import Control, JobConfig, Projection
 from p2d.course import Course
 from p2d.errors import Diverged
 from p2d.estimate import BASELINE_STEPS, EvaluationCost
+from p2d.flops import slice_weights
 from p2d.generation import GENERATE_ROWS, answer_limit, task_metric
 from p2d.lora_control import lora_control
 from p2d.memory_guard import memory_guard
@@ -254,7 +255,8 @@ class Judge:
         rng = random.Random(f"{self.config.training.seed}:{name}")  # noqa: S311 - not a secret
         heads, kept = self.heads, self.kept
         if name == "random_heads":
-            heads = random_heads(self.base, self.config, self._parameters(self.heads), rng)
+            size = slice_weights(self.base.info, self.heads, self._slices())
+            heads = random_heads(self.base, self.config, size, rng)
         else:
             kept = RowView(self.train, rng.sample(range(len(self.train)), len(self.kept)))
         render = self.base.renderer.render
@@ -306,9 +308,6 @@ class Judge:
         change = paired_bootstrap(control, job, seed=self.config.training.seed)
         return {"loss": control.mean, "against_job": change, "verdict": "no comparison" if same else change.verdict}
 
-    def _parameters(self, heads: Sequence[Head]) -> int:
-        return HeadSlices(self.base, heads, self._slices()).n_parameters
-
     def _slices(self) -> Sequence[Projection]:
         assert self.config.training.slices != "auto", "resolve the config first"
         return self.config.training.slices
@@ -330,7 +329,7 @@ def _ticks(total: int, at: Callable[[float], None]) -> Callable[[], None]:
 
 
 def random_heads(base: BaseModel, config: JobConfig, parameters: int, rng: random.Random) -> list[Head]:
-    """Heads at random, as many as come nearest to this number of trained parameters.
+    """Heads at random, as many as come nearest to this number of trained weights.
 
     Heads of one KV group share its slices, so sets of equal head count differ in parameters.
     """
@@ -339,7 +338,7 @@ def random_heads(base: BaseModel, config: JobConfig, parameters: int, rng: rando
     rng.shuffle(order)
     best, miss = order[:1], float("inf")
     for count in range(1, len(order) + 1):
-        size = HeadSlices(base, order[:count], config.training.slices).n_parameters
+        size = slice_weights(base.info, order[:count], config.training.slices)
         if abs(size - parameters) < miss:
             best, miss = order[:count], abs(size - parameters)
         if size > parameters:

@@ -13,7 +13,7 @@ from p2d.evaluation import RowLosses, paired_bootstrap, random_heads, row_losses
 from p2d.generation import generate
 from p2d.models import BaseModel
 from p2d.rendering import RenderedRow
-from p2d.slices import HeadSlices
+from p2d.slices import Head, HeadSlices, all_heads
 from tests.factories import some_rows
 
 
@@ -64,6 +64,23 @@ def test_random_heads_match_the_number_of_trained_parameters(tiny: BaseModel) ->
         heads = random_heads(tiny, config, wanted, random.Random(seed))
         size = HeadSlices(tiny, heads, ("v", "o")).n_parameters
         assert abs(size - wanted) <= HeadSlices(tiny, [(0, 0)], ("v", "o")).n_parameters
+
+
+def test_random_heads_are_those_that_slices_would_count_and_no_slice_is_made(
+    tiny: BaseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = JobConfig(training=TrainingConfig(slices=("q", "v")))
+
+    def counted_by_slices(parameters: int, rng: random.Random) -> list[Head]:
+        order = all_heads(tiny)
+        rng.shuffle(order)
+        sizes = [HeadSlices(tiny, order[: n + 1], ("q", "v")).n_parameters for n in range(len(order))]
+        return order[: min(range(len(order)), key=lambda n: abs(sizes[n] - parameters)) + 1]
+
+    expected = [counted_by_slices(wanted, random.Random(wanted)) for wanted in range(0, 40_000, 5_000)]
+    monkeypatch.setattr("p2d.slices.HeadSlices.__init__", None)  # 100 s of copies where a model has 270 heads
+
+    assert [random_heads(tiny, config, wanted, random.Random(wanted)) for wanted in range(0, 40_000, 5_000)] == expected
 
 
 # --- generation ------------------------------------------------------------------------------------------------------
