@@ -66,7 +66,8 @@ def training_flops(
     assert settings.slices != "auto", "resolve the config first"
     trial_steps = sum(trial.steps for trial in result.trials)
     passes = epochs_of(settings) + trial_steps / steps_per_epoch(len(rows), settings.batch_size)
-    trained = work_of_rendered(base, rows).times(passes)
+    whole = work_of_rendered(base, rows)
+    trained = whole.times(passes)
     watched = work_of_rendered(base, guide[: result.watched_rows]).times(len(result.watched))
     judged = work_of_rendered(base, guide[: judged_rows(len(rows), len(guide))]).times(len(result.trials))
     below = result.remembered_below
@@ -74,6 +75,6 @@ def training_flops(
     total += flops.forward(base.info, watched + judged, from_layer=below)
     if below:
         seen = max(result.watched_rows, judged_rows(len(rows), len(guide)) if result.trials else 0)
-        once = work_of_rendered(base, [*rows, *guide[:seen]])
+        once = whole + work_of_rendered(base, guide[:seen])
         total += flops.forward(base.info, replace(once, logits=0), to_layer=below)
     return total

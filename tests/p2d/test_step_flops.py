@@ -14,9 +14,11 @@ from p2d.config import HeadsConfig, JobConfig, TrainingConfig
 from p2d.identify import identify_heads
 from p2d.models import BaseModel
 from p2d.pipeline import no_progress
+from p2d.rendering import RenderedRow
 from p2d.resolution import resolve
 from p2d.rows import Row
-from p2d.step_flops import proxy_flops, training_flops
+from p2d.sequences import MadeSequence
+from p2d.step_flops import proxy_flops, training_flops, work_of_rendered
 from p2d.training import train
 
 ROWS = [Row(prompt=f"What is {n} plus 1?", answer=f"It is {n + 1}.", line=n) for n in range(20, 40)]
@@ -65,3 +67,31 @@ def test_training_with_its_search_and_its_looks(recipe: str, tiny: BaseModel) ->
     result, found = counted(lambda: train(tiny, rows, guide, heads, config, no_progress))
 
     assert training_flops(tiny, rows, guide, heads, config, result) == pytest.approx(found, rel=TOLERANCE)
+
+
+def test_each_row_is_looked_at_once_where_layers_are_remembered(tiny: BaseModel) -> None:
+    rows, guide = [tiny.renderer.render(row) for row in ROWS[:12]], [tiny.renderer.render(row) for row in ROWS[12:]]
+    config = JobConfig(training=TrainingConfig(slices=("v", "o"), rank=None, epochs=2, learning_rate=1e-3))
+    result, seen = train(tiny, rows, guide, [(1, 0)], config, no_progress), Seen(rows)
+
+    training_flops(tiny, seen, guide, [(1, 0)], config, result)
+
+    assert result.remembered_below == 1
+    assert seen.places == list(range(12))
+    together = work_of_rendered(tiny, [*rows, *guide])  # bit for bit what is counted apart
+    assert together == work_of_rendered(tiny, rows) + work_of_rendered(tiny, guide)
+
+
+class Seen(MadeSequence[RenderedRow]):
+    """Notes which rows are looked at."""
+
+    def __init__(self, rows: list[RenderedRow]) -> None:
+        self._rows = rows
+        self.places: list[int] = []
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def at(self, place: int) -> RenderedRow:
+        self.places.append(place)
+        return self._rows[place]
