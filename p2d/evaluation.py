@@ -182,7 +182,7 @@ class Judge:
 
     def evaluate(self, adapter: Adapter) -> Evaluation:
         """Measure everything. Raises AdapterMismatch, Diverged, whatever `progress` raises."""
-        rendered = [self.base.renderer.render(row) for row in self.rows]
+        rendered = RenderedRows(self.base.renderer, self.rows)
         asked = self.rows[:METRIC_ROWS]
         with self._part("loss"):
             before = self._losses(rendered)

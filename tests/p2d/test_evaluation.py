@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import gc
 import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from p2d.adapters import load_adapter
 from p2d.config import JobConfig, TrainingConfig
-from p2d.evaluation import RowLosses, paired_bootstrap, random_heads, row_losses
+from p2d.estimate import evaluation_cost
+from p2d.evaluation import Judge, RowLosses, paired_bootstrap, random_heads, row_losses
 from p2d.generation import generate
 from p2d.models import BaseModel
+from p2d.plans import RowCounts
 from p2d.rendering import RenderedRow
+from p2d.resolution import resolve
 from p2d.slices import Head, HeadSlices, all_heads
 from tests.factories import some_rows
+from tests.p2d.test_adapters import trained_adapter
 
 
 def losses(nll: list[float], tokens: list[float]) -> RowLosses:
@@ -81,6 +89,47 @@ def test_random_heads_are_those_that_slices_would_count_and_no_slice_is_made(
     monkeypatch.setattr("p2d.slices.HeadSlices.__init__", None)  # 100 s of copies where a model has 270 heads
 
     assert [random_heads(tiny, config, wanted, random.Random(wanted)) for wanted in range(0, 40_000, 5_000)] == expected
+
+
+def test_an_evaluation_renders_rows_as_it_looks_at_them_and_finds_the_same(
+    tiny: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained_adapter(tiny, tmp_path)
+    asked = JobConfig(training=TrainingConfig(epochs=1, batch_size=4, learning_rate=1e-3, slices=("v", "o")))
+    config = resolve(asked, rows=8, context_length=tiny.info.context_length, head_dim=tiny.info.head_dim).config
+    rows, counts = some_rows(20), RowCounts(rows=8, tokens=400, answer_tokens=80, longest=60)
+    cost = evaluation_cost(tiny.info, config, train=counts, evaluation=counts)
+    held = [rendered_rows_held()]
+
+    def counting(base: BaseModel, rendered: Sequence[RenderedRow], at: Callable[[float], None]) -> RowLosses:
+        held.append(rendered_rows_held())
+        return row_losses(base, rendered, at=at)
+
+    monkeypatch.setattr("p2d.rendering.KEPT_RENDERED", 1)
+    monkeypatch.setattr("p2d.evaluation.row_losses", counting)
+    judge = Judge(
+        base=tiny,
+        rows=rows[8:],
+        train=rows[:8],
+        guide=rows[:2],
+        kept=rows[:4],
+        heads=[(0, 0)],
+        config=config,
+        cost=cost,
+    )
+
+    found = judge.evaluate(load_adapter(tmp_path))
+
+    assert len(held) == 3
+    assert max(held) - held[0] <= 1
+    listed = row_losses(tiny, [tiny.renderer.render(row) for row in rows[8:]])
+    assert found.loss_before == listed.mean
+    assert judge.losses["before"].nll_R.tobytes() == listed.nll_R.tobytes()
+
+
+def rendered_rows_held() -> int:
+    gc.collect()
+    return sum(type(thing) is RenderedRow for thing in gc.get_objects())
 
 
 # --- generation ------------------------------------------------------------------------------------------------------
