@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from p2d.config import JobConfig, Precision
 from p2d.memory_guard import memory_guard
+from p2d.model_info import read_model_info
 from p2d.registry import load
 
 if TYPE_CHECKING:
@@ -237,12 +238,13 @@ class StepCall:
 class ModelCache:
     """Keeps the last base model loaded between steps. Every step leaves its weights bit-identical."""
 
-    _key: tuple[str, str, str] | None = field(default=None, init=False)
+    _key: tuple[str, str, str, str] | None = field(default=None, init=False)
     _base: BaseModel | None = field(default=None, init=False)
 
     def get(self, model_dir: Path, *, precision: Precision, device: str) -> tuple[BaseModel, float]:
         """The base model and the seconds that loading took: 0.0 when it was warm."""
-        key = (str(model_dir.resolve()), precision, device)
+        # The digest, which costs a look at the files' times: a directory can hold another model by now.
+        key = (str(model_dir.resolve()), read_model_info(model_dir).digest, precision, device)
         if self._base is not None and self._key == key:
             return self._base, 0.0
         started = time.perf_counter()
@@ -250,8 +252,8 @@ class ModelCache:
         # By name, like a registry: an import statement here would tie planning (and so the service) to torch.
         load_base_model = import_module("p2d.models").load_base_model
         self._base = load_base_model(model_dir, precision=precision, device=device)
-        self._key = key
         assert self._base is not None
+        self._key = (key[0], self._base.info.digest, precision, device)
         return self._base, time.perf_counter() - started
 
     def drop(self) -> None:

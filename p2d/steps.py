@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from p2d.accounting import StepCost, host_memory_bytes, peak_memory_bytes
 from p2d.config import DATA_SCORERS, JobConfig, Precision, heads_ratio, least_proxy_rows, proxy_count
 from p2d.config_checks import check_given_heads, check_rank
-from p2d.errors import ErrorDetail, RowTooLong, TemplateRefuses
+from p2d.errors import ErrorDetail, ModelError, RowTooLong, TemplateRefuses
 from p2d.files import write_json
 from p2d.model_info import ModelInfo, read_model_info
 from p2d.pipeline import ModelCache, Progress, StepCall, shard_range
@@ -48,11 +48,13 @@ class _Meter:
     parts: dict[str, float] = field(default_factory=dict)
 
     def base(self, models: ModelCache, plan: Plan) -> BaseModel:
-        """The base model, warm or loaded now."""
+        """The base model, warm or loaded now. Raises ModelError if it is not the one that the plan was made for."""
         # The precision that `validate` found, not this worker's own choice: one job, one kind of numbers.
         precision = plan.config.training.precision
         base, seconds = models.get(self.call.model_dir, precision=precision, device=self.call.device)
         self.load_s += seconds
+        if base.info.digest != plan.model.digest:
+            raise ModelError(f"The files of the model {base.info.name!r} have changed since the job began.")
         return base
 
     def write(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,10 +13,13 @@ import pytest
 import torch
 
 from p2d import pipeline
-from p2d.config import DataConfig, HeadsConfig, JobConfig, Kind
-from p2d.errors import OutOfMemory
+from p2d.config import DataConfig, HeadsConfig, JobConfig, Kind, TrainingConfig
+from p2d.errors import ModelError, OutOfMemory
 from p2d.memory_guard import memory_guard
+from p2d.model_info import read_model_info
 from p2d.pipeline import STEPS, ModelCache, StepCall, is_input, plan_steps, run_step, shard_range
+from p2d.rows import write_rows
+from tests.factories import some_rows, tiny_model_dir
 
 KINDS: tuple[Kind, ...] = ("identify_heads", "select_data", "adapt")
 
@@ -106,6 +110,33 @@ def test_a_step_that_runs_out_of_memory_anywhere_says_so_by_our_own_error(
         with pytest.raises(OutOfMemory, match=f"ran out of memory while running the stage '{spec.stage}'") as caught:
             run_step(call, models=ModelCache())
         assert caught.value.__cause__ is raised
+
+
+def test_a_warm_model_is_loaded_again_once_its_files_have_changed(tmp_path: Path) -> None:
+    directory, models = tiny_model_dir(tmp_path / "model"), ModelCache()
+    warm, _ = models.get(directory, precision="fp32", device="cpu")
+    again, load_s = models.get(directory, precision="fp32", device="cpu")
+    assert (again is warm, load_s) == (True, 0.0)
+
+    shutil.copy(tiny_model_dir(tmp_path / "other", seed=1) / "model.safetensors", directory)
+    other, load_s = models.get(directory, precision="fp32", device="cpu")
+
+    assert other.info.digest == read_model_info(directory).digest != warm.info.digest
+    assert load_s > 0
+
+
+def test_a_step_refuses_a_model_that_its_plan_was_not_made_for(tmp_path: Path) -> None:
+    directory, inputs = tiny_model_dir(tmp_path / "model"), tmp_path / "inputs"
+    config = JobConfig(heads=HeadsConfig(scorer="uniform", ratio=0.5), training=TrainingConfig(learning_rate=1e-3))
+    inputs.mkdir()
+    write_rows(inputs / "dataset.jsonl", some_rows(40))
+    for step in ("validate", "heads"):
+        call = StepCall(step=step, config=config, model_dir=directory, inputs=inputs, out=inputs, device="cpu")
+        run_step(call, models=ModelCache())
+    shutil.copy(tiny_model_dir(tmp_path / "other", seed=1) / "model.safetensors", directory)
+
+    with pytest.raises(ModelError, match="have changed since the job began"):
+        run_step(call, models=ModelCache())
 
 
 def test_a_kernel_that_could_not_be_made_is_taken_for_memory_with_its_own_words_and_a_doubt() -> None:
