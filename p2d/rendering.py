@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,9 @@ from p2d.errors import ErrorDetail, ModelError, TemplateRefuses
 from p2d.model_files import opening
 from p2d.rows import Row
 from p2d.sequences import MadeSequence
+
+TODAY = datetime(2024, 7, 26)
+"""The day for templates that print today's: rows are the same on every day. It is the one that Llama 3's fall back to."""
 
 KEPT_RENDERED = 16_384
 """Rows whose ids are kept: all of a usual subset, and some 100 MB of a large one. A row is rendered in 0.1 to 0.3 ms."""
@@ -76,6 +80,7 @@ class Renderer:
         self._prefix = self._opening = self._bos = ""
         self._bos_ids: list[int] = []
         if self._chat:
+            self._dated = _dated(tokenizer.get_chat_template())
             (self._prefix, later_turn), self._opening = _shared_prefix(self), _opening(self)
             self.prefix_ids = self.encode(self._prefix) or [eos if bos is None else bos]
             if bos is not None and self._prefix.startswith(tokenizer.bos_token):
@@ -129,7 +134,9 @@ class Renderer:
 
     def chat_text(self, messages: list[dict[str, str]], *, open_answer: bool = False) -> str:
         """The chat template's text; with `open_answer` it ends where an answer would begin."""
-        text: str = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=open_answer)
+        text: str = self._tokenizer.apply_chat_template(
+            messages, chat_template=self._dated, tokenize=False, add_generation_prompt=open_answer
+        )
         return text
 
     def _lead_ids(self, rendered: RenderedRow) -> list[int]:
@@ -167,6 +174,19 @@ class Renderer:
         row = Row(prompt="1", answer="1", line=0)
         _, tail_ids, _ = self._turn(row)
         return tail_ids[len(self.render(row).answer_ids) :]
+
+
+def _dated(template: str) -> str | None:
+    """A template that asks for today's date with an answer of its own put before it; None for the others.
+
+    As a macro, since transformers lets no function through to a template. The line break after it is not rendered.
+    """
+    if "strftime_now" not in template:
+        return None
+    known = "".join(
+        f"|replace('%{each}', '{TODAY.strftime(f'%{each}')}')" for each in (*"aAbBcdfHIjmMpSxXyY%", "-d", "-m")
+    )
+    return f"{{% macro strftime_now(format) %}}{{{{ format{known} }}}}{{% endmacro %}}\n{template}"
 
 
 def _transcript(row: Row) -> str:

@@ -175,7 +175,8 @@ def run_identity(
     base: BaseModel, rows: Sequence[RenderedRow], guide: Sequence[RenderedRow], heads: Sequence[Head], config: JobConfig
 ) -> str:
     """Sha256 over everything that decides a training run; a checkpoint of another run is not resumed."""
-    facts = (CHECKPOINT_FORMAT, base.info.digest, str(base.dtype), sorted(heads), asdict(config.training))
+    model = (base.info.digest, str(base.dtype), base.renderer.prefix_ids)
+    facts = (CHECKPOINT_FORMAT, *model, sorted(heads), asdict(config.training))
     digest = hashlib.sha256(repr(facts).encode())
     for row in (*rows, *guide):
         digest.update(repr((row.prompt_ids, row.answer_ids)).encode())

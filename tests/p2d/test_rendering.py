@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime, tzinfo
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from p2d.errors import ModelError, TemplateRefuses
 from p2d.models import BaseModel
 from p2d.rendering import RenderedRows, Renderer, load_renderer
 from p2d.rows import Row, Turn
-from tests.factories import some_rows, tiny_model_dir, tiny_tokenizer
+from tests.factories import CHAT_TEMPLATE, some_rows, tiny_model_dir, tiny_tokenizer
 
 ROW = Row(prompt="What is 1+1?", answer="It is 2", line=1)
 
@@ -173,6 +174,23 @@ def test_a_template_whose_prompt_is_no_beginning_is_refused() -> None:
 
     with pytest.raises(ModelError):
         Renderer(tokenizer)
+
+
+def test_a_template_that_prints_todays_date_reads_the_same_on_every_day(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer: Any = tiny_tokenizer(chat=True)
+    tokenizer.chat_template = CHAT_TEMPLATE.replace("Be brief.", "Today is {{ strftime_now('%d %b %Y') }}.")
+    days = iter(range(1, 29))
+
+    class Clock(datetime):
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> Clock:
+            return cls(2031, 5, next(days), tzinfo=tz)
+
+    monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", Clock)
+    renderer = Renderer(tokenizer)
+
+    assert text(tokenizer, renderer.prefix_ids).startswith("<|im_start|>system\nToday is 26 Jul 2024.<|im_end|>")
+    assert renderer.render(ROW) == Renderer(tokenizer).render(ROW)
 
 
 def test_a_directory_without_a_tokenizer_is_refused_and_weights_are_not_needed(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from p2d.models import BaseModel, load_base_model
 from p2d.optimization import Schedule, SliceTrainer, epoch_order
 from p2d.rendering import RenderedRow
 from p2d.slices import HeadSlices
-from p2d.training import TrainingResult, train
+from p2d.training import TrainingResult, run_identity, train
 from tests.factories import some_rows, tiny_model_dir
 from tests.p2d.test_slices import HEADS, assert_same, weights_of
 
@@ -130,6 +130,15 @@ def test_a_checkpoint_of_another_run_or_a_broken_one_is_not_resumed(
     for file in tmp_path.glob("*/tensors.safetensors"):
         file.write_bytes(file.read_bytes()[:-1])
     assert train(tiny, rendered[:9], rendered[9:], HEADS, CONFIG, quiet, resume_from=tmp_path).resumed_step == 0
+
+
+def test_a_run_is_known_by_what_stands_before_its_rows_too(
+    tiny: BaseModel, rendered: list[RenderedRow], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = run_identity(tiny, rendered, rendered, HEADS, CONFIG)
+    monkeypatch.setattr(tiny.renderer, "prefix_ids", tiny.renderer.prefix_ids[:-1])
+
+    assert run_identity(tiny, rendered, rendered, HEADS, CONFIG) != one
 
 
 def test_an_automatic_rate_is_searched_on_held_out_rows_and_counted(
