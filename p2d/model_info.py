@@ -16,6 +16,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from fnmatch import fnmatch
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -33,6 +34,13 @@ MODEL_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
 
 DIGEST_CACHE = "p2d-model.json"
 """File in the model's directory that keeps its digest, with the sizes and times it holds for."""
+
+_WHOLE = frozenset(
+    {"config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+    | {"special_tokens_map.json", "added_tokens.json"}  # of older models: they change which ids end an answer
+)
+_MORE_TEMPLATES = "additional_chat_templates"
+"""Files beside the weights, and a folder, that decide what a model computes or how rows are rendered for it."""
 
 _BUFFER = re.compile(r"\.(attn|attention)\.(masked_)?bias$|rotary_emb\.inv_freq$")
 """Causal masks and rotary tables that older GPT-2 and Pythia files hold: 13 M numbers in GPT-2's, and no weights."""
@@ -181,8 +189,10 @@ Stamps = tuple[tuple[str, int, int], ...]
 
 def _stamps(directory: Path) -> Stamps:
     # What _keep writes is left out; a link to nothing is no file.
-    files = (entry for entry in os.scandir(directory) if "p2d-model" not in entry.name and entry.is_file())
-    return tuple(sorted((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files))
+    own = (Path(entry) for entry in os.scandir(directory) if "p2d-model" not in entry.name)
+    files = [path for path in (*own, *_more_templates(directory)) if path.is_file()]
+    stats = ((str(path.relative_to(directory)), path.stat()) for path in files)
+    return tuple(sorted((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats))
 
 
 def model_digest(directory: Path) -> str:
@@ -190,8 +200,8 @@ def model_digest(directory: Path) -> str:
 
     It is kept beside them, for every process and user; and in this process, for where that note can be neither read nor written.
     """
-    files = _digested_files(directory)
-    stamps = {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in files}
+    files = {path.relative_to(directory).as_posix(): path for path in _digested_files(directory)}
+    stamps = {name: [path.stat().st_size, path.stat().st_mtime_ns] for name, path in files.items()}
     cache = directory / DIGEST_CACHE
     try:
         kept = json.loads(cache.read_bytes())
@@ -412,12 +422,17 @@ def _header(directory: Path, path: Path) -> dict[str, dict[str, Any]]:
 
 
 def _digested_files(directory: Path) -> list[Path]:
-    return sorted(path for path in directory.iterdir() if _is_digested(path.name) and path.is_file())
+    own = (path for path in directory.iterdir() if _is_digested(path.name))
+    return sorted(path for path in (*own, *_more_templates(directory)) if path.is_file())
 
 
 def _is_digested(name: str) -> bool:
-    whole = ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-    return name in whole or name.endswith(".safetensors")
+    return name in _WHOLE or name.endswith(".safetensors") or fnmatch(name, f"{_MORE_TEMPLATES}/*.jinja")
+
+
+def _more_templates(directory: Path) -> Iterator[Path]:
+    """Chat templates that stand in a folder of their own; transformers takes the one called `default` for want of another."""
+    return directory.glob(f"{_MORE_TEMPLATES}/*.jinja")
 
 
 def _directories(models_dir: Path) -> Iterator[Path]:

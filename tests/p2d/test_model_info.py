@@ -315,6 +315,25 @@ def test_the_digest_knows_contents_and_names_but_not_times(tmp_path: Path) -> No
     assert model_digest(one) != model_digest(other)
 
 
+@pytest.mark.parametrize(
+    "name", ["special_tokens_map.json", "added_tokens.json", "additional_chat_templates/default.jinja"]
+)
+def test_the_digest_knows_every_file_that_changes_how_rows_are_rendered(tmp_path: Path, name: str) -> None:
+    directory = write_model(tmp_path / "m")
+    without = read_model_info(directory).digest
+    file = directory / name
+    file.parent.mkdir(exist_ok=True)
+
+    file.write_text("{}")
+    added = read_model_info(directory).digest
+    file.write_text('{"x": 1}')
+    changed = read_model_info(directory).digest
+
+    assert len({without, added, changed}) == 3
+    hashes = {path.relative_to(directory).as_posix(): path for path in directory.rglob("*") if path.is_file()}
+    assert digest_of({each: sha256_of(path) for each, path in hashes.items()}) == changed
+
+
 def test_the_digest_follows_from_the_hashes_of_the_files(tmp_path: Path) -> None:
     directory = write_model(tmp_path / "m")
     for name in ("README.md", "generation_config.json", DIGEST_CACHE):
