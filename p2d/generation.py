@@ -61,7 +61,7 @@ def generate(
     on_token: Callable[[], None] = _nothing,
     after: Sequence[int] = (),
 ) -> list[list[int]]:
-    """Greedy answers to prompts, each up to its stop token or `limit`.
+    """Greedy answers to prompts, each up to its stop token, `limit` or the end of the model's context, whatever stands beside it.
 
     One batch with a key-value cache; rows that have stopped leave it. Prompts are padded on the left, so that all rows
     write their next token at the same place.
@@ -75,7 +75,9 @@ def generate(
     if after and narrow and len({len(ids) for ids in prompts}) > 1:
         # Padding between what all stand behind and a prompt would fill the sliding window.
         return _by_length(base, prompts, limit=limit, on_token=on_token, after=after)
-    limit = min(limit, base.info.context_length - width - len(after))
+    room = [min(limit, base.info.context_length - len(ids) - len(after)) for ids in prompts]
+    if min(room) <= 0:
+        return _where_room(base, prompts, room, limit=limit, on_token=on_token, after=after)
     input_ids_BT = torch.full((len(prompts), width), base.renderer.pad_id, device=base.device)
     mask_BT = torch.zeros_like(input_ids_BT)
     for b, ids in enumerate(prompts):
@@ -89,13 +91,14 @@ def generate(
         base.hidden(torch.tensor([list(after)], device=base.device), past_key_values=cache)
         cache.batch_repeat_interleave(len(prompts))
         mask_BT = torch.cat([mask_BT.new_ones(len(prompts), len(after)), mask_BT], dim=1)
-    for _ in range(limit):
+    for _ in range(max(room)):
         h_BTD = base.hidden(input_ids_BT, mask_BT, position_ids=position_BT, past_key_values=cache)
         next_B: Tensor = base.logits(h_BTD[:, -1]).argmax(-1)
         tokens = next_B.tolist()
         going = [place for place, token in enumerate(tokens) if token not in stop]
         for place in going:
             answers[alive[place]].append(tokens[place])
+        going = [place for place in going if len(answers[alive[place]]) < room[alive[place]]]
         on_token()
         if not going:
             break
@@ -108,6 +111,21 @@ def generate(
         position_BT = position_BT[:, -1:] + 1
         mask_BT = torch.cat([mask_BT, torch.ones_like(input_ids_BT)], dim=1)
     return answers
+
+
+def _where_room(
+    base: BaseModel,
+    prompts: Sequence[list[int]],
+    room: Sequence[int],
+    *,
+    limit: int,
+    on_token: Callable[[], None],
+    after: Sequence[int],
+) -> list[list[int]]:
+    """`generate`, with no answer to prompts that leave no room for one."""
+    some = [ids for ids, tokens in zip(prompts, room, strict=True) if tokens > 0]
+    answers = iter(generate(base, some, limit=limit, on_token=on_token, after=after) if some else [])
+    return [next(answers) if tokens > 0 else [] for tokens in room]
 
 
 def _by_length(

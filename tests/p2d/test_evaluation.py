@@ -157,6 +157,17 @@ def test_a_batch_of_answers_is_what_each_prompt_gives_alone(tiny: BaseModel) -> 
     assert answers == [greedy_without_cache(tiny, ids, 12) for ids in prompts]
 
 
+def test_an_answer_is_as_long_as_alone_beside_a_prompt_that_fills_the_context(tiny: BaseModel) -> None:
+    short = tiny.renderer.asked(tiny.renderer.render(some_rows(1)[0]))
+    nearly, full = ([short[place % len(short)] for place in range(length)] for length in (509, 512))
+    (alone,) = generate(tiny, [short], limit=12)
+    (cut,) = generate(tiny, [nearly], limit=12)
+    assert (len(alone), len(cut)) == (12, 3)
+
+    assert generate(tiny, [nearly, short, full], limit=12) == [cut, alone, []]
+    assert generate(tiny, [full], limit=12) == [[]]
+
+
 def test_an_answer_ends_at_its_stop_token_while_others_go_on(tiny: BaseModel) -> None:
     prompts = [tiny.renderer.asked(tiny.renderer.render(row)) for row in some_rows(6)]
     free = generate(tiny, prompts, limit=8, on_token=lambda: None)
