@@ -10,6 +10,7 @@ import shutil
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,9 @@ from p2d.arch.spec import ArchSpec, unit_view, units_of
 from p2d.config import JobConfig, Projection, rank_of
 from p2d.errors import AdapterMismatch, ModelError
 from p2d.files import read_json, sha256_of, write_json
-from p2d.model_info import DIGEST_CACHE, ModelInfo, read_model_info, weight_files
+from p2d.model_info import DIGEST_CACHE, ModelInfo, more_templates, read_model_info, weight_files
 from p2d.models import BaseModel
+from p2d.pipeline import EXPORTS
 from p2d.registry import load
 from p2d.slices import Head, slice_key
 
@@ -173,6 +175,8 @@ def open_pair(base_dir: Path, adapter_dir: Path, out: Path) -> tuple[Adapter, Mo
 def merge(base_dir: Path, adapter_dir: Path, out: Path) -> Path:
     """Write a full model directory with the adapter's values in its weights; every other tensor keeps its bytes.
 
+    Of the base's other files it has those that an export has (`p2d.pipeline.EXPORTS`).
+
     Values are rounded to the type of the base's files if the adapter was trained in a wider one.
     Raises: AdapterMismatch, ModelError; ModelError too if `out` exists.
     """
@@ -182,8 +186,7 @@ def merge(base_dir: Path, adapter_dir: Path, out: Path) -> Path:
         targets[spec.stored_names(entry.layer, entry.projection)].append(entry)
     part = out.with_name(f".{out.name}.part")
     shutil.rmtree(part, ignore_errors=True)
-    left_out = shutil.ignore_patterns("*.safetensors", DIGEST_CACHE, ".*")
-    shutil.copytree(base_dir, part, ignore=left_out)
+    _copy_beside_weights(base_dir, part)
     written: set[tuple[str, str]] = set()
     for file in weight_files(base_dir):
         tensors = load_file(file)
@@ -200,6 +203,19 @@ def merge(base_dir: Path, adapter_dir: Path, out: Path) -> Path:
     if written != targets.keys():
         raise ModelError(f"The files of {info.name!r} lack the weight {min(targets.keys() - written)[0]!r}.")
     return part.rename(out)
+
+
+def _copy_beside_weights(base_dir: Path, out: Path) -> None:
+    """Config, tokenizer, templates, license and card: what an export of the service has. The base's other forms (PyTorch, ONNX,
+    GGUF) hold weights from before the merge."""
+    out.mkdir(parents=True)
+    names = EXPORTS["merge"].writes + EXPORTS["merge"].optional_writes
+    for path in (*base_dir.iterdir(), *more_templates(base_dir)):
+        own = path.name == DIGEST_CACHE or path.name.startswith(".") or path.suffix == ".safetensors"
+        if path.is_file() and not own and any(fnmatch(path.name, pattern) for pattern in names):
+            target = out / path.relative_to(base_dir)
+            target.parent.mkdir(exist_ok=True)
+            shutil.copy2(path, target)
 
 
 def _entries(info: ModelInfo, heads: Sequence[Head], projections: Sequence[Projection]) -> tuple[SliceEntry, ...]:

@@ -190,7 +190,7 @@ Stamps = tuple[tuple[str, int, int], ...]
 def _stamps(directory: Path) -> Stamps:
     # What _keep writes is left out; a link to nothing is no file.
     own = (Path(entry) for entry in os.scandir(directory) if "p2d-model" not in entry.name)
-    files = [path for path in (*own, *_more_templates(directory)) if path.is_file()]
+    files = [path for path in (*own, *more_templates(directory)) if path.is_file()]
     stats = ((str(path.relative_to(directory)), path.stat()) for path in files)
     return tuple(sorted((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats))
 
@@ -423,14 +423,14 @@ def _header(directory: Path, path: Path) -> dict[str, dict[str, Any]]:
 
 def _digested_files(directory: Path) -> list[Path]:
     own = (path for path in directory.iterdir() if _is_digested(path.name))
-    return sorted(path for path in (*own, *_more_templates(directory)) if path.is_file())
+    return sorted(path for path in (*own, *more_templates(directory)) if path.is_file())
 
 
 def _is_digested(name: str) -> bool:
     return name in _WHOLE or name.endswith(".safetensors") or fnmatch(name, f"{_MORE_TEMPLATES}/*.jinja")
 
 
-def _more_templates(directory: Path) -> Iterator[Path]:
+def more_templates(directory: Path) -> Iterator[Path]:
     """Chat templates that stand in a folder of their own; transformers takes the one called `default` for want of another."""
     return directory.glob(f"{_MORE_TEMPLATES}/*.jinja")
 

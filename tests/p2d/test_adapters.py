@@ -160,3 +160,24 @@ def test_a_weight_file_that_no_load_reads_is_not_merged(tmp_path: Path) -> None:
 
     assert [path.name for path in merged.glob("*.safetensors")] == ["model.safetensors"]
     assert_same(weights_of(load_base_model(merged, precision="fp32", device="cpu")), trained)
+
+
+def test_a_merged_model_has_no_other_form_of_the_weights_from_before(tmp_path: Path) -> None:
+    base_dir = tiny_model_dir(tmp_path / "base")
+    for name in (
+        "onnx/model.onnx",
+        "pytorch_model.bin",
+        "LICENSE",
+        "additional_chat_templates/tools.jinja",
+        ".secret.json",
+    ):
+        (base_dir / name).parent.mkdir(exist_ok=True)
+        (base_dir / name).write_text("from before")
+    trained_adapter(load_base_model(base_dir, precision="fp32", device="cpu"), tmp_path / "adapter")
+
+    merged = merge(base_dir, tmp_path / "adapter", tmp_path / "merged")
+
+    assert {path.relative_to(merged).as_posix() for path in merged.rglob("*") if path.is_file()} == {
+        *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
+        *("model.safetensors", "LICENSE", "additional_chat_templates/tools.jinja"),
+    }
