@@ -60,14 +60,20 @@ class ActivationStore:
             self._held[key] = value.clone()
         elif self._file is not None and value.nbytes <= self._file_room:
             try:
-                self._file.write(value.view(torch.uint8).numpy().data)
-                self._file.flush()
+                _write(self._file.fileno(), value.view(torch.uint8).numpy().data.cast("B"), self._end)
             except OSError:  # the disk filled up in spite of DISK_SHARE: what does not fit is computed again
                 self._file_room = 0
                 return
             self._spilled[key] = (self._end, value.shape, value.dtype)
             self._end += value.nbytes
             self._file_room -= value.nbytes
+
+
+def _write(file: int, data: memoryview, start: int) -> None:
+    """Write at a place, past the file object, whose buffer would try once more to write what did not fit when it is closed."""
+    done = 0
+    while done < len(data):
+        done += os.pwrite(file, data[done:], start + done)
 
 
 class FrozenLayers:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -160,11 +161,23 @@ def test_a_store_keeps_to_its_budgets_and_forgets_the_rest() -> None:
 
 
 def test_a_full_disk_only_means_computing_again() -> None:
-    class Full:
-        def write(self, data: object) -> None:
-            raise OSError(28, "No space left on device")
+    with Path("/dev/full").open("wb") as file:  # whose every write fails, the last one at closing too
+        store = ActivationStore(memory_bytes=0, file=file, file_bytes=1000)
+        store.put(b"a", torch.zeros(3))
 
-    store = ActivationStore(memory_bytes=0, file=Full(), file_bytes=1000)  # type: ignore[arg-type]
-    store.put(b"a", torch.zeros(3))
+        assert store.get(b"a") is None
 
-    assert store.get(b"a") is None
+
+def test_what_is_written_in_pieces_is_read_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    pwrite = os.pwrite
+    monkeypatch.setattr("p2d.activation_cache.os.pwrite", lambda file, data, start: pwrite(file, data[:5], start))
+    values = {bytes([n]): torch.randn(4, 3) for n in range(3)}
+    with tempfile.TemporaryFile() as file:
+        store = ActivationStore(memory_bytes=0, file=file, file_bytes=1000)
+        for key, value in values.items():
+            store.put(key, value)
+
+        for key, value in values.items():
+            found = store.get(key)
+            assert found is not None
+            assert torch.equal(found, value)
