@@ -166,13 +166,20 @@ def _scores(value: Sequence[Sequence[float]]) -> tuple[tuple[float, ...], ...]:
 
 
 def check_head_map(path: Path, info: ModelInfo) -> HeadMap:
-    """Load the head map of a model. Raises ConfigError (`config.invalid`) if the file is none, or of another model."""
+    """Load the head map of a model. Raises ConfigError (`config.invalid`) if it is none, or not of its heads."""
     try:
         head_map = HeadMap.load(path)
     except ModelError as error:
         raise _unusable(error.text) from error
     if head_map.model_digest != info.digest:
         raise _unusable(f"The head map is of {head_map.model_name!r}; the job's base model is {info.name!r}.")
+    shape = [info.n_heads] * info.n_layers
+    if any([len(row) for row in scores] != shape for scores in (head_map.scores, *head_map.halves)):
+        raise _unusable(f"The head map has not the {info.n_layers} layers of {info.n_heads} heads of {info.name!r}.")
+    if not all(
+        math.isfinite(score) for scores in (head_map.scores, *head_map.halves) for row in scores for score in row
+    ):
+        raise _unusable("The head map has a score that is no finite number.")
     return head_map
 
 

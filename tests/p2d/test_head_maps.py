@@ -6,13 +6,15 @@ import csv
 import io
 import json
 import xml.etree.ElementTree as ElementTree
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
-from p2d.errors import ModelError
-from p2d.head_maps import HeadMap, ProxyFacts, overlap, reproducibility, spearman
+from p2d.errors import ConfigError, ModelError
+from p2d.head_maps import HeadMap, ProxyFacts, check_head_map, overlap, reproducibility, spearman
+from p2d.model_info import read_model_info
+from tests.factories import tiny_model_dir
 
 SCORES = ((0.5, 0.1, 0.5), (0.9, -0.2, 0.1))
 
@@ -60,6 +62,29 @@ def test_a_file_that_is_no_map_is_refused(tmp_path: Path, content: str) -> None:
 
     with pytest.raises(ModelError):
         HeadMap.load(tmp_path / "head_map.json")
+
+
+@pytest.mark.parametrize(
+    ("scores", "said"),
+    [
+        ((*SCORES, SCORES[0]), "2 layers of 3 heads"),
+        ((SCORES[0], SCORES[1][:2]), "2 layers of 3 heads"),
+        ((SCORES[0], (0.9, float("nan"), 0.1)), "no finite number"),
+        ((SCORES[0], (0.9, float("inf"), 0.1)), "no finite number"),
+    ],
+)
+def test_a_given_map_has_a_number_for_every_head_of_the_model(
+    tmp_path: Path, scores: tuple[tuple[float, ...], ...], said: str
+) -> None:
+    info = replace(read_model_info(tiny_model_dir(tmp_path / "tiny")), n_layers=2, n_heads=3, digest="d")
+    path = tmp_path / "head_map.json"
+    a_map().save(path)
+    assert check_head_map(path, info) == a_map()
+
+    for changed in (replace(a_map(), scores=scores), replace(a_map(), halves=(SCORES, scores))):
+        path.write_text(json.dumps({**json.loads(path.read_text()), **asdict(changed)}))
+        with pytest.raises(ConfigError, match=said):
+            check_head_map(path, info)
 
 
 def test_reproducibility_compares_ranks_and_top_heads_with_chance() -> None:
