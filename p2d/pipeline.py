@@ -84,7 +84,7 @@ STEPS: Mapping[str, StepSpec] = {
     ),
     "train": StepSpec(
         stage="training",
-        reads=("rows.jsonl", "guide.jsonl", "plan.json", "head_map.json", "selection.jsonl"),
+        reads=("guide.jsonl", "plan.json", "head_map.json", "selection.jsonl"),
         writes=("heads.safetensors", "manifest.json", "training.json", "accounting-train.json"),
         needs_model=True,
         needs_tokenizer=True,
@@ -100,7 +100,6 @@ STEPS: Mapping[str, StepSpec] = {
             "selection.jsonl",
             "heads.safetensors",
             "manifest.json",
-            "training.json",
         ),
         optional_reads=("rows.index",),
         writes=("evaluation.json", "row_losses.json", "accounting-evaluate.json"),

@@ -72,6 +72,12 @@ def test_every_input_is_the_output_of_an_earlier_step_or_the_users(kind: Kind) -
         written += STEPS[step].writes
 
 
+def test_training_is_sent_no_whole_dataset_and_evaluation_no_log_of_training() -> None:
+    """Workers fetch what a step declares; that it is enough, `test_steps_on_separate_workers_give_the_bytes_of_one` shows."""
+    assert not is_input("train", "rows.jsonl")
+    assert not is_input("evaluate", "training.json")
+
+
 @pytest.mark.parametrize("rows", [1, 7, 300, 1001])
 @pytest.mark.parametrize("shards", [1, 2, 7])
 def test_shards_cover_every_row_once(rows: int, shards: int) -> None:
