@@ -307,7 +307,8 @@ class Client:
 
     def fetch(self, artifact: Artifact, path: Path) -> Path:
         """Fetch one file. Resumes its own partial file by Range; the file gets its name only when its sha256 is right."""
-        partial = path.with_name(path.name + ".partial")
+        # Named by its content too: what another file of that name left cannot be gone on with.
+        partial = path.with_name(f"{path.name}.{artifact.sha256[:12]}.partial")
         failures = 0
         while (before := _size(partial)) < artifact.size_bytes:
             cause: Exception | None = None

@@ -6,6 +6,7 @@ import hashlib
 import json
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -232,6 +233,20 @@ def test_a_cut_download_goes_on_where_it_stopped(
     assert path.read_bytes() == CONTENT
     assert [request.headers.get("Range") for request in seen] == [None, f"bytes={half}-"]
     assert [each.name for each in tmp_path.iterdir()] == ["heads.safetensors"]
+
+
+def test_a_download_goes_on_from_no_part_of_another_file_of_its_name(
+    client: Client, answer: Callable[..., None], seen: list[Request], tmp_path: Path
+) -> None:
+    other = replace(ARTIFACT, sha256="0" * 64)
+    answer(lambda request: content(request, cut_at=5, body=CONTENT[::-1]), lambda request: request.say(206, b""))
+    with pytest.raises(ServiceUnreachable):
+        client.fetch(other, tmp_path / "heads.safetensors")
+    assert [each.stat().st_size for each in tmp_path.iterdir()] == [5]
+
+    answer(content)
+    assert client.fetch(ARTIFACT, tmp_path / "heads.safetensors").read_bytes() == CONTENT
+    assert seen[-1].headers.get("Range") is None
 
 
 def test_a_download_with_other_bytes_is_refused(client: Client, answer: Callable[..., None], tmp_path: Path) -> None:
