@@ -80,7 +80,9 @@ def read_rows(
         except BadRow as bad:
             yield bad.at(line)
             continue
-        if sum(map(len, row.texts)) > max_row_bytes:  # Parquet has no raw line to measure
+        if (
+            sum(len(text.encode(errors="surrogatepass")) for text in row.texts) > max_row_bytes
+        ):  # Parquet has no raw line to measure
             yield too_large(max_row_bytes).at(line)
             continue
         yield row

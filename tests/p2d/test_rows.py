@@ -295,6 +295,14 @@ def test_a_file_that_only_claims_to_be_parquet_is_refused(tmp_path: Path) -> Non
         read(tmp_path, b"PAR1" + b"\x00" * 64 + b"PAR1")
 
 
+def test_a_row_of_a_parquet_file_is_measured_in_bytes_like_any_other(tmp_path: Path) -> None:
+    path = tmp_path / "data"
+    path.write_bytes(as_parquet([{"question": "\N{GRINNING FACE}" * 600, "answer": "x"}]))
+
+    assert faults(list(read_rows(path, "parquet", max_row_bytes=2_400))) == [(1, "row.too_large", None)]
+    assert faults(list(read_rows(path, "parquet", max_row_bytes=2_401))) == []
+
+
 def test_a_small_parquet_file_that_unpacks_to_a_huge_one_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
