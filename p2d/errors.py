@@ -192,7 +192,7 @@ class Diverged(EngineError):
     code, fault, hint = (
         "engine.diverged",
         "user",
-        "Lower training.learning_rate, or look at the rows named in the message.",
+        'Lower training.learning_rate, or leave it "auto".',
     )
 
 
