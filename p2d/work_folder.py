@@ -30,7 +30,8 @@ NAME = ".p2d-work"
 """Of the folder in `out`."""
 
 SIGN_OF_LIFE_S = 1.0
-"""Seconds between two notes of how long a step has been at work: a kill leaves no more than this out of the bill."""
+"""Seconds between two notes of how long a step has been at work: a kill leaves no more than this out of the bill, once the
+job is accepted."""
 
 
 class WorkFolder:
