@@ -36,8 +36,10 @@ class StepCost:
     """Seconds of everything else inside the step."""
     parts: Mapping[str, float] = field(default_factory=dict)
     """Named seconds inside `work_s`."""
+    part_flops: Mapping[str, int] = field(default_factory=dict)
+    """Those of `flops` that were spent in them; of the other parts they stand with the step itself."""
     tokens: int
-    """Tokens pushed through the model, forward passes with and without backward alike."""
+    """Of rows that were scored or trained on, each pass counted, or judged; looks at held-out rows only in stage 1."""
     rows: int
     flops: int = 0
     """Floating point operations by `p2d.flops`; 0 where the step multiplies no matrices, or where it is unknown."""
@@ -182,13 +184,14 @@ def _lines_of(costs: list[StepCost], wall_s: Mapping[tuple[str, int], float], *,
         for cost in costs:
             if cost.step != step:
                 continue
-            rest = cost.work_s
+            rest_s, rest_flops = cost.work_s, cost.flops
             for part, part_s in cost.parts.items():
-                line = f"{name}: {part}"
+                line, part_flops = f"{name}: {part}", cost.part_flops.get(part, 0)
                 seconds[line] = seconds.get(line, 0.0) + part_s
-                rest -= part_s
-            seconds[name] = seconds.get(name, 0.0) + max(rest, 0.0)
-            flops[name] = flops.get(name, 0) + cost.flops
+                flops[line] = flops.get(line, 0) + part_flops
+                rest_s, rest_flops = rest_s - part_s, rest_flops - part_flops
+            seconds[name] = seconds.get(name, 0.0) + max(rest_s, 0.0)
+            flops[name] = flops.get(name, 0) + rest_flops
             if step == "evaluate":
                 seconds[name] += cost.load_s
     measured = {(cost.step, cost.shard): cost.load_s + cost.work_s for cost in counted}

@@ -57,24 +57,27 @@ def training_flops(
     heads: Sequence[Head],
     config: JobConfig,
     result: TrainingResult,
-) -> float:
-    """All epochs, all trials of the search, and every look at held-out rows.
+) -> tuple[float, float]:
+    """All epochs, all trials of the search, and every look at held-out rows; and of these the trials with their looks.
 
-    Remembered layers are counted once for each row, whether or not there was room to keep what they gave.
+    Remembered layers are counted once for each row, whether or not there was room to keep what they gave, and not to the search.
     """
-    settings = config.training
-    assert settings.slices != "auto", "resolve the config first"
-    trial_steps = sum(trial.steps for trial in result.trials)
-    passes = epochs_of(settings) + trial_steps / steps_per_epoch(len(rows), settings.batch_size)
+    settings, below = config.training, result.remembered_below
+    slices = settings.slices
+    assert slices != "auto", "resolve the config first"
+
+    def passed(trained: Work, looked: Work) -> float:
+        training = flops.slice_training(base.info, trained, heads=heads, projections=slices, cached=below > 0)
+        return training + flops.forward(base.info, looked, from_layer=below)
+
     whole = work_of_rendered(base, rows)
-    trained = whole.times(passes)
+    trial_epochs = sum(trial.steps for trial in result.trials) / steps_per_epoch(len(rows), settings.batch_size)
     watched = work_of_rendered(base, guide[: result.watched_rows]).times(len(result.watched))
     judged = work_of_rendered(base, guide[: judged_rows(len(rows), len(guide))]).times(len(result.trials))
-    below = result.remembered_below
-    total = flops.slice_training(base.info, trained, heads=heads, projections=settings.slices, cached=below > 0)
-    total += flops.forward(base.info, watched + judged, from_layer=below)
+    search = passed(whole.times(trial_epochs), judged)
+    total = search + passed(whole.times(epochs_of(settings)), watched)
     if below:
         seen = max(result.watched_rows, judged_rows(len(rows), len(guide)) if result.trials else 0)
         once = whole + work_of_rendered(base, guide[:seen])
         total += flops.forward(base.info, replace(once, logits=0), to_layer=below)
-    return total
+    return total, search

@@ -46,6 +46,7 @@ class _Meter:
     started: float = field(default_factory=time.perf_counter)
     load_s: float = 0.0
     parts: dict[str, float] = field(default_factory=dict)
+    part_flops: dict[str, int] = field(default_factory=dict)
 
     def base(self, models: ModelCache, plan: Plan) -> BaseModel:
         """The base model, warm or loaded now. Raises ModelError if it is not the one that the plan was made for."""
@@ -75,6 +76,7 @@ class _Meter:
             load_s=self.load_s,
             work_s=time.perf_counter() - self.started - self.load_s,
             parts=self.parts,
+            part_flops=self.part_flops,
             tokens=tokens,
             rows=rows,
             flops=round(flops),
@@ -338,7 +340,8 @@ def train(call: StepCall, progress: Progress, models: ModelCache, on_checkpoint:
     facts.pop("state")  # the weights have a file of their own
     write_json(call.out / "training.json", facts)
     meter.parts["learning-rate search"] = result.search_seconds
-    operations = training_flops(base, rendered, watched, chosen, plan.config, result)
+    operations, searching = training_flops(base, rendered, watched, chosen, plan.config, result)
+    meter.part_flops["learning-rate search"] = round(searching)
     _write_cost(meter, base, tokens=result.tokens, rows=len(kept), flops=operations)
 
 

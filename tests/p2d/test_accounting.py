@@ -15,6 +15,7 @@ def cost(
     shard: int = 0,
     parts: dict[str, float] | None = None,
     flops: int = 0,
+    part_flops: dict[str, int] | None = None,
 ) -> StepCost:
     return StepCost(
         step=step,
@@ -25,6 +26,7 @@ def cost(
         tokens=1,
         rows=1,
         flops=flops,
+        part_flops=part_flops or {},
         peak_memory_bytes=1,
         device="cpu",
     )
@@ -125,7 +127,7 @@ def test_operations_are_billed_beside_the_seconds_and_evaluation_is_not() -> Non
     costs = [
         cost("respond", 20, flops=30),
         cost("respond", 30, shard=1, flops=20),
-        cost("train", 40, parts={"learning-rate search": 15}, flops=50),
+        cost("train", 40, parts={"learning-rate search": 15}, flops=50, part_flops={"learning-rate search": 20}),
         cost("evaluate", 500, flops=10_000),
     ]
 
@@ -134,7 +136,8 @@ def test_operations_are_billed_beside_the_seconds_and_evaluation_is_not() -> Non
     assert (total.counted_flops, total.aer_flop, total.aer_lora_flop) == (100, 0.25, 0.5)
     assert {line.name: line.flops for line in total.lines if line.flops and line.counted} == {
         "rows: responses": 50,
-        "train": 50,
+        "train: learning-rate search": 20,
+        "train": 30,
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TypeVar
 
 import pytest
@@ -66,7 +67,21 @@ def test_training_with_its_search_and_its_looks(recipe: str, tiny: BaseModel) ->
 
     result, found = counted(lambda: train(tiny, rows, guide, heads, config, no_progress))
 
-    assert training_flops(tiny, rows, guide, heads, config, result) == pytest.approx(found, rel=TOLERANCE)
+    assert training_flops(tiny, rows, guide, heads, config, result)[0] == pytest.approx(found, rel=TOLERANCE)
+
+
+def test_what_the_search_for_a_rate_took_is_what_a_given_rate_spares(tiny: BaseModel) -> None:
+    heads = [(0, 0), (2, 3)]  # nothing below them is remembered, which both would share
+    rows, guide = [tiny.renderer.render(row) for row in ROWS[:12]], [tiny.renderer.render(row) for row in ROWS[12:]]
+    searching = a_config("paper")
+    searched, found = counted(lambda: train(tiny, rows, guide, heads, searching, no_progress))
+    given = replace(searching, training=replace(searching.training, learning_rate=searched.learning_rate))
+    trained, alone = counted(lambda: train(tiny, rows, guide, heads, given, no_progress))
+
+    search = training_flops(tiny, rows, guide, heads, searching, searched)[1]
+
+    assert search == pytest.approx(found - alone, rel=TOLERANCE)
+    assert training_flops(tiny, rows, guide, heads, given, trained)[1] == 0
 
 
 def test_each_row_is_looked_at_once_where_layers_are_remembered(tiny: BaseModel) -> None:
