@@ -63,7 +63,7 @@ def _rows_kept(selection: Mapping[str, Any]) -> str:
         )
     if unlike:
         kept += f"; {unlike} do not read like the held-out rows and were left out"
-    kept += _going_together(selection) if selection["combine"] == "pass" else _like_held_out(selection)
+    kept += _going_together(selection) if selection.get("combine") == "pass" else _like_held_out(selection)
     if repeating := selection.get("repeating"):  # reports of earlier versions know of none
         kept += f"; {repeating} nearly repeat a better one and stood behind"
     return kept
