@@ -16,6 +16,7 @@ from rich.text import Text
 
 from app.progress import duration
 from p2d.config import UNIFORM
+from p2d.wording import counted
 
 
 def summary(report: Mapping[str, Any]) -> RenderableType:
@@ -72,8 +73,10 @@ def _rows_kept(selection: Mapping[str, Any]) -> str:
 def _going_together(selection: Mapping[str, Any]) -> str:
     left_out = selection["scored"] - selection["good_enough"]
     if not left_out:
-        return "; by their words all answers go with their prompts"
-    return f"; by their words {left_out} answers go better with other prompts, or are their prompt once more"
+        return "; their words gave no reason to leave one out"
+    them = counted(left_out, "answer does", "answers do")
+    chance = ", and chance decides among the others" if selection["kept"] < selection["seem_good"] else ""
+    return f"; by their words {them} not go with the prompt{chance}"
 
 
 def _like_held_out(selection: Mapping[str, Any]) -> str:

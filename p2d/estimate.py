@@ -65,8 +65,8 @@ LOAD_BYTES_PER_S = 5e8
 COMPARE_ROW_S, COMPARE_TOKEN_S = 5e-5, 8e-7
 """Looking for a better row that a row repeats. Measured on one CPU core, rows of 8 to 1,250 words (docs/LOG.md)."""
 
-MATCH_ROW_S = 8e-4
-"""Setting an answer beside other prompts, by words. Measured on one core: 0.5 ms for rows of DialogSum, 0.9 of GSM8K."""
+MATCH_ROW_S = 1.5e-3
+"""Setting prompts and answers beside others, by words. Measured on one busy core: 0.9 to 2.6 ms a row."""
 
 TRIALS = 4.0
 """Learning-rate search in trials, held-out looks counted as part of one. See `p2d.learning_rates`."""

@@ -144,7 +144,8 @@ def settled(
     if kept is not None and data.ratio == "auto":
         data = replace(data, ratio=kept / rows)
         found["/data/ratio"] = (
-            "all rows but those whose answer goes better with other prompts, is its prompt once more, or nearly repeat another"
+            "all rows but those whose answer goes better with other prompts or is its prompt once more, and those that nearly "
+            "repeat another"
             if data.scorer == LEXICAL
             else "as many rows as seemed to be like those of the validation dataset"
         )

@@ -1,4 +1,4 @@
-"""Data scorer `uniform`: every row alike, for jobs that keep them all. The default where nothing vouches for a choice."""
+"""Data scorer `uniform`: every row alike, for jobs that keep them all."""
 
 from __future__ import annotations
 

@@ -144,9 +144,11 @@ def test_a_job_without_settings_trains_a_low_rank_in_all_heads_on_all_rows_that_
     assert spent["respond"] == (0, 0, 24)
     assert "all 18: none had to be found" in shown(report)
     assert "half-proxies" not in shown(report)
-    assert "24 of 24 by lexical; by their words all answers go with their prompts" in shown(report)
+    assert "24 of 24 by lexical; their words gave no reason to leave one out" in shown(report)
     left_out = {**report, "selection": {**report["selection"], "good_enough": 21}}
-    assert "; by their words 3 answers go better with other prompts, or are their prompt once more" in shown(left_out)
+    assert "; by their words 3 answers do not go with the prompt" in shown(left_out)
+    some = {**report, "selection": {**report["selection"], "good_enough": 23, "kept": 9}}
+    assert "9 of 24 by lexical; by their words 1 answer does not go with the prompt, and chance decides" in shown(some)
     everything = {**report, "selection": {**report["selection"], "scorer": "uniform", "combine": "quality"}}
     everything["selection"] |= {"good_enough": None, "seem_good": None}
     assert "all 24: none had to be chosen" in shown(everything)

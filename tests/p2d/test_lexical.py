@@ -50,7 +50,7 @@ def mixed(bad: list[Row], every: int) -> tuple[list[Row], np.ndarray]:
 
 
 @pytest.mark.parametrize("shape", [list, asked_a_turn_earlier])
-@pytest.mark.parametrize(("bad", "every", "share"), [(swapped, 5, 0.8), (echoing, 5, 1.0), (echoing, 2, 1.0)])
+@pytest.mark.parametrize(("bad", "every", "share"), [(swapped, 8, 0.75), (echoing, 5, 1.0), (echoing, 2, 1.0)])
 def test_answers_of_other_prompts_and_prompts_once_more_do_not_pass_and_good_rows_do(
     bad: object, every: int, share: float, shape: object, seed: int
 ) -> None:
@@ -79,7 +79,7 @@ def test_answers_that_many_rows_give_pass_whatever_their_prompts(seed: int) -> N
 
 def test_nothing_is_left_out_where_words_do_not_tell(seed: int) -> None:
     final_numbers = [Row(row.prompt, row.answer.split("####")[-1].strip(), row.line) for row in POOL]
-    mirrored = [Row(row.prompt, row.answer[::-1], row.line) for row in POOL]  # hardly a word in common
+    foreign = [Row(row.prompt, row.answer[::-1], row.line) for row in POOL]  # hardly a word in common
     corrected = [
         Row(row.prompt.replace("the", "teh") if n % 3 else row.prompt, row.prompt, n) for n, row in enumerate(POOL)
     ]
@@ -87,8 +87,35 @@ def test_nothing_is_left_out_where_words_do_not_tell(seed: int) -> None:
 
     assert ECHO < 0.9
     assert MOST_STRAYS < 0.4
-    for rows in (final_numbers, mirrored, corrected, half_swapped, swapped(POOL)):
+    for rows in (final_numbers, foreign, corrected, half_swapped, swapped(POOL)):
         assert passing(rows, seed).all()
+
+
+def mirrored(text: str) -> str:
+    return " ".join(word if word[:1].isupper() or word.isdigit() else word[::-1] for word in text.split())
+
+
+FEW = {
+    "prompts that say little": lambda row: Row("Write me a short worked sum, please.", row.answer, row.line),
+    "translations from another language": lambda row: Row(mirrored(row.answer), row.answer, row.line),
+    "and into it": lambda row: Row(row.answer, mirrored(row.answer), row.line),
+    "prompts on a theme": lambda row: Row(
+        f"Write a lively little story about {row.line} for children", row.answer, row.line
+    ),
+}
+"""Good rows whose words have little in common with their prompts."""
+
+
+@pytest.mark.parametrize("what", FEW)
+def test_among_rows_of_which_words_tell_hardly_any_of_a_smaller_task_is_lost_of_which_they_do_not(
+    what: str, seed: int
+) -> None:
+    rows, of_task = mixed([FEW[what](row) for row in POOL], every=8)
+
+    passing_R = passing(rows, seed)
+
+    assert passing_R[of_task].mean() >= 0.8
+    assert passing_R[~of_task].mean() >= 0.98
 
 
 def test_few_rows_say_nothing() -> None:
