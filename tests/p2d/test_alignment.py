@@ -234,7 +234,7 @@ def looks_at(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
 
 def looking(base: BaseModel, rows: list[Row], *, ratio: float | Auto, kind: Kind = "adapt") -> ResponseShard:
     """The shard of these rows; a sample is rated first where the ratio is left open."""
-    asked = JobConfig(data=DataConfig(mode="faithful", ratio=ratio), kind=kind)
+    asked = JobConfig(data=DataConfig(scorer="alignment_likelihood", mode="faithful", ratio=ratio), kind=kind)
     return alignment_likelihood(
         replace(given(base, ("v",)), rows=rows, guide=TASK[::4], span=range(len(rows)), config=asked)
     ).shard
