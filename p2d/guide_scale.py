@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from p2d.response_matrix import ResponseShard, median_and_spread
+from p2d.response_matrix import PASSED, Combine, ResponseShard, median_and_spread
 
 Floats = npt.NDArray[np.float64]
 
@@ -53,6 +53,13 @@ class GuideScale:
         """The lesser of response and quality, each in spreads from the guide's median, [R]."""
         by_response = (response_R - self.response_median) / self.response_spread
         return np.minimum(by_response, (quality_R - self.quality_median) / self.quality_spread)
+
+
+def bar_of(scale: GuideScale | None, how: Combine) -> float | None:
+    """Score from which on a row is good enough; None where nothing says what is."""
+    if scale is not None:
+        return scale.bar
+    return PASSED if how == "pass" else None
 
 
 def guide_scale(shard: ResponseShard, heads: Sequence[tuple[int, int]]) -> GuideScale | None:

@@ -111,7 +111,7 @@ def _outside(values: Floats, bounds: Sequence[tuple[float, float]]) -> npt.NDArr
 
 def _words(row: Row) -> tuple[list[str], list[str]]:
     """Of the prompt, earlier turns included, and of the answer."""
-    prompt = "\n".join((*(turn.content for turn in row.before), row.prompt))
+    prompt = "\n".join(row.texts[:-1])
     return words_of(prompt[:MOST_CHARACTERS]), words_of(row.answer[:MOST_CHARACTERS])
 
 

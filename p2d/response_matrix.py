@@ -25,6 +25,9 @@ Combine = Literal["response", "product", "guide", "worse_rank", "rank", "quality
 `worse_rank` = by the worse of the two ranks, `rank` = mean of the two ranks, which older selections have, `quality` = of the row
 alone, whatever the heads, `pass` = likewise, PASSED or 0, and by chance among equals."""
 
+ALONE: frozenset[Combine] = frozenset({"quality", "pass"})
+"""Those that look at no head."""
+
 PASSED = 1.0
 """Quality of a row that passes."""
 
@@ -62,7 +65,7 @@ class ResponseShard:
         assert self.response_RN.shape == (len(self.row_R), len(self.layers) * self.n_heads)
         assert (self.quality_R is None) == (self.combine == "response")
         assert (self.guide_response_GN is None) == (self.guide_quality_G is None) == (self.combine != "guide")
-        assert (len(self.layers) == 0) == (self.combine in ("quality", "pass"))
+        assert (len(self.layers) == 0) == (self.combine in ALONE)
         assert self.unlike_R is None or self.rest_like_guide
 
     @property

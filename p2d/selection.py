@@ -33,9 +33,9 @@ import numpy.typing as npt
 
 from p2d.config import DEFAULT_RATIO, MIN_GUIDE, RANKING_NOTHING, RATING_SCORERS, Auto, top_count
 from p2d.errors import ConfigError, EngineError, ErrorDetail
-from p2d.guide_scale import BAR, LIKE_GUIDE, Floats, GuideScale, columns, guide_scale, outscored, summed
+from p2d.guide_scale import BAR, LIKE_GUIDE, Floats, GuideScale, bar_of, columns, guide_scale, outscored, summed
 from p2d.near_duplicates import repetitions
-from p2d.response_matrix import PASSED, Combine, ResponseShard
+from p2d.response_matrix import ALONE, Combine, ResponseShard
 from p2d.rows import Row
 
 Ints = npt.NDArray[np.int64]
@@ -206,9 +206,7 @@ class _Matrix:
     @property
     def bar(self) -> float | None:
         """Score from which on a row is good enough."""
-        if self.scale is not None:
-            return self.scale.bar
-        return PASSED if self.how == "pass" else None
+        return bar_of(self.scale, self.how)
 
 
 def _gathered(shards: Iterable[ResponseShard], heads: Sequence[tuple[int, int]], rows: Sequence[Row]) -> _Matrix:
@@ -288,7 +286,7 @@ def combine(response_R: Floats, quality_R: Floats | None, how: Combine, scale: G
     if how == "response":
         return response_R
     assert quality_R is not None
-    if how in ("quality", "pass"):
+    if how in ALONE:
         return quality_R
     if how == "product":
         return response_R * quality_R

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from p2d.guide_scale import GuideScale, guide_scale
+from p2d.guide_scale import GuideScale, bar_of, guide_scale
 from p2d.head_maps import Head
-from p2d.response_matrix import PASSED, Combine, ResponseShard
+from p2d.response_matrix import Combine, ResponseShard
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,9 +46,7 @@ class RowReason:
     @property
     def bar(self) -> float | None:
         """Score from which on chance has decided; None where it never does."""
-        if self.guide is not None:
-            return self.guide.bar
-        return PASSED if self.combine == "pass" else None
+        return bar_of(self.guide, self.combine)
 
     @property
     def formula(self) -> str:

@@ -44,6 +44,7 @@ from app.result_errors import SelectionInUse, SelectionRanksNothing, SelectionRo
 from app.result_schemas import GuideScaleView, PlacedRowView, RowReasonView, SelectionBody, SelectionView
 from app.views import JobView, Page, TurnView
 from p2d.config import UNIFORM, top_count
+from p2d.response_matrix import ALONE
 from p2d.rows import Row, conversation, stored_row
 from p2d.selection_table import SelectionTable
 
@@ -188,9 +189,7 @@ def get_selection_row(
         before=[TurnView.model_validate(turn) for turn in text.before] if text else [],
         formula=reason.formula if reason else None,
         drawn=reason is not None and reason.bar is not None and bool(table.score_R[row] >= reason.bar),
-        response=reason.response
-        if reason and reason.combine not in ("quality", "pass") and not reason.unscored
-        else None,
+        response=reason.response if reason and reason.combine not in ALONE and not reason.unscored else None,
         heads=[asdict(head) for head in reason.heads] if reason else [],
         stand_ins=reason.stand_ins if reason else 0,
         stand_in=reason.stand_in if reason else 0.0,

@@ -30,6 +30,7 @@ from p2d.config import (
 )
 from p2d.estimate import estimate_flops
 from p2d.evaluation import random_heads
+from p2d.flops import slice_weights
 from p2d.head_maps import Head, HeadMap
 from p2d.identify import identify_heads
 from p2d.models import BaseModel
@@ -40,7 +41,7 @@ from p2d.resolution import resolve
 from p2d.responses import ResponseInput, Responses
 from p2d.rows import Row
 from p2d.selection import select_rows
-from p2d.slices import HeadSlices, all_heads
+from p2d.slices import all_heads
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +81,7 @@ class Stages:
             order = all_heads(self.base)
             random.Random(f"{seed}:size").shuffle(order)  # noqa: S311 - not a secret
             some = order[: top_count(arm.heads_ratio, len(order))]
-            size = HeadSlices(self.base, some, arm.weights.slices).n_parameters
+            size = slice_weights(self.base.info, some, arm.weights.slices)
             return random_heads(self.base, config, size, random.Random(f"{seed}:heads")), []  # noqa: S311 - not a secret
         guide = self._guide(arm, seed)
         key = repr((arm.head_scorer, arm.weights.slices, arm.guide, seed))

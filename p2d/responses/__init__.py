@@ -15,7 +15,7 @@ import numpy.typing as npt
 from p2d.config import JobConfig, Projection, pool_count
 from p2d.models import BaseModel
 from p2d.pipeline import Progress, no_progress
-from p2d.response_matrix import ResponseShard
+from p2d.response_matrix import Combine, ResponseShard
 from p2d.rows import Row
 
 
@@ -56,6 +56,22 @@ class Responses:
     tokens: int
     flops: int = 0
     """By `p2d.flops`."""
+
+
+def of_rows_alone(
+    given: ResponseInput, quality_R: npt.NDArray[np.float32], scorer: str, combine: Combine
+) -> ResponseShard:
+    """The shard of a scorer that looks at no head: each wanted row has its quality, whatever the heads."""
+    return ResponseShard(
+        span=given.span,
+        row_R=given.wanted(),
+        layers=range(0),
+        n_heads=given.base.info.n_heads,
+        response_RN=np.zeros((len(quality_R), 0), dtype=np.float16),
+        quality_R=quality_R,
+        scorer=scorer,
+        combine=combine,
+    )
 
 
 DataScorer = Callable[[ResponseInput], Responses]

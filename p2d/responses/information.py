@@ -17,8 +17,7 @@ from p2d.batches import answer_nlls
 from p2d.errors import Diverged
 from p2d.models import BaseModel
 from p2d.rendering import RenderedRow
-from p2d.response_matrix import ResponseShard
-from p2d.responses import ResponseInput, Responses
+from p2d.responses import ResponseInput, Responses, of_rows_alone
 from p2d.rows import Row
 
 Floats = npt.NDArray[np.float64]
@@ -32,16 +31,7 @@ def information(given: ResponseInput) -> Responses:
     total = 2 * len(rows)
     given_R = answer_nats(base, rows, lambda done: given.progress(done, total, {}))
     bare_R = answer_nats(base, bare, lambda done: given.progress(len(rows) + done, total, {}))
-    shard = ResponseShard(
-        span=given.span,
-        row_R=row_R,
-        layers=range(0),
-        n_heads=base.info.n_heads,
-        response_RN=np.zeros((len(rows), 0), dtype=np.float16),
-        quality_R=saved_nats(bare_R, given_R, row_R),
-        scorer="information",
-        combine="quality",
-    )
+    shard = of_rows_alone(given, saved_nats(bare_R, given_R, row_R), "information", "quality")
     sizes = [(base.renderer.length(row), len(row.answer_ids)) for row in (*rows, *bare)]
     operations = flops.forward(base.info, flops.work_of(sizes))
     return Responses(shard=shard, tokens=sum(length for length, _ in sizes), flops=round(operations))

@@ -27,8 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from p2d.near_duplicates import words_of
-from p2d.response_matrix import ResponseShard
-from p2d.responses import ResponseInput, Responses
+from p2d.responses import ResponseInput, Responses, of_rows_alone
 from p2d.rows import Row
 
 FEWEST = 40
@@ -55,7 +54,6 @@ MOST_CHARACTERS = 4_000
 
 Bools = npt.NDArray[np.bool_]
 Floats = npt.NDArray[np.float64]
-Ints = npt.NDArray[np.int64]
 
 
 def lexical(given: ResponseInput) -> Responses:
@@ -63,19 +61,9 @@ def lexical(given: ResponseInput) -> Responses:
 
     Source: ours (docs/decisions/0039).
     """
-    row_R = given.wanted()
     rng = np.random.default_rng([given.config.training.seed, len(given.rows), given.span.start])
-    shard = ResponseShard(
-        span=given.span,
-        row_R=row_R,
-        layers=range(0),
-        n_heads=given.base.info.n_heads,
-        response_RN=np.zeros((len(row_R), 0), dtype=np.float16),
-        quality_R=passes([given.rows[index] for index in row_R.tolist()], rng).astype(np.float32),
-        scorer="lexical",
-        combine="pass",
-    )
-    return Responses(shard=shard, tokens=0)
+    passing_R = passes((given.rows[index] for index in given.wanted().tolist()), rng).astype(np.float32)
+    return Responses(shard=of_rows_alone(given, passing_R, "lexical", "pass"), tokens=0)
 
 
 Words = frozenset[str]
@@ -139,7 +127,7 @@ def _strays(pairs: Sequence[_Pair], own_R: Floats, weights: Mapping[str, float],
 
 def _words(row: Row) -> tuple[Words, Words]:
     """Of the prompt, earlier turns included, and of the answer."""
-    prompt = "\n".join((*(turn.content for turn in row.before), row.prompt))
+    prompt = "\n".join(row.texts[:-1])
     return frozenset(words_of(prompt[-MOST_CHARACTERS:])), frozenset(words_of(row.answer[:MOST_CHARACTERS]))
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from p2d.response_matrix import ResponseShard
-from p2d.responses import ResponseInput, Responses
+from p2d.responses import ResponseInput, Responses, of_rows_alone
 
 
 def uniform(given: ResponseInput) -> Responses:
@@ -15,15 +14,5 @@ def uniform(given: ResponseInput) -> Responses:
 
     Source: ours: of clean data all rows once end far below half of them, chosen, at about the same cost (docs/LOG.md).
     """
-    row_R = given.wanted()
-    shard = ResponseShard(
-        span=given.span,
-        row_R=row_R,
-        layers=range(0),
-        n_heads=given.base.info.n_heads,
-        response_RN=np.zeros((len(row_R), 0), dtype=np.float16),
-        quality_R=np.zeros(len(row_R), dtype=np.float32),
-        scorer="uniform",
-        combine="quality",
-    )
-    return Responses(shard=shard, tokens=0)
+    alike_R = np.zeros(len(given.wanted()), dtype=np.float32)
+    return Responses(shard=of_rows_alone(given, alike_R, "uniform", "quality"), tokens=0)
